@@ -1,0 +1,40 @@
+// Every limit of the service, in one place. Admission compares with these before anything is allocated.
+#pragma once
+
+#include <cstdint>
+
+namespace refocus {
+
+inline constexpr char kProtocolVersion[] = "1";
+
+// gRPC: the library's receive default is 4 MiB; a million ids do not fit one message, so uploads and scores stream.
+inline constexpr int kPublicMessageBytes = 1 << 20;
+inline constexpr int kWorkerMessageBytes = 4 << 20;
+inline constexpr int kUploadChunkBytes = 512 << 10;   // what our client sends
+inline constexpr int64_t kMaxUploadChunks = 2'000'000;
+inline constexpr int64_t kUploadStallSeconds = 120;
+
+inline constexpr int64_t kMaxContextTokens = int64_t{1} << 24;
+inline constexpr int64_t kMaxTextBytes = int64_t{256} << 20;
+inline constexpr int64_t kMaxContexts = 4096;
+inline constexpr int64_t kMaxQueuedJobs = 256;
+
+inline constexpr int64_t kMaxAdaptSteps = 10'000;
+inline constexpr int64_t kMaxSpanTokens = 8192;
+inline constexpr int64_t kMaxSpansPerStep = 64;
+inline constexpr int64_t kMaxProbeSpans = 16;
+inline constexpr int64_t kMaxExplicitSpans = 65'536;
+inline constexpr int64_t kMaxGeneratedTokens = 65'536;
+inline constexpr int32_t kMaxTopLogprobs = 20;
+inline constexpr int64_t kMaxStops = 16;
+inline constexpr int64_t kMaxStopBytes = 256;
+inline constexpr int64_t kMaxStopTokenIds = 64;
+
+// One prefill or extend command: rows, and the time it should take (its length follows from measured times).
+inline constexpr int64_t kMaxChunkRows = 16'384;
+inline constexpr double kChunkSeconds = 0.5;
+
+static_assert(kWorkerMessageBytes > kMaxChunkRows * 4 * 2, "a chunk's ids fit one message");
+static_assert(kWorkerMessageBytes > kMaxSpansPerStep * (kMaxSpanTokens + 1) * 4, "a step's ids fit one message");
+
+}  // namespace refocus

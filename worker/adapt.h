@@ -1,0 +1,73 @@
+// Query-only test-time training (Bansal et al., arXiv 2512.13898) of one context against its frozen, sharded K/V.
+//
+// An adapter is a delta [layers, heads * head_dim, hidden] fp32 of every W_Q, with a revision. Gradient steps work on a copy that
+// becomes the next revision on commit; until then, and after a rollback, answers see the committed one. The loss of a span is the
+// mean next-token cross-entropy of its rows, each attending to the cached K/V of the whole prefix and of the span itself.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "worker/command.h"
+#include "worker/model.h"
+#include "worker/optimizer.h"
+
+namespace refocus {
+
+// Rows of some spans with their targets, on all ranks alike.
+struct SpanRows {
+  RowPlan plan;
+  at::Tensor ids;      // [n] int64, own rows
+  at::Tensor targets;  // [n] int64
+};
+// Rows are split evenly over the ranks. `spans` is not empty.
+SpanRows MakeSpanRows(const std::vector<Span>& spans, const ShardPlan& plan);
+
+// Mean loss over all ranks' rows, nats. The same double on every rank.
+double SpanLoss(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans);
+
+// The same, and the gradient with respect to the delta summed over ranks: `grad` [layers, heads * head_dim, hidden] is overwritten
+// with the same bits on every rank.
+double SpanGradient(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans,
+                    at::Tensor& grad);
+
+class Adapter {
+ public:
+  explicit Adapter(uint64_t context) : context_(context) {}
+
+  uint64_t context() const { return context_; }
+  int64_t revision() const { return revision_; }
+  bool adapting() const { return work_.has_value(); }
+  // Committed delta; undefined before the first commit. Never written again: a request keeps the one it was opened with.
+  const at::Tensor& committed() const { return committed_; }
+  // The delta under adaptation, [layers, heads * head_dim, hidden].
+  const at::Tensor& working() const { return work_->delta; }
+  // Global norm of the last gradient before clipping, loss of the last step.
+  struct StepResult {
+    double loss = 0.0;
+    double grad_norm = 0.0;
+  };
+
+  void Begin(const ModelConfig& config, const AdamWConfig& optimizer, bool from_committed);
+  // One gradient step. A loss or norm that is not finite leaves the delta as it was.
+  StepResult Step(Model& model, const KvExtent& extent, const std::vector<Span>& spans);
+  void Commit(int64_t revision);
+  void Rollback();
+
+ private:
+  struct Work {
+    at::Tensor delta;
+    at::Tensor grad;
+    AdamW optimizer;
+  };
+  uint64_t context_;
+  int64_t revision_ = 0;
+  at::Tensor committed_;
+  std::optional<Work> work_;
+};
+
+}  // namespace refocus

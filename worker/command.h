@@ -1,0 +1,126 @@
+// What the coordinator asks of a rank and what the rank answers, as plain structs: worker/link translates protobuf to and from
+// these, the engine executes them. Field meanings: proto/refocus/internal/v1/group.proto.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "base/status.h"
+
+namespace refocus {
+
+struct OpenContext {
+  uint64_t context = 0;
+  int64_t capacity = 0;
+};
+struct CloseContext {
+  uint64_t context = 0;
+};
+struct PrefillChunk {
+  uint64_t context = 0;
+  int64_t first_pos = 0;
+  std::vector<int32_t> ids;
+};
+
+struct AdamWConfig {
+  float learning_rate = 1e-5f;
+  float weight_decay = 0.01f;
+  float clip_norm = 1.0f;
+  float beta1 = 0.9f;
+  float beta2 = 0.999f;
+  float epsilon = 1e-8f;
+};
+struct BeginAdapt {
+  uint64_t context = 0;
+  uint64_t adapter = 0;
+  bool from_committed = false;
+  AdamWConfig optimizer;
+};
+struct Span {
+  int64_t start = 0;
+  std::vector<int32_t> ids;  // rows + 1
+  int64_t rows() const { return static_cast<int64_t>(ids.size()) - 1; }
+};
+struct AdaptStep {
+  uint64_t adapter = 0;
+  int64_t step = 0;
+  std::vector<Span> spans;
+};
+struct ProbeLoss {
+  uint64_t adapter = 0;
+  std::vector<Span> spans;
+};
+struct EndAdapt {
+  uint64_t adapter = 0;
+  bool commit = false;
+  int64_t revision = 0;
+};
+struct DropAdapter {
+  uint64_t adapter = 0;
+};
+
+struct SamplingConfig {
+  float temperature = 0.0f;  // 0: greedy
+  uint64_t seed = 0;
+  std::vector<int32_t> stop_ids;
+  int32_t top_logprobs = 0;
+};
+struct OpenSequence {
+  uint64_t sequence = 0;
+  uint64_t context = 0;
+  uint64_t adapter = 0;
+  int64_t revision = 0;
+  int64_t capacity = 0;
+  SamplingConfig sampling;
+};
+struct ExtendSequence {
+  uint64_t sequence = 0;
+  int64_t first_pos = 0;
+  std::vector<int32_t> ids;
+  bool sample = false;
+  std::vector<int32_t> score_ids;
+};
+struct DecodeSteps {
+  uint64_t sequence = 0;
+  int32_t steps = 1;
+};
+struct CloseSequence {
+  uint64_t sequence = 0;
+};
+
+struct Command {
+  int64_t epoch = 0;
+  int64_t seq = 0;
+  uint64_t job = 0;
+  std::variant<OpenContext, CloseContext, PrefillChunk, BeginAdapt, AdaptStep, ProbeLoss, EndAdapt, DropAdapter,
+               OpenSequence, ExtendSequence, DecodeSteps, CloseSequence>
+      body;
+};
+
+struct Token {
+  int32_t id = 0;
+  float logprob = 0.0f;
+  std::vector<int32_t> top_ids;
+  std::vector<float> top_logprobs;
+};
+
+struct Result {
+  int64_t epoch = 0;
+  int64_t seq = 0;
+  bool final = true;
+  Status status;
+  bool cancelled = false;
+  double seconds = 0.0;
+  uint64_t agree = 0;
+  int64_t kv_used_bytes = 0;
+  double loss = 0.0;
+  double grad_norm = 0.0;
+  std::vector<Token> tokens;
+  bool finished = false;
+  std::vector<float> score_logprobs;
+  std::vector<bool> score_greedy;
+};
+
+}  // namespace refocus

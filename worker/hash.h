@@ -1,0 +1,13 @@
+// 64-bit fingerprints of tensor bytes, to compare ranks and to prove that something did not change. Not cryptographic.
+#pragma once
+
+#include <cstdint>
+
+#include <ATen/core/Tensor.h>
+
+namespace refocus {
+
+// t contiguous, on the CPU; `seed` chains hashes. xxHash3.
+uint64_t HashTensor(const at::Tensor& t, uint64_t seed = 0);
+
+}  // namespace refocus

@@ -1,0 +1,53 @@
+// Base weights of one rank: read-only after loading, shared by every context and adapter.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "base/model_config.h"
+
+namespace refocus {
+
+// Matrices are [out, in], row-major, as Hugging Face stores them; rotary halves are split (element i pairs with
+// i + head_dim / 2), GGUF's interleaving is undone on load.
+struct LayerWeights {
+  at::Tensor attn_norm;  // [hidden]
+  at::Tensor wq;         // [heads * head_dim, hidden]
+  at::Tensor wk;         // [kv_heads * head_dim, hidden]
+  at::Tensor wv;         // [kv_heads * head_dim, hidden]
+  at::Tensor wo;         // [hidden, heads * head_dim]
+  at::Tensor q_norm;     // [head_dim], only with qk_norm
+  at::Tensor k_norm;     // [head_dim], only with qk_norm
+  at::Tensor mlp_norm;   // [hidden]
+  at::Tensor gate;       // [mlp, hidden]
+  at::Tensor up;         // [mlp, hidden]
+  at::Tensor down;       // [hidden, mlp]
+};
+
+struct Weights {
+  ModelConfig config;
+  at::Tensor embedding;   // [vocab, hidden]
+  at::Tensor final_norm;  // [hidden]
+  at::Tensor output;      // [vocab, hidden]; the same tensor as embedding when tied
+  std::vector<LayerWeights> layers;
+  int64_t bytes = 0;      // held by the tensors above, shared ones once
+};
+
+struct LoadOptions {
+  int threads = 2;
+  bool check_finite = false;  // refuse NaN and Inf, naming the tensor
+  std::function<void(int64_t done_bytes, int64_t total_bytes)> progress;  // from the calling thread; may be empty
+};
+
+// Loads every tensor of `config` from `path` as fp32 on the CPU. All names and shapes are checked before the first byte of data
+// is read or allocated. WEIGHTS_INVALID naming tensor, found, expected.
+StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config, const LoadOptions& options);
+
+// The weights' bytes, hashed; equal before and after everything the service does.
+uint64_t HashWeights(const Weights& weights);
+
+}  // namespace refocus
