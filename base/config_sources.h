@@ -14,7 +14,8 @@ StatusOr<ModelConfig> ReadHfConfig(const std::string& folder);
 StatusOr<ModelConfig> ReadGgufConfig(const std::string& path);
 
 // "<source>: <field>: got <got>, allowed <allowed>" with reason CONFIG_INVALID.
-Status ConfigError(const std::string& source, const std::string& field, const std::string& got, const std::string& allowed);
+Status ConfigError(const std::string& source, const std::string& field, const std::string& got,
+                   const std::string& allowed);
 
 // A JSON or GGUF integer as a token id; allowed: [0, 2^31).
 StatusOr<int32_t> ToTokenId(const std::string& source, const std::string& field, int64_t value);

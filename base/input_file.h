@@ -1,4 +1,5 @@
-// A regular file opened for reading by position. Never waits: a FIFO, a socket, a device or a folder is refused, not read.
+// A regular file opened for reading by position. Never waits: a FIFO, a socket, a device or a folder is refused, not
+// read.
 #pragma once
 
 #include <cstdint>

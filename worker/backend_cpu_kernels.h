@@ -20,6 +20,7 @@ inline constexpr int64_t kCpuFewRows = 8;
 struct CpuKeyBlock {
   const float* k = nullptr;
   const float* v = nullptr;
+  const float* next_k = nullptr;  // where the next block's keys lie: a hint, may be null, never dereferenced
   int64_t keys = 0;  // <= kCpuBlockKeys
   int64_t stride = 0;
   int64_t head_dim = 0;

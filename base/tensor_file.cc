@@ -1,0 +1,157 @@
+#include "base/tensor_file.h"
+
+#include <cstring>
+
+#include "base/check.h"
+#include "base/input_file.h"
+
+namespace refocus {
+namespace {
+
+constexpr int64_t kBlock = 32;                      // values a quantised block
+constexpr int64_t kQ8_0Bytes = 2 + kBlock;          // f16 scale, 32 x i8
+constexpr int64_t kQ4_1Bytes = 2 + 2 + kBlock / 2;  // f16 scale, f16 minimum, 32 x u4
+
+// All bodies below are plain loops that the compiler vectorises; they are instantiated twice, for the baseline and for
+// AVX2.
+#define REFOCUS_INLINE inline __attribute__((always_inline))
+
+REFOCUS_INLINE float FromBits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+REFOCUS_INLINE uint16_t LoadU16(const uint8_t* in) { return static_cast<uint16_t>(in[0] | in[1] << 8); }
+
+// No branch and no denormal operand, so that flush-to-zero modes cannot change a weight.
+REFOCUS_INLINE float HalfToFloat(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fffu;
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
+  const uint32_t wide = magnitude << 13;
+  const float tiny = FromBits(0x3f000000u + magnitude) - 0.5f;  // 0.5 + magnitude * 2^-24, exact
+  uint32_t tiny_bits;
+  std::memcpy(&tiny_bits, &tiny, sizeof(tiny_bits));
+  uint32_t bits = wide + (112u << 23);
+  bits = magnitude >= 0x7c00u ? (wide | 0x7f800000u) : bits;
+  bits = magnitude < 0x0400u ? tiny_bits : bits;
+  return FromBits(bits | sign);
+}
+
+REFOCUS_INLINE void DecodeF16(const uint8_t* in, int64_t elements, float* out) {
+  for (int64_t i = 0; i < elements; ++i) {
+    uint16_t half;
+    std::memcpy(&half, in + 2 * i, sizeof(half));
+    out[i] = HalfToFloat(half);
+  }
+}
+
+REFOCUS_INLINE void DecodeBf16(const uint8_t* in, int64_t elements, float* out) {
+  for (int64_t i = 0; i < elements; ++i) {
+    uint16_t half;
+    std::memcpy(&half, in + 2 * i, sizeof(half));
+    out[i] = FromBits(static_cast<uint32_t>(half) << 16);
+  }
+}
+
+REFOCUS_INLINE void DecodeQ8_0(const uint8_t* in, int64_t elements, float* out) {
+  for (int64_t block = 0; block < elements / kBlock; ++block, in += kQ8_0Bytes, out += kBlock) {
+    const float scale = HalfToFloat(LoadU16(in));
+    for (int64_t i = 0; i < kBlock; ++i) out[i] = static_cast<float>(static_cast<int8_t>(in[2 + i])) * scale;
+  }
+}
+
+REFOCUS_INLINE void DecodeQ4_1(const uint8_t* in, int64_t elements, float* out) {
+  for (int64_t block = 0; block < elements / kBlock; ++block, in += kQ4_1Bytes, out += kBlock) {
+    const float scale = HalfToFloat(LoadU16(in));
+    const float least = HalfToFloat(LoadU16(in + 2));
+    for (int64_t i = 0; i < kBlock / 2; ++i) {
+      out[i] = static_cast<float>(in[4 + i] & 0x0f) * scale + least;
+      out[i + kBlock / 2] = static_cast<float>(in[4 + i] >> 4) * scale + least;
+    }
+  }
+}
+
+REFOCUS_INLINE void Decode(TensorType type, const uint8_t* in, int64_t elements, float* out) {
+  switch (type) {
+    case TensorType::kF32: std::memcpy(out, in, static_cast<size_t>(elements) * sizeof(float)); return;
+    case TensorType::kF16: DecodeF16(in, elements, out); return;
+    case TensorType::kBf16: DecodeBf16(in, elements, out); return;
+    case TensorType::kQ8_0: DecodeQ8_0(in, elements, out); return;
+    case TensorType::kQ4_1: DecodeQ4_1(in, elements, out); return;
+  }
+}
+
+#if defined(__x86_64__)
+__attribute__((target("avx2"))) void DecodeAvx2(TensorType type, const uint8_t* in, int64_t elements, float* out) {
+  Decode(type, in, elements, out);
+}
+#endif
+
+void DecodeBaseline(TensorType type, const uint8_t* in, int64_t elements, float* out) {
+  Decode(type, in, elements, out);
+}
+
+struct Block {
+  int64_t elements;
+  int64_t bytes;
+};
+
+Block BlockOf(TensorType type) {
+  switch (type) {
+    case TensorType::kF32: return {1, 4};
+    case TensorType::kF16: return {1, 2};
+    case TensorType::kBf16: return {1, 2};
+    case TensorType::kQ8_0: return {kBlock, kQ8_0Bytes};
+    case TensorType::kQ4_1: return {kBlock, kQ4_1Bytes};
+  }
+  return {1, 4};
+}
+
+}  // namespace
+
+std::string TensorTypeName(TensorType type) {
+  switch (type) {
+    case TensorType::kF32: return "F32";
+    case TensorType::kF16: return "F16";
+    case TensorType::kBf16: return "BF16";
+    case TensorType::kQ8_0: return "Q8_0";
+    case TensorType::kQ4_1: return "Q4_1";
+  }
+  return "?";
+}
+
+int64_t TensorInfo::elements() const {
+  int64_t count = 1;
+  for (const int64_t size : shape) REFOCUS_CHECK(!__builtin_mul_overflow(count, size, &count));
+  return count;
+}
+
+StatusOr<int64_t> TensorBytes(TensorType type, int64_t elements) {
+  const Block block = BlockOf(type);
+  int64_t bytes = 0;
+  if (elements < 0 || elements % block.elements != 0 ||
+      __builtin_mul_overflow(elements / block.elements, block.bytes, &bytes)) {
+    return Error(StatusCode::kInvalidArgument, "WEIGHTS_INVALID",
+                 "elements: got " + std::to_string(elements) + " of type " + TensorTypeName(type) +
+                     ", allowed a multiple of " + std::to_string(block.elements) + " below 2^63 bytes",
+                 {{"elements", std::to_string(elements)}, {"type", TensorTypeName(type)}});
+  }
+  return bytes;
+}
+
+Status ReadTensorBytes(const TensorInfo& info, void* out) {
+  REFOCUS_ASSIGN_OR_RETURN(const InputFile file, InputFile::Open(info.file, "WEIGHTS_INVALID"));
+  return file.ReadAt(info.offset, out, info.bytes);
+}
+
+void DecodeToFloat(TensorType type, const void* in, int64_t elements, float* out) {
+  const auto* bytes = static_cast<const uint8_t*>(in);
+#if defined(__x86_64__)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2");
+  if (has_avx2) return DecodeAvx2(type, bytes, elements, out);
+#endif
+  DecodeBaseline(type, bytes, elements, out);
+}
+
+}  // namespace refocus

@@ -1,0 +1,187 @@
+// adapt: gradient steps on the queries of one context, live.
+#include <iostream>
+#include <optional>
+
+#include "cli/commands.h"
+#include "cli/interrupt.h"
+#include "cli/table.h"
+
+namespace refocus::cli {
+namespace {
+
+struct AdaptOptions {
+  std::string name;
+  std::string adapter = "default";
+  std::optional<int64_t> steps, span_tokens, spans_per_step, probe_spans;
+  std::optional<double> learning_rate, weight_decay, clip_norm, beta1, beta2, epsilon, max_probe_rise;
+  std::optional<uint64_t> seed;
+  std::vector<std::string> spans;
+  bool continue_adapter = false;
+  bool validate_only = false;
+  bool keep_going = false;
+};
+
+StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
+  v1::AdaptContextRequest request;
+  request.set_name(ContextName(options.name));
+  request.set_adapter_id(options.adapter);
+  request.set_request_id(NewRequestId());
+  request.set_on_disconnect(options.keep_going ? v1::CONTINUE : v1::CANCEL);
+  if (options.steps) request.set_steps(*options.steps);
+  if (options.span_tokens) request.set_span_tokens(*options.span_tokens);
+  if (options.spans_per_step) request.set_spans_per_step(*options.spans_per_step);
+  if (options.probe_spans) request.set_probe_spans(*options.probe_spans);
+  if (options.learning_rate) request.set_learning_rate(*options.learning_rate);
+  if (options.weight_decay) request.set_weight_decay(*options.weight_decay);
+  if (options.clip_norm) request.set_clip_norm(*options.clip_norm);
+  if (options.beta1) request.set_beta1(*options.beta1);
+  if (options.beta2) request.set_beta2(*options.beta2);
+  if (options.epsilon) request.set_epsilon(*options.epsilon);
+  if (options.max_probe_rise) request.set_max_probe_rise(*options.max_probe_rise);
+  if (options.seed) request.set_seed(*options.seed);
+  request.set_continue_adapter(options.continue_adapter);
+  request.set_validate_only(options.validate_only);
+  for (const auto& text : options.spans) {
+    long long start = 0;
+    long long length = 0;
+    int used = 0;
+    if (std::sscanf(text.c_str(), "%lld:%lld%n", &start, &length, &used) != 2 || used != static_cast<int>(text.size())) {
+      return FieldError("--span", text, "START:LENGTH, two decimal numbers");
+    }
+    auto* span = request.mutable_explicit_spans()->add_spans();
+    span->set_start(start);
+    span->set_length(length);
+  }
+  return request;
+}
+
+// Prints what happens and keeps what the closing table needs.
+class AdaptView {
+ public:
+  AdaptView(const Settings& settings, const AdaptOptions& options)
+      : settings_(settings), options_(options), progress_(std::cerr, StderrStyle(settings.quiet), "adapt", "steps") {}
+
+  void OnEvent(const v1::AdaptEvent& event) {
+    if (settings_.json) PrintJson(event);
+    switch (event.event_case()) {
+      case v1::AdaptEvent::kEffective: OnEffective(event.effective()); break;
+      case v1::AdaptEvent::kProbeLossBefore:
+        progress_.Line("held-out spans before: " + FormatFixed(event.probe_loss_before(), 4) + " nats per token");
+        break;
+      case v1::AdaptEvent::kStep: OnStep(event.step()); break;
+      case v1::AdaptEvent::kProbeLossAfter:
+        progress_.Line("held-out spans after:  " + FormatFixed(event.probe_loss_after(), 4) + " nats per token");
+        break;
+      case v1::AdaptEvent::kAdapter:
+        adapter_ = event.adapter();
+        usage_ = event.usage();
+        break;
+      case v1::AdaptEvent::EVENT_NOT_SET: break;
+    }
+  }
+
+  void PrintResult() {
+    progress_.Finish();
+    if (settings_.json || options_.validate_only) return;
+    Table losses({"nats per token", "before", "after"});
+    if (adapter_.has_probe_loss_before()) {
+      losses.Add({"held-out spans", FormatFixed(adapter_.probe_loss_before(), 4), FormatFixed(adapter_.probe_loss_after(), 4)});
+    }
+    losses.Add({"first and last step", FormatFixed(adapter_.first_loss(), 4), FormatFixed(adapter_.last_loss(), 4)});
+    losses.Print(std::cout);
+    std::cout << '\n';
+    Table table({"phase", "tokens", "seconds", "tokens/s", "queued s", "memory per rank"});
+    std::string memory;
+    for (const int64_t bytes : usage_.rank_memory_bytes()) memory += (memory.empty() ? "" : ", ") + FormatBytes(bytes);
+    table.Add({"adapt", FormatCount(usage_.tokens()), FormatFixed(usage_.seconds(), 2), FormatRate(usage_.tokens_per_second()),
+               FormatFixed(usage_.queue_seconds(), 2), memory.empty() ? "-" : memory});
+    table.Print(std::cout);
+    std::cout << AdapterText(adapter_.id(), adapter_.revision()) << ", " << FormatCount(adapter_.steps()) << " steps, hash "
+              << adapter_.delta_hash() << std::endl;
+  }
+
+ private:
+  void OnEffective(const v1::AdaptEvent::Effective& effective) {
+    steps_ = effective.steps();
+    char text[256];
+    std::snprintf(text, sizeof(text), "adapt: %lld steps of %lld x %lld tokens, learning rate %g, decay %g, clip %g, seed %llu",
+                  static_cast<long long>(effective.steps()), static_cast<long long>(effective.spans_per_step()),
+                  static_cast<long long>(effective.span_tokens()), effective.learning_rate(), effective.weight_decay(),
+                  effective.clip_norm(), static_cast<unsigned long long>(effective.seed()));
+    progress_.Line(text);
+  }
+
+  void OnStep(const v1::AdaptEvent::Step& step) {
+    seconds_ += step.step_seconds();
+    const double per_step = seconds_ / static_cast<double>(++seen_);
+    const std::string total = std::to_string(steps_);
+    std::string number = std::to_string(step.step());
+    number.insert(0, total.size() - std::min(total.size(), number.size()), ' ');
+    // Up to 64 lines in all.
+    if (steps_ <= 64 || step.step() % ((steps_ + 63) / 64) == 0 || step.step() == 1 || step.step() == steps_) {
+      progress_.Line("step " + number + "/" + total + "  loss " + FormatFixed(step.loss(), 4) + "  gradient norm " +
+                     FormatFixed(step.grad_norm(), 4) + "  " + FormatFixed(step.step_seconds(), 3) + " s");
+    }
+    if (StderrStyle(settings_.quiet).terminal) {
+      progress_.Update(step.step(), steps_, 1 / per_step, per_step * static_cast<double>(steps_ - step.step()),
+                       "loss " + FormatFixed(step.loss(), 4));
+    }
+  }
+
+  const Settings& settings_;
+  const AdaptOptions& options_;
+  Progress progress_;
+  int64_t steps_ = 0;
+  int64_t seen_ = 0;
+  double seconds_ = 0;
+  v1::Adapter adapter_;
+  v1::PhaseUsage usage_;
+};
+
+int Adapt(const Settings& settings, const AdaptOptions& options) {
+  InstallInterrupt();
+  const auto request = MakeRequest(options);
+  if (!request.ok()) {
+    Finish("adapt", request.status());
+    return kExitConfig;
+  }
+  Client client(settings.client);
+  AdaptView view(settings, options);
+  const Status status = client.Adapt(*request, [&](const v1::AdaptEvent& event) { view.OnEvent(event); });
+  if (status.ok()) view.PrintResult();
+  return Finish("adapt", status);
+}
+
+}  // namespace
+
+void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
+  auto* verb = app.add_subcommand("adapt", "Fit the queries to a context by a few gradient steps; all or nothing");
+  const auto o = std::make_shared<AdaptOptions>();
+  verb->add_option("NAME", o->name, "Context")->required();
+  verb->add_option("--adapter", o->adapter, "Adapter to make or replace")->capture_default_str()->type_name("ID");
+  verb->add_flag("--continue", o->continue_adapter, "Start from the adapter's present state instead of zero");
+  verb->add_flag("--validate-only", o->validate_only, "Check the settings, print the effective ones, change nothing");
+  verb->add_flag("--keep-going", o->keep_going, "Ctrl-C leaves the adaptation running on the server");
+  const std::string optimizer = "Optimizer (AdamW; defaults are the server's)";
+  verb->add_option("--steps", o->steps, "Gradient steps (32)")->group(optimizer);
+  verb->add_option("--learning-rate", o->learning_rate,
+                   "(1e-5, which suits billions of parameters; about 1e-3 suits millions)")->group(optimizer);
+  verb->add_option("--weight-decay", o->weight_decay, "Decay of the learned change (0.01)")->group(optimizer);
+  verb->add_option("--clip-norm", o->clip_norm, "Largest norm of the whole gradient (1)")->group(optimizer);
+  verb->add_option("--beta1", o->beta1, "(0.9)")->group(optimizer);
+  verb->add_option("--beta2", o->beta2, "(0.999)")->group(optimizer);
+  verb->add_option("--epsilon", o->epsilon, "(1e-8)")->group(optimizer);
+  const std::string spans = "Spans";
+  verb->add_option("--span-tokens", o->span_tokens, "Tokens of a span (128)")->group(spans);
+  verb->add_option("--spans-per-step", o->spans_per_step, "Spans of a step (1)")->group(spans);
+  verb->add_option("--seed", o->seed, "Of the drawing of spans (drawn and printed)")->group(spans);
+  verb->add_option("--span", o->spans, "Use these spans in turn instead of drawing, repeatable")
+      ->type_name("START:LENGTH")->group(spans);
+  const std::string probe = "Held-out spans";
+  verb->add_option("--probe-spans", o->probe_spans, "How many are measured before and after (2)")->group(probe);
+  verb->add_option("--max-probe-rise", o->max_probe_rise, "Roll back when their loss rises by more, nats (0.1)")->group(probe);
+  AddCommonOptions(verb, settings);
+  verb->callback([=] { *run = [=] { return Adapt(*settings, *o); }; });
+}
+
+}  // namespace refocus::cli

@@ -1,0 +1,67 @@
+// The verbs. Each Add function registers one subcommand (with its options and help) whose callback sets `run`; main.cc parses and
+// then calls it. `run` returns the exit code.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "CLI/App.hpp"
+#include "CLI/Config.hpp"
+#include "CLI/Formatter.hpp"
+#include "base/status.h"
+#include "cli/client.h"
+#include "cli/progress.h"
+
+namespace refocus::cli {
+
+struct Settings {  // options of every client verb
+  ClientOptions client;
+  bool quiet = false;
+  bool json = false;  // one JSON object an event or result on stdout, nothing else there
+};
+
+using Run = std::function<int()>;
+
+void AddServe(CLI::App& app, Run* run);
+void AddContext(CLI::App& app, Settings* settings, Run* run);
+void AddPrefill(CLI::App& app, Settings* settings, Run* run);
+void AddAdapt(CLI::App& app, Settings* settings, Run* run);
+void AddAsk(CLI::App& app, Settings* settings, Run* run);
+void AddScore(CLI::App& app, Settings* settings, Run* run);
+void AddTokenize(CLI::App& app, Settings* settings, Run* run);
+void AddStatus(CLI::App& app, Settings* settings, Run* run);
+void AddVersion(CLI::App& app, Run* run);
+
+// --address, --timeout, --quiet, --json, as the help group "Connection and output".
+void AddCommonOptions(CLI::App* verb, Settings* settings);
+
+// Which queries answer: --adapter ID, --base, or neither: "default" if the context has it, else the base queries.
+struct AdapterChoice {
+  std::string adapter;
+  bool base = false;
+};
+void AddAdapterOptions(CLI::App* verb, AdapterChoice* choice);
+std::string ResolveAdapter(const AdapterChoice& choice, const v1::Context& context);
+std::string AdapterText(const std::string& adapter_id, int64_t revision);  // "base queries", "adapter default, revision 2"
+
+// Prints "refocus VERB: ..." on stderr unless OK, and gives the exit code: 130 after Ctrl-C.
+int Finish(const std::string& verb, const Status& status);
+
+// One line of JSON on stdout, field names as in the proto.
+void PrintJson(const google::protobuf::Message& message);
+
+// Prefills with a progress bar; used by `context create` and `prefill`.
+Status PrefillWithProgress(Client& client, const Settings& settings, const std::string& name, bool keep_going);
+
+// A conversation is opened before the document and closed by the question; the tokenizer's marker strings for that.
+// FAILED_PRECONDITION NO_CHAT_FORMAT when the model has none.
+struct ChatMarkers {
+  std::string open_user;      // before the document
+  std::string close_user;     // after the question
+};
+StatusOr<ChatMarkers> FindChatMarkers(Client& client);
+inline constexpr char kChatLabel[] = "chat";  // label of contexts created with --chat; its value is the chat format
+
+}  // namespace refocus::cli

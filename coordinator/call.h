@@ -1,0 +1,238 @@
+// A streaming RPC as a plain function on a thread of its own, over gRPC's callback API: reads and writes never block it, so that it
+// can give up waiting for a slow or silent peer, notice a disconnect at once, and always end with its own status.
+//
+//   Status Body(call): while (...) { if (call.Take(&request)) ...; if (call.CanWrite()) call.Write(...); call.Wait(seconds); }
+//
+// The body runs on one thread; Wakeup::Notify may be called from any.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#include <grpcpp/support/server_callback.h>
+
+#include "base/status.h"
+#include "coordinator/rpc_status.h"
+
+namespace refocus {
+
+class Wakeup {
+ public:
+  void Notify() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    set_ = true;
+    wake_.notify_one();
+  }
+  // Until notified since the last Wait, or `seconds` passed.
+  void Wait(double seconds) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    wake_.wait_for(lock, std::chrono::duration<double>(seconds), [this] { return set_; });
+    set_ = false;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  bool set_ = false;
+};
+
+// Threads of running calls; bounded. Outlives the server.
+class CallPool {
+ public:
+  explicit CallPool(int most) : most_(most) {}
+  ~CallPool() { WaitUntilEmpty(); }
+
+  // false: too many run already.
+  bool Run(std::function<void()> body) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (running_ >= most_) return false;
+      ++running_;
+    }
+    std::thread([this, body = std::move(body)]() mutable {
+      body();
+      body = nullptr;  // what it holds must be gone before the pool may be
+      const std::lock_guard<std::mutex> lock(mutex_);
+      --running_;
+      empty_.notify_all();
+    }).detach();
+    return true;
+  }
+  void WaitUntilEmpty() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    empty_.wait(lock, [this] { return running_ == 0; });
+  }
+  int running() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return running_;
+  }
+
+ private:
+  const int most_;
+  std::mutex mutex_;
+  std::condition_variable empty_;
+  int running_ = 0;
+};
+
+inline constexpr double kStreamCapSeconds = 3600;  // of a call without a deadline, or with a later one
+
+// What all three kinds of stream share. Deletes itself when gRPC is done with it.
+template <typename Reactor>
+class Call : public Reactor {
+ public:
+  Call() : wakeup_(std::make_shared<Wakeup>()), began_(std::chrono::steady_clock::now()) {}
+
+  const std::shared_ptr<Wakeup>& wakeup() const { return wakeup_; }
+  void Wait(double seconds) { wakeup_->Wait(seconds); }
+  bool cancelled() const {  // the caller went away, or its deadline passed
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return cancelled_;
+  }
+  double age_seconds() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - began_).count();
+  }
+  // CANCELLED or DEADLINE_EXCEEDED when there is nobody to work for any more.
+  Status Gone() const {
+    if (cancelled()) return absl::CancelledError("the caller went away");
+    if (age_seconds() < kStreamCapSeconds) return absl::OkStatus();
+    return Error(StatusCode::kDeadlineExceeded, "DEADLINE", "the call lasted longer than 3600 s");
+  }
+
+ protected:
+  // Runs `body`, then ends the RPC with its status. Nothing of the call may be touched afterwards.
+  template <typename Self, typename Body>
+  static void Launch(Self* self, CallPool& pool, Body body) {
+    const bool started = pool.Run([self, body = std::move(body)] {
+      Status status = body(*self);
+      self->Finish(ToGrpc(status));
+    });
+    if (started) return;
+    self->Finish(ToGrpc(Error(StatusCode::kUnavailable, "QUEUE_FULL", "too many calls at once; retry")));
+  }
+
+  void OnCancel() override {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      cancelled_ = true;
+    }
+    wakeup_->Notify();
+  }
+  void OnDone() override { delete this; }
+
+  mutable std::mutex mutex_;
+  const std::shared_ptr<Wakeup> wakeup_;
+  const std::chrono::steady_clock::time_point began_;
+  bool cancelled_ = false;
+};
+
+template <typename Base, typename Request>
+class WithReads : public Base {
+ public:
+  // A message that has arrived. false: none yet; see read_closed().
+  bool Take(Request* out) {
+    {
+      const std::lock_guard<std::mutex> lock(this->mutex_);
+      if (!here_) return false;
+      std::swap(*out, read_);
+      here_ = false;
+    }
+    this->StartRead(&read_);
+    return true;
+  }
+  // No further message will come: the caller half-closed, went away, or sent what is no message.
+  bool read_closed() const {
+    const std::lock_guard<std::mutex> lock(this->mutex_);
+    return closed_;
+  }
+
+ protected:
+  void FirstRead() { this->StartRead(&read_); }
+  void OnReadDone(bool ok) override {
+    {
+      const std::lock_guard<std::mutex> lock(this->mutex_);
+      (ok ? here_ : closed_) = true;
+    }
+    this->wakeup_->Notify();
+  }
+
+ private:
+  Request read_;
+  bool here_ = false;
+  bool closed_ = false;
+};
+
+template <typename Base, typename Response>
+class WithWrites : public Base {
+ public:
+  bool CanWrite() const {  // the last message was taken by the transport
+    const std::lock_guard<std::mutex> lock(this->mutex_);
+    return !writing_;
+  }
+  // Only when CanWrite().
+  void Write(std::shared_ptr<const Response> response) {
+    {
+      const std::lock_guard<std::mutex> lock(this->mutex_);
+      writing_ = true;
+    }
+    write_ = std::move(response);
+    this->StartWrite(write_.get());
+  }
+  void Write(Response response) { Write(std::make_shared<const Response>(std::move(response))); }
+
+ protected:
+  void OnWriteDone(bool ok) override {
+    {
+      const std::lock_guard<std::mutex> lock(this->mutex_);
+      writing_ = false;
+      if (!ok) this->cancelled_ = true;
+    }
+    this->wakeup_->Notify();
+  }
+
+ private:
+  std::shared_ptr<const Response> write_;
+  bool writing_ = false;
+};
+
+template <typename Request>
+class ReadCall : public WithReads<Call<grpc::ServerReadReactor<Request>>, Request> {
+ public:
+  template <typename Body>
+  static grpc::ServerReadReactor<Request>* Start(CallPool& pool, Body body) {
+    auto* call = new ReadCall;
+    call->FirstRead();
+    ReadCall::Launch(call, pool, std::move(body));
+    return call;
+  }
+};
+
+template <typename Response>
+class WriteCall : public WithWrites<Call<grpc::ServerWriteReactor<Response>>, Response> {
+ public:
+  template <typename Body>
+  static grpc::ServerWriteReactor<Response>* Start(CallPool& pool, Body body) {
+    auto* call = new WriteCall;
+    WriteCall::Launch(call, pool, std::move(body));
+    return call;
+  }
+};
+
+template <typename Request, typename Response>
+class BidiCall
+    : public WithWrites<WithReads<Call<grpc::ServerBidiReactor<Request, Response>>, Request>, Response> {
+ public:
+  template <typename Body>
+  static grpc::ServerBidiReactor<Request, Response>* Start(CallPool& pool, Body body) {
+    auto* call = new BidiCall;
+    call->FirstRead();
+    BidiCall::Launch(call, pool, std::move(body));
+    return call;
+  }
+};
+
+}  // namespace refocus

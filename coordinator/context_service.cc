@@ -1,0 +1,251 @@
+#include "coordinator/context_service.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/limits.h"
+#include "coordinator/core/upload.h"
+
+namespace refocus {
+namespace {
+
+constexpr int64_t kMaxUploadBytes = int64_t{1} << 30;  // of all uploads under way
+constexpr double kPollSeconds = 0.05;
+
+using CreateCall = ReadCall<api::CreateContextRequest>;
+
+// One upload's share of the memory for uploads, and its claim on a name.
+class UploadHold {
+ public:
+  UploadHold(Hub& hub, std::atomic<int64_t>& total) : hub_(hub), total_(total) {}
+  ~UploadHold() {
+    total_ -= held_;
+    hub_.With([&](Coordinator& core) { core.GiveUpUpload(ticket); });
+  }
+  Status Grow(int64_t bytes) {
+    total_ += bytes - held_;
+    held_ = bytes;
+    if (total_ <= kMaxUploadBytes) return absl::OkStatus();
+    return Error(StatusCode::kResourceExhausted, "UPLOAD_MEMORY",
+                 "uploads under way: got more than " + std::to_string(kMaxUploadBytes) + " bytes; retry later",
+                 {{"limit", std::to_string(kMaxUploadBytes)}});
+  }
+  Coordinator::UploadTicket ticket;
+
+ private:
+  Hub& hub_;
+  std::atomic<int64_t>& total_;
+  int64_t held_ = 0;
+};
+
+// The next message of an upload. OUT_OF_RANGE: the caller half-closed.
+Status NextMessage(CreateCall& call, double stall_seconds, api::CreateContextRequest* message) {
+  const double waiting_since = call.age_seconds();
+  while (!call.Take(message)) {
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
+    if (call.read_closed()) return absl::OutOfRangeError("half-closed");
+    if (call.age_seconds() - waiting_since > stall_seconds) {
+      return Error(StatusCode::kDeadlineExceeded, "UPLOAD_STALLED",
+                   "no message for " + std::to_string(static_cast<int>(stall_seconds)) + " s; upload again",
+                   {{"limit_seconds", std::to_string(static_cast<int>(stall_seconds))}});
+    }
+    call.Wait(kPollSeconds * 10);
+  }
+  return absl::OkStatus();
+}
+
+bool HalfClosed(const Status& status) {
+  return status.code() == StatusCode::kOutOfRange && DetailOf(status).reason.empty();
+}
+
+}  // namespace
+
+grpc::ServerReadReactor<api::CreateContextRequest>* ContextService::CreateContext(grpc::CallbackServerContext*,
+                                                                                  api::Context* response) {
+  return CreateCall::Start(hub_.calls(), [this, response](CreateCall& call) { return Create(call, response); });
+}
+
+Status ContextService::Create(CreateCall& call, api::Context* response) {
+  UploadHold hold(hub_, upload_bytes_);
+  api::CreateContextRequest message;
+  Status next = NextMessage(call, upload_stall_seconds_, &message);
+  if (HalfClosed(next) || (next.ok() && !message.has_header())) return FieldError("message", "no header", "header first");
+  REFOCUS_RETURN_IF_ERROR(next);
+  const api::CreateContextRequest::Header header = message.header();
+  REFOCUS_ASSIGN_OR_RETURN(hold.ticket, hub_.With([&](Coordinator& core) { return core.BeginUpload(header); }));
+
+  const int64_t limit = std::min(hub_.model().max_positions, kMaxContextTokens);
+  Upload upload(hub_.model(), hub_.tokenizer(), limit);
+  while (true) {
+    next = NextMessage(call, upload_stall_seconds_, &message);
+    if (HalfClosed(next)) {  // also how a broken message looks: never taken for the end of the text
+      return FieldError("message", "the end of the stream", "finish last");
+    }
+    REFOCUS_RETURN_IF_ERROR(next);
+    if (message.has_finish()) break;
+    if (!message.has_chunk()) return FieldError("message", message.has_header() ? "a second header" : "nothing", "chunk or finish");
+    REFOCUS_RETURN_IF_ERROR(upload.Add(message.chunk()));
+    REFOCUS_RETURN_IF_ERROR(hold.Grow(upload.held_bytes()));
+  }
+  REFOCUS_ASSIGN_OR_RETURN(TokenIds tokens, upload.Finish(header, message.finish()));
+  next = NextMessage(call, upload_stall_seconds_, &message);
+  if (next.ok()) return Error(StatusCode::kFailedPrecondition, "UPLOAD_FINISHED", "message: got one after finish, allowed none");
+  if (!HalfClosed(next)) return next;
+  REFOCUS_ASSIGN_OR_RETURN(*response, hub_.With([&](Coordinator& core) {
+    const Coordinator::UploadTicket ticket = std::exchange(hold.ticket, {});
+    return core.FinishUpload(ticket, header, std::move(tokens), upload.content_hash());
+  }));
+  return absl::OkStatus();
+}
+
+grpc::ServerWriteReactor<api::PrefillEvent>* ContextService::PrefillContext(grpc::CallbackServerContext*,
+                                                                            const api::PrefillContextRequest* request) {
+  return WriteCall<api::PrefillEvent>::Start(
+      hub_.calls(), [this, request = *request](WriteCall<api::PrefillEvent>& call) { return Prefill(call, request); });
+}
+
+Status ContextService::Prefill(WriteCall<api::PrefillEvent>& call, const api::PrefillContextRequest& request) {
+  api::PrefillEvent ready;
+  REFOCUS_ASSIGN_OR_RETURN(const Coordinator::PrefillStart start, hub_.With([&](Coordinator& core) {
+    const Status admitted = core.Admit();
+    auto started = admitted.ok() ? core.Prefill(request) : StatusOr<Coordinator::PrefillStart>(admitted);
+    if (started.ok() && started->job == nullptr) ready = core.PrefillResult(*started->session);
+    return started;
+  }));
+  if (start.job == nullptr) {
+    call.Write(std::move(ready));
+    while (!call.CanWrite() && call.Gone().ok()) call.Wait(kPollSeconds);
+    return absl::OkStatus();
+  }
+  PrefillJob& job = *start.job;
+  const Watching watching(hub_, job.id(), call.wakeup());
+  uint64_t seen = 0;
+  bool over = false;
+  Status status;
+  while (status.ok() && !(over && call.CanWrite())) {
+    status = call.Gone();
+    if (!status.ok()) break;
+    api::PrefillEvent event;
+    const bool fresh = hub_.With([&](Coordinator& core) {
+      if (job.answered() && !job.status().ok()) status = job.status();
+      if (!call.CanWrite() || over || job.version() == seen || !status.ok()) return false;
+      seen = job.version();
+      over = job.answered();
+      event = over ? core.PrefillResult(*start.session) : job.event();
+      return true;
+    });
+    if (fresh) {
+      call.Write(std::move(event));
+    } else if (status.ok()) {
+      call.Wait(kPollSeconds);
+    }
+  }
+  const bool gone = call.cancelled();
+  hub_.With([&](Coordinator& core) { core.Detach(job, gone, request.on_disconnect()); });
+  return status;
+}
+
+grpc::ServerWriteReactor<api::AdaptEvent>* ContextService::AdaptContext(grpc::CallbackServerContext*,
+                                                                        const api::AdaptContextRequest* request) {
+  return WriteCall<api::AdaptEvent>::Start(
+      hub_.calls(), [this, request = *request](WriteCall<api::AdaptEvent>& call) { return Adapt(call, request); });
+}
+
+Status ContextService::Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptContextRequest& request) {
+  REFOCUS_ASSIGN_OR_RETURN(const Coordinator::AdaptStart start, hub_.With([&](Coordinator& core) {
+    const Status admitted = core.Admit();
+    return admitted.ok() ? core.Adapt(request) : StatusOr<Coordinator::AdaptStart>(admitted);
+  }));
+  if (start.job == nullptr) {
+    for (const api::AdaptEvent& event : start.events) {
+      call.Write(event);
+      while (!call.CanWrite() && call.Gone().ok()) call.Wait(kPollSeconds);
+    }
+    return absl::OkStatus();
+  }
+  AdaptJob& job = *start.job;
+  const Watching watching(hub_, job.id(), call.wakeup());
+  size_t sent = 0;
+  bool over = false;
+  Status status;
+  while (!over) {
+    status = call.Gone();
+    if (!status.ok()) break;
+    if (!call.CanWrite()) {
+      call.Wait(kPollSeconds);
+      continue;
+    }
+    api::AdaptEvent event;
+    const bool fresh = hub_.With([&](Coordinator&) {
+      if (sent < job.events().size()) {
+        event = job.events()[sent++];
+        return true;
+      }
+      over = job.answered();
+      if (over) status = job.status();
+      return false;
+    });
+    if (fresh) {
+      call.Write(std::move(event));
+    } else if (!over) {
+      call.Wait(kPollSeconds);
+    }
+  }
+  const bool gone = call.cancelled();
+  hub_.With([&](Coordinator& core) { core.Detach(job, gone, request.on_disconnect()); });
+  return status;
+}
+
+namespace {
+
+// Unary: admit, then ask.
+template <typename F>
+grpc::Status Ask(Hub& hub, F f) {
+  return ToGrpc(hub.With([&](Coordinator& core) -> Status {
+    REFOCUS_RETURN_IF_ERROR(core.Admit());
+    return f(core);
+  }));
+}
+
+}  // namespace
+
+grpc::Status ContextService::GetContext(grpc::ServerContext*, const api::GetContextRequest* request,
+                                        api::Context* response) {
+  return Ask(hub_, [&](Coordinator& core) -> Status {
+    REFOCUS_ASSIGN_OR_RETURN(*response, core.GetContext(request->name()));
+    return absl::OkStatus();
+  });
+}
+
+grpc::Status ContextService::ListContexts(grpc::ServerContext*, const api::ListContextsRequest* request,
+                                          api::ListContextsResponse* response) {
+  return Ask(hub_, [&](Coordinator& core) -> Status {
+    REFOCUS_ASSIGN_OR_RETURN(*response, core.ListContexts(*request));
+    return absl::OkStatus();
+  });
+}
+
+grpc::Status ContextService::DeleteContext(grpc::ServerContext* context, const api::DeleteContextRequest* request,
+                                           api::DeleteContextResponse*) {
+  std::shared_ptr<Session> session;
+  const grpc::Status status = Ask(hub_, [&](Coordinator& core) -> Status {
+    REFOCUS_ASSIGN_OR_RETURN(session, core.DeleteContext(*request));
+    return absl::OkStatus();
+  });
+  if (!status.ok() || session == nullptr) return status;
+  Wakeup nobody;  // stopping work takes one command at most: polling is enough
+  while (hub_.With([&](Coordinator& core) { return core.Exists(session); })) {
+    if (context->IsCancelled()) return ToGrpc(absl::CancelledError("the caller went away; the context goes, too"));
+    nobody.Wait(kPollSeconds / 5);
+  }
+  return status;
+}
+
+grpc::Status ContextService::DeleteAdapter(grpc::ServerContext*, const api::DeleteAdapterRequest* request,
+                                           api::DeleteAdapterResponse*) {
+  return Ask(hub_, [&](Coordinator& core) { return core.DeleteAdapter(*request); });
+}
+
+}  // namespace refocus

@@ -1,0 +1,46 @@
+// Contexts: upload.h takes an upload apart, core/requests.cc decides, core/prefill.h and core/adapt.h work; here their progress
+// becomes streams.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "coordinator/hub.h"
+#include "refocus/v1/context.grpc.pb.h"
+
+namespace refocus {
+
+using ContextServiceBase = api::ContextService::WithCallbackMethod_CreateContext<
+    api::ContextService::WithCallbackMethod_PrefillContext<
+        api::ContextService::WithCallbackMethod_AdaptContext<api::ContextService::Service>>>;
+
+class ContextService : public ContextServiceBase {
+ public:
+  // An upload without a message for `upload_stall_seconds` ends.
+  ContextService(Hub& hub, double upload_stall_seconds) : hub_(hub), upload_stall_seconds_(upload_stall_seconds) {}
+
+  grpc::ServerReadReactor<api::CreateContextRequest>* CreateContext(grpc::CallbackServerContext*,
+                                                                    api::Context* response) override;
+  grpc::ServerWriteReactor<api::PrefillEvent>* PrefillContext(grpc::CallbackServerContext*,
+                                                              const api::PrefillContextRequest* request) override;
+  grpc::ServerWriteReactor<api::AdaptEvent>* AdaptContext(grpc::CallbackServerContext*,
+                                                          const api::AdaptContextRequest* request) override;
+  grpc::Status GetContext(grpc::ServerContext*, const api::GetContextRequest* request, api::Context* response) override;
+  grpc::Status ListContexts(grpc::ServerContext*, const api::ListContextsRequest* request,
+                            api::ListContextsResponse* response) override;
+  grpc::Status DeleteContext(grpc::ServerContext* context, const api::DeleteContextRequest* request,
+                             api::DeleteContextResponse*) override;
+  grpc::Status DeleteAdapter(grpc::ServerContext*, const api::DeleteAdapterRequest* request,
+                             api::DeleteAdapterResponse*) override;
+
+ private:
+  Status Create(ReadCall<api::CreateContextRequest>& call, api::Context* response);
+  Status Prefill(WriteCall<api::PrefillEvent>& call, const api::PrefillContextRequest& request);
+  Status Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptContextRequest& request);
+
+  Hub& hub_;
+  const double upload_stall_seconds_;
+  std::atomic<int64_t> upload_bytes_{0};  // held by all uploads under way
+};
+
+}  // namespace refocus

@@ -1,0 +1,186 @@
+#include "coordinator/core/adapt.h"
+
+#include <cinttypes>
+#include <cmath>
+#include <cstdio>
+#include <utility>
+
+#include "base/check.h"
+
+namespace refocus {
+namespace {
+
+std::string Hex(uint64_t value) {
+  char text[17];
+  std::snprintf(text, sizeof(text), "%016" PRIx64, value);
+  return text;
+}
+
+}  // namespace
+
+AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, AdaptPlan plan, JobTools* tools)
+    : Job(id, now), session_(std::move(session)), plan_(std::move(plan)), tools_(tools) {
+  const auto& effective = plan_.effective;
+  spans_ = plan_.explicit_spans.empty()
+               ? MakeUniformSpans(session_->token_count(), effective.span_tokens(), plan_.probes, effective.seed())
+               : MakeExplicitSpans(plan_.explicit_spans);
+  adapter_.set_id(plan_.adapter_id);
+  adapter_.set_uid(plan_.public_uid);
+  adapter_.set_revision(plan_.kept_revision + 1);
+  adapter_.set_steps(plan_.earlier_steps + effective.steps());
+  *events_.emplace_back().mutable_effective() = effective;
+}
+
+bool AdaptJob::NextCommand(wire::Command* command, double) {
+  if (phase_ == Phase::kProbeBefore && plan_.probes.empty()) phase_ = Phase::kSteps;
+  switch (phase_) {
+    case Phase::kBegin:
+      FillBegin(command->mutable_begin_adapt());
+      phase_ = Phase::kProbeBefore;
+      return true;
+    case Phase::kProbeBefore:
+      FillProbe(command->mutable_probe_loss());
+      phase_ = Phase::kSteps;
+      break;
+    case Phase::kSteps:
+      FillStep(command->mutable_adapt_step());
+      if (steps_sent_ == plan_.effective.steps()) phase_ = Phase::kProbeAfter;
+      break;
+    case Phase::kProbeAfter:  // also without probes: it brings the delta's hash
+      FillProbe(command->mutable_probe_loss());
+      phase_ = Phase::kCommit;
+      break;
+    case Phase::kCommit: {
+      if (!measured_after_) return false;  // commit or not is decided by what comes back
+      wire::EndAdapt* end = command->mutable_end_adapt();
+      end->set_adapter(plan_.adapter_uid);
+      end->set_commit(true);
+      end->set_revision(adapter_.revision());
+      phase_ = Phase::kAllSent;
+      return true;
+    }
+    case Phase::kAllSent:
+      return false;
+  }
+  command->set_job(id());
+  return true;
+}
+
+void AdaptJob::FillBegin(wire::BeginAdapt* begin) const {
+  const auto& effective = plan_.effective;
+  begin->set_context(session_->cache_uid());
+  begin->set_adapter(plan_.adapter_uid);
+  begin->set_from_committed(plan_.from_committed);
+  begin->set_learning_rate(static_cast<float>(effective.learning_rate()));
+  begin->set_weight_decay(static_cast<float>(effective.weight_decay()));
+  begin->set_clip_norm(static_cast<float>(effective.clip_norm()));
+  begin->set_beta1(static_cast<float>(effective.beta1()));
+  begin->set_beta2(static_cast<float>(effective.beta2()));
+  begin->set_epsilon(static_cast<float>(effective.epsilon()));
+}
+
+void AdaptJob::FillProbe(wire::ProbeLoss* probe) const {
+  probe->set_adapter(plan_.adapter_uid);
+  for (const SpanRange& range : plan_.probes) FillSpan(range, probe->add_spans());
+}
+
+void AdaptJob::FillStep(wire::AdaptStep* step) {
+  step->set_adapter(plan_.adapter_uid);
+  step->set_step(++steps_sent_);
+  for (int64_t i = 0; i < plan_.effective.spans_per_step(); ++i) FillSpan(spans_->Next(), step->add_spans());
+}
+
+void AdaptJob::FillSpan(const SpanRange& range, wire::Span* span) const {
+  REFOCUS_CHECK_LT(range.start + range.rows, session_->token_count());
+  span->set_start(range.start);
+  const auto first = session_->tokens().begin() + range.start;
+  span->mutable_ids()->Assign(first, first + range.rows + 1);
+}
+
+void AdaptJob::OnResult(const wire::Command& command, const wire::Result& result, double now) {
+  const bool ok = result.code() == 0 && !result.cancelled();
+  if (command.has_begin_adapt()) begun_ = ok;
+  if (command.has_end_adapt() && ok) begun_ = false;
+  if (!ok || stopping()) {
+    if (command.has_end_adapt() && ok && command.end_adapt().commit()) OnCommitted(now);
+    return;
+  }
+  if (command.has_probe_loss()) OnProbe(result, now);
+  if (command.has_adapt_step()) OnStep(command.adapt_step(), result, now);
+  if (command.has_end_adapt()) OnCommitted(now);
+}
+
+void AdaptJob::OnProbe(const wire::Result& result, double now) {
+  const bool before = !plan_.probes.empty() && !adapter_.has_probe_loss_before();
+  if (!plan_.probes.empty() && !std::isfinite(result.loss())) {
+    RollBack("NON_FINITE_LOSS", "the probe loss is not finite", before ? 0 : plan_.effective.steps(), now);
+    return;
+  }
+  if (before) {
+    adapter_.set_probe_loss_before(result.loss());
+    events_.emplace_back().set_probe_loss_before(result.loss());
+    Changed();
+    return;
+  }
+  adapter_.set_delta_hash(Hex(result.agree()));
+  measured_after_ = true;
+  if (plan_.probes.empty()) return;
+  adapter_.set_probe_loss_after(result.loss());
+  events_.emplace_back().set_probe_loss_after(result.loss());
+  Changed();
+  const double rise = result.loss() - adapter_.probe_loss_before();
+  if (rise > plan_.effective.max_probe_rise()) {
+    RollBack("LOSS_DIVERGED",
+             "probe loss rose by " + std::to_string(rise) + " nats, allowed " +
+                 std::to_string(plan_.effective.max_probe_rise()) + "; lower learning_rate or steps",
+             plan_.effective.steps(), now);
+  }
+}
+
+void AdaptJob::OnStep(const wire::AdaptStep& step, const wire::Result& result, double now) {
+  if (!std::isfinite(result.loss()) || !std::isfinite(result.grad_norm())) {
+    RollBack("NON_FINITE_LOSS", "loss or gradient of step " + std::to_string(step.step()) + " is not finite", step.step(),
+             now);
+    return;
+  }
+  if (step.step() == 1) adapter_.set_first_loss(result.loss());
+  adapter_.set_last_loss(result.loss());
+  api::AdaptEvent::Step* event = events_.emplace_back().mutable_step();
+  event->set_step(step.step());
+  event->set_loss(result.loss());
+  event->set_grad_norm(result.grad_norm());
+  event->set_step_seconds(result.seconds());
+  for (const wire::Span& span : step.spans()) {
+    event->add_span_starts(span.start());
+    rows_done_ += span.ids_size() - 1;
+  }
+  Changed();
+}
+
+// The ranks have committed: from here on nothing can take the revision back.
+void AdaptJob::OnCommitted(double now) {
+  committed_ = adapter_;
+  api::AdaptEvent& last = events_.emplace_back();
+  *last.mutable_adapter() = adapter_;
+  *last.mutable_usage() = UsageOf(*this, rows_done_, now, *tools_);
+  Stop(absl::OkStatus(), now);
+}
+
+void AdaptJob::RollBack(const char* reason, const std::string& message, int64_t step, double now) {
+  const std::string kept = std::to_string(plan_.kept_revision);
+  Stop(Error(StatusCode::kAborted, reason, message + "; the adapter stays at revision " + kept,
+             {{"step", std::to_string(step)}, {"kept_revision", kept}}),
+       now);
+}
+
+void AdaptJob::NextCleanup(wire::Command* command) {
+  command->mutable_end_adapt()->set_adapter(plan_.adapter_uid);
+  begun_ = false;
+}
+
+void AdaptJob::OnEnd(double now) {
+  session_->FinishAdapt(plan_.adapter_uid, committed_);
+  session_->Touch(now);
+}
+
+}  // namespace refocus

@@ -1,0 +1,72 @@
+// Adaptation: BeginAdapt, probe loss before, gradient steps with two on the way, probe loss after (and the delta's hash), then
+// commit, or roll back when something was not finite, diverged, failed, or was cancelled. The adapter is at its old revision
+// or at the next one, on all ranks, whatever happens.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "coordinator/core/job.h"
+#include "coordinator/core/prefill.h"
+#include "coordinator/core/session.h"
+#include "coordinator/core/span_policy.h"
+
+namespace refocus {
+
+struct AdaptPlan {
+  std::string adapter_id;
+  api::AdaptEvent::Effective effective;  // checked, with defaults filled in
+  std::vector<SpanRange> probes;
+  std::vector<SpanRange> explicit_spans;  // empty: uniform
+  bool from_committed = false;
+  uint64_t adapter_uid = 0;
+  int64_t kept_revision = 0;   // of the adapter now; 0: a new one
+  int64_t earlier_steps = 0;   // behind the delta that it starts from
+  std::string public_uid;
+};
+
+class AdaptJob : public Job {
+ public:
+  // `session` was just moved to ADAPTING.
+  AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, AdaptPlan plan, JobTools* tools);
+
+  bool answered() const override { return ended(); }
+  const std::vector<api::AdaptEvent>& events() const { return events_; }
+  const std::shared_ptr<Session>& session() const { return session_; }
+  int watchers = 0;
+
+ protected:
+  bool NextCommand(wire::Command* command, double now) override;
+  bool HasCleanup() const override { return begun_; }
+  void NextCleanup(wire::Command* command) override;
+  void OnResult(const wire::Command& command, const wire::Result& result, double now) override;
+  void OnEnd(double now) override;
+
+ private:
+  enum class Phase { kBegin, kProbeBefore, kSteps, kProbeAfter, kCommit, kAllSent };
+  void FillBegin(wire::BeginAdapt* begin) const;
+  void FillProbe(wire::ProbeLoss* probe) const;
+  void FillStep(wire::AdaptStep* step);
+  void FillSpan(const SpanRange& range, wire::Span* span) const;
+  void OnProbe(const wire::Result& result, double now);
+  void OnStep(const wire::AdaptStep& step, const wire::Result& result, double now);
+  void OnCommitted(double now);
+  void RollBack(const char* reason, const std::string& message, int64_t step, double now);
+
+  const std::shared_ptr<Session> session_;
+  const AdaptPlan plan_;
+  JobTools* const tools_;
+  std::unique_ptr<SpanPolicy> spans_;
+  Phase phase_ = Phase::kBegin;
+  bool begun_ = false;       // the ranks hold a delta under adaptation
+  int64_t steps_sent_ = 0;
+  int64_t rows_done_ = 0;
+  bool measured_after_ = false;
+  api::Adapter adapter_;     // as it will be
+  std::optional<api::Adapter> committed_;
+  std::vector<api::AdaptEvent> events_;
+};
+
+}  // namespace refocus

@@ -1,0 +1,186 @@
+#include "coordinator/core/generate.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/limits.h"
+#include "base/shard_plan.h"
+
+namespace refocus {
+namespace {
+
+constexpr double kDecodeCommandSeconds = 0.05;
+constexpr int64_t kMaxDecodeSteps = 32;
+
+void FillLogprob(const wire::Token& token, api::TokenLogprob* out) {
+  out->set_id(token.id());
+  out->set_logprob(token.logprob());
+  for (int i = 0; i < std::min(token.top_ids_size(), token.top_logprobs_size()); ++i) {
+    api::TokenLogprob* top = out->add_top();
+    top->set_id(token.top_ids(i));
+    top->set_logprob(token.top_logprobs(i));
+  }
+}
+
+}  // namespace
+
+GenerateJob::GenerateJob(uint64_t id, double now, std::shared_ptr<Session> session, GeneratePlan plan,
+                         const Tokenizer* tokenizer, JobTools* tools)
+    : Job(id, now),
+      session_(std::move(session)),
+      plan_(std::move(plan)),
+      tokenizer_(tokenizer),
+      tools_(tools),
+      text_(plan_.stops) {}
+
+bool GenerateJob::NextCommand(wire::Command* command, double now) {
+  if (!open_sent_) {
+    open_sent_ = true;
+    started_ = now;
+    FillOpen(command->mutable_open_sequence());
+    return true;
+  }
+  const auto rows = static_cast<int64_t>(plan_.sequence.prompt.size()) + 1;
+  if (rows_sent_ < rows) {
+    FillExtend(command->mutable_extend_sequence());
+    command->set_job(id());
+    return true;
+  }
+  const int64_t steps = std::min(DecodeSteps(), plan_.max_tokens - tokens_asked_);
+  if (steps <= 0 || queue_.size() >= kMaxQueuedEvents) return false;
+  tokens_asked_ += steps;
+  command->mutable_decode_steps()->set_sequence(id());
+  command->mutable_decode_steps()->set_steps(static_cast<int32_t>(steps));
+  command->set_job(id());
+  return true;
+}
+
+void GenerateJob::FillOpen(wire::OpenSequence* open) const {
+  open->set_sequence(id());
+  open->set_context(session_->cache_uid());
+  open->set_adapter(plan_.sequence.adapter_uid);
+  open->set_revision(plan_.sequence.revision);
+  open->set_capacity(static_cast<int64_t>(plan_.sequence.prompt.size()) + plan_.max_tokens);
+  open->set_temperature(plan_.temperature);
+  open->set_seed(plan_.seed);
+  std::set<int32_t> stops = plan_.eos_ids;
+  stops.insert(plan_.stop_ids.begin(), plan_.stop_ids.end());
+  for (const int32_t id : stops) open->add_stop_ids(static_cast<uint32_t>(id));
+  open->set_top_logprobs(plan_.logprobs.value_or(0));
+}
+
+void GenerateJob::FillExtend(wire::ExtendSequence* extend) {
+  const std::vector<int32_t>& prompt = plan_.sequence.prompt;
+  const int64_t rows = static_cast<int64_t>(prompt.size()) + 1;
+  const int64_t first_pos = session_->token_count() - 1 + rows_sent_;
+  const int64_t count = tools_->chunks.NextRows(first_pos, rows - rows_sent_, kBlockTokens * tools_->ranks);
+  extend->set_sequence(id());
+  extend->set_first_pos(first_pos);
+  for (int64_t row = rows_sent_; row < rows_sent_ + count; ++row) {
+    extend->add_ids(static_cast<uint32_t>(row == 0 ? session_->tokens().back() : prompt[row - 1]));
+  }
+  rows_sent_ += count;
+  if (rows_sent_ < rows) return;
+  extend->set_sample(true);
+  tokens_asked_ = 1;
+}
+
+// As many as keep a command short, so that a cancel or another job does not wait long.
+int64_t GenerateJob::DecodeSteps() const {
+  if (step_seconds_ <= 0) return 1;
+  return std::clamp(static_cast<int64_t>(kDecodeCommandSeconds / step_seconds_), int64_t{1}, kMaxDecodeSteps);
+}
+
+void GenerateJob::OnPartial(const wire::Command&, const wire::Result& result, double now) { OnTokens(result, now); }
+
+void GenerateJob::OnResult(const wire::Command& command, const wire::Result& result, double now) {
+  const bool ok = result.code() == 0;
+  if (command.has_open_sequence()) opened_ = ok;
+  if (command.has_close_sequence()) opened_ = false;
+  if (!ok || stopping()) return;
+  if (command.has_decode_steps()) step_seconds_ = result.seconds() / command.decode_steps().steps();
+  OnTokens(result, now);
+}
+
+void GenerateJob::OnTokens(const wire::Result& result, double now) {
+  if (stopping() || result.code() != 0 || result.tokens().empty()) return;
+  api::GenerateEvent event;
+  for (const wire::Token& token : result.tokens()) {
+    OnToken(token, &event);
+    if (first_token_ < 0) first_token_ = now;
+    last_token_ = now;
+    if (reason_ == api::FINISH_REASON_UNSPECIFIED && tokens_ == plan_.max_tokens) reason_ = api::FINISH_LENGTH;
+    if (reason_ != api::FINISH_REASON_UNSPECIFIED) break;  // later tokens are no part of the answer
+  }
+  if (reason_ != api::FINISH_REASON_UNSPECIFIED) {
+    Finish(reason_, &event, now);
+    return;
+  }
+  queue_.push_back(std::move(event));
+  if (queue_.size() < kMaxQueuedEvents) {
+    full_since_ = -1;
+  } else if (full_since_ < 0) {
+    full_since_ = now;
+  }
+  Changed();
+}
+
+void GenerateJob::OnToken(const wire::Token& token, api::GenerateEvent* event) {
+  ++tokens_;
+  const auto id = static_cast<int32_t>(token.id());
+  const bool eos = plan_.eos_ids.count(id) != 0;
+  if (eos || plan_.stop_ids.count(id) != 0) {  // it ends the answer and is no part of it
+    reason_ = eos ? api::FINISH_EOS : api::FINISH_STOP;
+    return;
+  }
+  ++answer_tokens_;
+  event->add_token_ids(token.id());
+  if (plan_.logprobs) FillLogprob(token, event->add_logprobs());
+  if (tokenizer_ == nullptr) return;
+  event->mutable_text()->append(text_.Push(tokenizer_->TokenBytes(id, /*keep_special=*/false)));
+  if (text_.stopped()) reason_ = api::FINISH_STOP;
+}
+
+void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, double now) {
+  if (tokenizer_ != nullptr) {
+    event->mutable_text()->append(text_.Finish());
+    if (text_.stopped()) reason = api::FINISH_STOP;  // the held-back end completed a stop string
+  }
+  api::GenerateSummary* summary = event->mutable_summary();
+  summary->set_finish_reason(reason);
+  summary->set_context_tokens(session_->token_count());
+  summary->set_prompt_tokens(static_cast<int64_t>(plan_.sequence.prompt.size()));
+  summary->set_generated_tokens(answer_tokens_);
+  summary->set_seed(plan_.seed);
+  summary->set_temperature(plan_.temperature);
+  summary->set_max_tokens(plan_.max_tokens);
+  summary->set_adapter_revision(plan_.sequence.revision);
+  summary->set_queue_seconds(queue_seconds(now));
+  summary->set_prompt_seconds(first_token_ - started_);
+  summary->set_decode_seconds(last_token_ - first_token_);
+  const double decode = last_token_ - first_token_;
+  summary->set_tokens_per_second(decode > 0 ? static_cast<double>(tokens_ - 1) / decode : 0);
+  summary->set_stop(text_.stop());
+  queue_.push_back(std::move(*event));
+  Stop(absl::OkStatus(), now);
+}
+
+std::vector<api::GenerateEvent> GenerateJob::TakeEvents() {
+  std::vector<api::GenerateEvent> events(std::make_move_iterator(queue_.begin()), std::make_move_iterator(queue_.end()));
+  queue_.clear();
+  full_since_ = -1;
+  return events;
+}
+
+void GenerateJob::NextCleanup(wire::Command* command) {
+  command->mutable_close_sequence()->set_sequence(id());
+  opened_ = false;
+}
+
+void GenerateJob::OnEnd(double now) {
+  plan_.sequence.memory.reset();
+  session_->EndAnswer(plan_.sequence.adapter_id);
+  session_->Touch(now);
+}
+
+}  // namespace refocus

@@ -1,0 +1,92 @@
+// Generate: a sequence of its own after the context. The prompt's rows start with the context's last token, queried again, so
+// that there is a row to predict from; then a few decode steps a command, two commands on the way. A stop token or string,
+// max_tokens, a cancel or a failure ends it; the sequence is closed on the ranks in every case.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "coordinator/core/answer_text.h"
+#include "coordinator/core/job.h"
+#include "coordinator/core/prefill.h"
+#include "coordinator/core/session.h"
+#include "coordinator/tokenizer.h"
+
+namespace refocus {
+
+// A sequence on the ranks: which context, which queries.
+struct SequencePlan {
+  std::string adapter_id;    // empty: base queries
+  uint64_t adapter_uid = 0;
+  int64_t revision = 0;
+  std::vector<int32_t> prompt;  // may be empty
+  std::shared_ptr<KvReservation> memory;
+};
+
+struct GeneratePlan {
+  SequencePlan sequence;
+  int64_t max_tokens = 0;
+  double temperature = 0;
+  uint64_t seed = 0;
+  std::vector<std::string> stops;
+  std::set<int32_t> eos_ids;   // end tokens of the model; empty with ignore_eos
+  std::set<int32_t> stop_ids;  // the caller's
+  std::optional<int32_t> logprobs;
+};
+
+// What callers are sent and have not taken yet: bounded, so that one that does not read costs nothing but itself.
+inline constexpr size_t kMaxQueuedEvents = 1024;
+inline constexpr double kSlowReaderSeconds = 30;
+
+class GenerateJob : public Job {
+ public:
+  // StartAnswer was called on `session`. `tokenizer` may be null: ids only.
+  GenerateJob(uint64_t id, double now, std::shared_ptr<Session> session, GeneratePlan plan, const Tokenizer* tokenizer,
+              JobTools* tools);
+
+  // Events since the last call, the one with the summary last.
+  std::vector<api::GenerateEvent> TakeEvents();
+  // When the queue has been full, since when; else negative.
+  double full_since() const { return full_since_; }
+
+ protected:
+  bool NextCommand(wire::Command* command, double now) override;
+  bool HasCleanup() const override { return opened_; }
+  void NextCleanup(wire::Command* command) override;
+  void OnPartial(const wire::Command& command, const wire::Result& result, double now) override;
+  void OnResult(const wire::Command& command, const wire::Result& result, double now) override;
+  void OnEnd(double now) override;
+
+ private:
+  void FillOpen(wire::OpenSequence* open) const;
+  void FillExtend(wire::ExtendSequence* extend);
+  int64_t DecodeSteps() const;
+  void OnTokens(const wire::Result& result, double now);
+  void OnToken(const wire::Token& token, api::GenerateEvent* event);
+  void Finish(api::FinishReason reason, api::GenerateEvent* event, double now);
+
+  const std::shared_ptr<Session> session_;
+  GeneratePlan plan_;
+  const Tokenizer* const tokenizer_;
+  JobTools* const tools_;
+  AnswerText text_;
+  bool open_sent_ = false;
+  bool opened_ = false;
+  int64_t rows_sent_ = 0;       // of 1 + prompt
+  int64_t tokens_asked_ = 0;    // in commands
+  int64_t tokens_ = 0;          // sampled, the end token included
+  int64_t answer_tokens_ = 0;   // without the end token
+  double step_seconds_ = 0;     // of a token, newest measurement
+  double started_ = -1;
+  double first_token_ = -1;
+  double last_token_ = -1;
+  api::FinishReason reason_ = api::FINISH_REASON_UNSPECIFIED;
+  std::deque<api::GenerateEvent> queue_;
+  double full_since_ = -1;
+};
+
+}  // namespace refocus

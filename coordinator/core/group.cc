@@ -1,0 +1,154 @@
+#include "coordinator/core/group.h"
+
+#include <algorithm>
+#include <cstdio>
+
+#include "base/limits.h"
+
+namespace refocus {
+namespace {
+
+constexpr int32_t kMaxRanks = 4096;
+
+std::string Seconds(double seconds) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.1f s", seconds);
+  return text;
+}
+
+Status Mismatch(const char* reason, const char* what, const std::string& got, const std::string& allowed) {
+  return Error(StatusCode::kFailedPrecondition, reason,
+               std::string(what) + ": got " + got + ", allowed " + allowed +
+                   "; start the ranks with the coordinator's build, model and group size",
+               {{"got", got}, {"allowed", allowed}});
+}
+
+}  // namespace
+
+Status Group::CheckHello(const wire::Hello& hello) const {
+  if (hello.version() != kProtocolVersion) {
+    return Mismatch("VERSION_SKEW", "protocol version", hello.version(), kProtocolVersion);
+  }
+  if (hello.model_fingerprint() != options_.fingerprint) {
+    return Mismatch("MODEL_MISMATCH", "model fingerprint", hello.model_fingerprint(), options_.fingerprint);
+  }
+  if (hello.size() < 1 || hello.size() > kMaxRanks) {
+    return FieldError("size", std::to_string(hello.size()), "1 to " + std::to_string(kMaxRanks));
+  }
+  if (options_.size != 0 && hello.size() != options_.size) {
+    return Mismatch("GROUP_SIZE", "ranks", std::to_string(hello.size()), std::to_string(options_.size));
+  }
+  if (hello.rank() < 0 || hello.rank() >= hello.size()) {
+    return FieldError("rank", std::to_string(hello.rank()), "0 to " + std::to_string(hello.size() - 1));
+  }
+  if (hello.nonce().empty() || hello.nonce().size() > 128) return FieldError("nonce", "", "1 to 128 characters");
+  if (hello.kv_capacity_bytes() < 0) {
+    return FieldError("kv_capacity_bytes", std::to_string(hello.kv_capacity_bytes()), "0 or more");
+  }
+  if (hello.kv_bytes_per_token() < 1) {
+    return FieldError("kv_bytes_per_token", std::to_string(hello.kv_bytes_per_token()), "1 or more");
+  }
+  return absl::OkStatus();
+}
+
+Status Group::Hello(uint64_t link, const wire::Hello& hello, double now, Events* events) {
+  REFOCUS_RETURN_IF_ERROR(CheckHello(hello));
+  if (!ranks_.empty()) {
+    const wire::Hello& first = ranks_.begin()->second.hello;
+    if (hello.nonce() != first.nonce()) {
+      return Error(StatusCode::kUnavailable, "GROUP_TAKEN",
+                   "another launch is in the group; stop it, or wait until its loss is noticed");
+    }
+    if (hello.size() != first.size()) {
+      return Mismatch("GROUP_SIZE", "ranks", std::to_string(hello.size()), std::to_string(first.size()));
+    }
+    if (hello.kv_bytes_per_token() != first.kv_bytes_per_token()) {
+      return Mismatch("MODEL_MISMATCH", "kv_bytes_per_token", std::to_string(hello.kv_bytes_per_token()),
+                      std::to_string(first.kv_bytes_per_token()));
+    }
+    if (ranks_.count(hello.rank()) != 0) {
+      return Error(StatusCode::kAlreadyExists, "RANK_TAKEN", "rank " + std::to_string(hello.rank()) + " is there already");
+    }
+  }
+  Rank& rank = ranks_[hello.rank()];
+  rank.link = link;
+  rank.hello = hello;
+  rank.last_heartbeat = rank.last_progress = now;
+  if (static_cast<int32_t>(ranks_.size()) == hello.size()) {
+    state_ = State::kForming;
+    formed_from_ = now;
+    for (const auto& [index, member] : ranks_) events->form.push_back(member.link);
+  }
+  return absl::OkStatus();
+}
+
+void Group::Ready(uint64_t link, const wire::GroupReady& ready, double now, Events* events) {
+  const auto index = RankOf(link);
+  if (!index || state_ != State::kForming || ready.epoch() != epoch_) return;
+  Rank& rank = ranks_.at(*index);
+  rank.ready = true;
+  rank.last_heartbeat = rank.last_progress = now;
+  const bool all = std::all_of(ranks_.begin(), ranks_.end(), [](const auto& entry) { return entry.second.ready; });
+  if (!all) return;
+  state_ = State::kServing;
+  events->formed = true;
+}
+
+void Group::Beat(uint64_t link, const wire::Heartbeat& heartbeat, double now) {
+  const auto index = RankOf(link);
+  if (!index) return;
+  Rank& rank = ranks_.at(*index);
+  if (heartbeat.progress() != rank.heartbeat.progress()) rank.last_progress = now;
+  rank.heartbeat = heartbeat;
+  rank.last_heartbeat = now;
+}
+
+void Group::Closed(uint64_t link, const std::string& why, Events* events) {
+  const auto index = RankOf(link);
+  if (!index) return;
+  if (state_ == State::kWaiting) {  // not yet a group: the others may go on waiting for it
+    ranks_.erase(*index);
+    return;
+  }
+  Lose(Describe(*index) + " " + why, events);
+}
+
+void Group::Tick(double now, const std::vector<bool>& working, Events* events) {
+  std::string missing;
+  for (auto& [index, rank] : ranks_) {
+    const double silent = now - rank.last_heartbeat;
+    if (silent > options_.dead_seconds) return Lose(Describe(index) + " sent no heartbeat for " + Seconds(silent), events);
+    if (!rank.ready) missing += (missing.empty() ? "" : ", ") + Describe(index);
+    const bool busy = static_cast<size_t>(index) < working.size() && working[index];
+    if (!busy) rank.last_progress = now;
+    const double still = now - rank.last_progress;
+    if (still > options_.stuck_seconds) {
+      return Lose(Describe(index) + " is alive but made no progress for " + Seconds(still), events);
+    }
+  }
+  if (state_ == State::kForming && now - formed_from_ > options_.form_seconds) {
+    Lose(missing + " did not join within " + Seconds(options_.form_seconds), events);
+  }
+}
+
+void Group::Lose(const std::string& cause, Events* events) {
+  if (ranks_.empty()) return;
+  for (const auto& [index, rank] : ranks_) events->leave.push_back(rank.link);
+  ranks_.clear();
+  if (state_ != State::kWaiting) ++epoch_;
+  state_ = State::kWaiting;
+  last_incident_ = cause;
+  events->lost = cause;
+}
+
+std::optional<int32_t> Group::RankOf(uint64_t link) const {
+  for (const auto& [index, rank] : ranks_) {
+    if (rank.link == link) return index;
+  }
+  return std::nullopt;
+}
+
+// For callers too: no host names, addresses or process ids.
+std::string Group::Describe(int32_t rank) const { return "rank " + std::to_string(rank); }
+
+}  // namespace refocus

@@ -1,0 +1,53 @@
+// Prefill: OpenContext reserves the extents, then chunks in order, two on the way. A failure or a cancel closes the context
+// on the ranks and leaves it CREATED.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "coordinator/core/chunk_clock.h"
+#include "coordinator/core/job.h"
+#include "coordinator/core/session.h"
+
+namespace refocus {
+
+// What jobs share; lives as long as the coordinator.
+struct JobTools {
+  ChunkClock chunks;
+  int32_t ranks = 0;
+  std::function<std::vector<int64_t>()> rank_memory;  // resident bytes, per rank
+};
+
+api::PhaseUsage UsageOf(const Job& job, int64_t tokens, double now, const JobTools& tools);
+
+class PrefillJob : public Job {
+ public:
+  // `session` was just moved to PREFILLING. `tools` outlives the job.
+  PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, JobTools* tools);
+
+  bool answered() const override { return ended(); }  // a context that can be prefilled again, or is READY
+  const api::PrefillEvent& event() const { return event_; }  // newest progress
+  const std::shared_ptr<Session>& session() const { return session_; }
+  int watchers = 0;  // callers attached
+
+ protected:
+  bool NextCommand(wire::Command* command, double now) override;
+  bool HasCleanup() const override { return opened_ && !status().ok(); }
+  void NextCleanup(wire::Command* command) override;
+  void OnResult(const wire::Command& command, const wire::Result& result, double now) override;
+  void OnEnd(double now) override;
+
+ private:
+  void OnChunk(const wire::PrefillChunk& chunk, const wire::Result& result, double now);
+
+  const std::shared_ptr<Session> session_;
+  JobTools* const tools_;
+  bool open_sent_ = false;
+  bool opened_ = false;
+  int64_t sent_ = 0;  // tokens in commands
+  int64_t done_ = 0;  // tokens whose K/V exist on all ranks
+  api::PrefillEvent event_;
+};
+
+}  // namespace refocus

@@ -1,0 +1,320 @@
+// What Coordinator does for each RPC: admission, then a job or an answer.
+#include <algorithm>
+#include <cstdio>
+#include <utility>
+
+#include "base/check.h"
+#include "base/limits.h"
+#include "coordinator/core/coordinator.h"
+#include "coordinator/core/digest.h"
+#include "coordinator/core/validate.h"
+
+namespace refocus {
+namespace {
+
+constexpr int32_t kDefaultPage = 50;
+constexpr int32_t kMaxPage = 1000;
+constexpr size_t kMaxPageBytes = 512 << 10;  // an answer must fit what clients receive by default
+
+std::string RandomName(uint64_t random) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(random));
+  return text;
+}
+
+Status NotReady(const Session& session) {
+  return Error(StatusCode::kFailedPrecondition, "CONTEXT_NOT_READY",
+               session.name() + ": got state " + api::Context::State_Name(session.state()) +
+                   ", allowed READY; call PrefillContext first",
+               {{"name", session.name()}, {"state", api::Context::State_Name(session.state())}});
+}
+
+Status AdapterNotFound(const Session& session, const std::string& id) {
+  return Error(StatusCode::kNotFound, "ADAPTER_NOT_FOUND", session.name() + " has no adapter \"" + id + "\"",
+               {{"name", session.name()}, {"adapter_id", id}});
+}
+
+Status Busy(StatusCode code, const std::string& name, const std::string& what) {
+  return Error(code, "CONTEXT_BUSY", name + ": " + what, {{"name", name}});
+}
+
+std::string CreateKey(const api::CreateContextRequest::Header& header) { return "create/" + header.request_id(); }
+
+}  // namespace
+
+// ---- Contexts.
+
+StatusOr<Coordinator::UploadTicket> Coordinator::BeginUpload(const api::CreateContextRequest::Header& header) {
+  REFOCUS_RETURN_IF_ERROR(Admit());
+  REFOCUS_RETURN_IF_ERROR(CheckHeader(header));
+  UploadTicket ticket;
+  ticket.name = "contexts/" + (header.context_id().empty() ? RandomName(environment_.random()) : header.context_id());
+  const bool repeated = !header.request_id().empty() && requests_.Contains(CreateKey(header));
+  if (repeated) return ticket;  // decided when the whole body is known
+  REFOCUS_RETURN_IF_ERROR(catalog_.Claim(ticket.name));
+  ticket.claimed = true;
+  return ticket;
+}
+
+void Coordinator::GiveUpUpload(const UploadTicket& ticket) {
+  if (ticket.claimed) catalog_.Unclaim(ticket.name);
+}
+
+Status Coordinator::CheckTokenCount(int64_t tokens) const {
+  const int64_t limit = std::min(options_.model.max_positions, kMaxContextTokens);
+  if (tokens <= limit) return absl::OkStatus();
+  return Error(StatusCode::kInvalidArgument, "CONTEXT_TOO_LONG",
+               "context: got " + std::to_string(tokens) + " tokens or more, allowed " + std::to_string(limit),
+               {{"got", std::to_string(tokens)}, {"limit", std::to_string(limit)}});
+}
+
+StatusOr<api::Context> Coordinator::FinishUpload(const UploadTicket& ticket,
+                                                 const api::CreateContextRequest::Header& header, TokenIds tokens,
+                                                 const std::string& content_hash) {
+  GiveUpUpload(ticket);  // claimed or not: from here on it is decided at once
+  REFOCUS_RETURN_IF_ERROR(Admit());
+  const auto count = static_cast<int64_t>(tokens->size());
+  if (count == 0) return FieldError("tokens", "0", "1 or more");
+  REFOCUS_RETURN_IF_ERROR(CheckTokenCount(count));
+  api::CreateContextRequest::Header body = header;
+  body.clear_request_id();
+  const std::string body_hash = MessageDigest(body) + content_hash;
+  if (!header.request_id().empty()) {
+    REFOCUS_ASSIGN_OR_RETURN(const RequestOutcome* outcome, requests_.Find(CreateKey(header), body_hash));
+    if (outcome != nullptr) return std::get<api::Context>(*outcome);
+  }
+  if (group_.state() == Group::State::kServing) REFOCUS_RETURN_IF_ERROR(ledger_.Check(0, count));
+  if (catalog_.stored_tokens() + count > options_.max_stored_tokens) {
+    return Error(StatusCode::kResourceExhausted, "TOKEN_MEMORY",
+                 "stored tokens: got " + std::to_string(catalog_.stored_tokens() + count) + ", allowed " +
+                     std::to_string(options_.max_stored_tokens) + "; delete a context",
+                 {{"limit", std::to_string(options_.max_stored_tokens)}});
+  }
+  REFOCUS_RETURN_IF_ERROR(catalog_.Claim(ticket.name));
+  Session::Setup setup;
+  setup.name = ticket.name;
+  setup.tokens = std::move(tokens);
+  setup.labels = {header.labels().begin(), header.labels().end()};
+  setup.ttl_seconds = TtlSeconds(header, options_.default_ttl_seconds);
+  auto session = std::make_shared<Session>(std::move(setup), now(), environment_.unix_now());
+  api::Context context = session->ToProto(now(), environment_.unix_now());
+  if (header.validate_only()) {
+    catalog_.Unclaim(ticket.name);
+    return context;
+  }
+  catalog_.Put(std::move(session));
+  if (!header.request_id().empty()) requests_.Put(CreateKey(header), body_hash, context);
+  return context;
+}
+
+StatusOr<api::Context> Coordinator::GetContext(const std::string& name) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(name));
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(name));
+  return session->ToProto(now(), environment_.unix_now());
+}
+
+StatusOr<api::ListContextsResponse> Coordinator::ListContexts(const api::ListContextsRequest& request) {
+  if (request.page_size() < 0) return FieldError("page_size", std::to_string(request.page_size()), "0 or more");
+  const int32_t size = request.page_size() == 0 ? kDefaultPage : std::min(request.page_size(), kMaxPage);
+  REFOCUS_ASSIGN_OR_RETURN(const auto sessions, catalog_.Page(request.page_token()));
+  api::ListContextsResponse response;
+  size_t bytes = 0;
+  for (const std::shared_ptr<Session>& session : sessions) {
+    if (response.contexts_size() == size || bytes > kMaxPageBytes) {
+      response.set_next_page_token(catalog_.PageToken(response.contexts(response.contexts_size() - 1).name()));
+      break;
+    }
+    *response.add_contexts() = session->ToProto(now(), environment_.unix_now());
+    bytes += response.contexts(response.contexts_size() - 1).ByteSizeLong();
+  }
+  return response;
+}
+
+StatusOr<std::shared_ptr<Session>> Coordinator::DeleteContext(const api::DeleteContextRequest& request) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  auto found = catalog_.Get(request.name());
+  if (!found.ok()) {
+    if (request.allow_missing()) return std::shared_ptr<Session>();
+    return found.status();
+  }
+  const std::shared_ptr<Session> session = *found;
+  if (session->busy() && !request.force()) {
+    return Busy(StatusCode::kFailedPrecondition, request.name(), "work runs on it; wait, or set force to cancel it");
+  }
+  session->deleting = true;
+  const std::vector<Tracked> running = tracked_;
+  for (const Tracked& tracked : running) {
+    if (tracked.session == session) {
+      scheduler_.Stop(*tracked.job, absl::CancelledError("the context was deleted"), now());
+    }
+  }
+  Settle();
+  return session;
+}
+
+Status Coordinator::DeleteAdapter(const api::DeleteAdapterRequest& request) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  REFOCUS_RETURN_IF_ERROR(CheckAdapterId(request.adapter_id()));
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  Session::Adapter* adapter = session->FindAdapter(request.adapter_id());
+  if (adapter == nullptr) return AdapterNotFound(*session, request.adapter_id());
+  if (session->adapting() || adapter->users > 0) {
+    return Busy(StatusCode::kFailedPrecondition, request.name(), "the adapter is in use; wait");
+  }
+  wire::Command command;
+  command.mutable_drop_adapter()->set_adapter(adapter->uid);
+  session->EraseAdapter(request.adapter_id());
+  SendFirst(std::move(command));
+  Settle();
+  return absl::OkStatus();
+}
+
+// ---- Work.
+
+StatusOr<Coordinator::PrefillStart> Coordinator::Prefill(const api::PrefillContextRequest& request) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  REFOCUS_RETURN_IF_ERROR(CheckOnDisconnect(request.on_disconnect()));
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  session->Touch(now());
+  if (session->has_cache()) return PrefillStart{nullptr, session};
+  if (session->state() == api::Context::PREFILLING) {
+    const std::shared_ptr<PrefillJob> job = prefills_.at(request.name());
+    if (job->stopping()) return Busy(StatusCode::kFailedPrecondition, request.name(), "its prefill is being cancelled; retry");
+    ++job->watchers;
+    return PrefillStart{job, session};
+  }
+  REFOCUS_RETURN_IF_ERROR(CheckServing());
+  REFOCUS_RETURN_IF_ERROR(CheckQueue());
+  REFOCUS_ASSIGN_OR_RETURN(auto memory, ledger_.Reserve(0, session->token_count()));
+  session->StartPrefill(NextId(), std::move(memory));
+  auto job = std::make_shared<PrefillJob>(NextId(), now(), session, &tools_);
+  ++job->watchers;
+  prefills_[request.name()] = job;
+  Track(job, session);
+  return PrefillStart{job, session};
+}
+
+api::PrefillEvent Coordinator::PrefillResult(const Session& session) const {
+  api::PrefillEvent event = session.last_prefill();
+  *event.mutable_context() = session.ToProto(now(), environment_.unix_now());
+  return event;
+}
+
+StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& request, Session& session) {
+  // A request id without a seed gets the same one again: a repeated call repeats the work.
+  uint64_t seed = environment_.random();
+  if (!request.request_id().empty()) seed = std::stoull(Digest("seed/" + request.request_id()).substr(0, 16), nullptr, 16);
+  REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, session.token_count(), seed));
+  const Session::Adapter* adapter = session.FindAdapter(plan.adapter_id);
+  if (adapter == nullptr && plan.from_committed) return AdapterNotFound(session, plan.adapter_id);
+  plan.adapter_uid = adapter != nullptr ? adapter->uid : NextId();
+  plan.public_uid = adapter != nullptr ? adapter->info.uid() : RandomName(environment_.random());
+  plan.kept_revision = adapter != nullptr ? adapter->info.revision() : 0;
+  plan.earlier_steps = plan.from_committed ? adapter->info.steps() : 0;
+  return plan;
+}
+
+StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequest& request) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  REFOCUS_RETURN_IF_ERROR(CheckOnDisconnect(request.on_disconnect()));
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  const std::string key = "adapt/" + request.request_id();
+  api::AdaptContextRequest body = request;
+  body.clear_request_id();
+  body.clear_on_disconnect();
+  const std::string body_hash = MessageDigest(body);
+  if (!request.request_id().empty() && !request.validate_only()) {
+    REFOCUS_ASSIGN_OR_RETURN(const RequestOutcome* outcome, requests_.Find(key, body_hash));
+    if (outcome != nullptr && std::holds_alternative<AdaptOutcome>(*outcome)) {
+      const auto& done = std::get<AdaptOutcome>(*outcome);
+      return AdaptStart{nullptr, {done.effective, done.last}};
+    }
+    if (outcome != nullptr) {
+      AdaptStart start{std::get<std::shared_ptr<AdaptJob>>(*outcome), {}};
+      ++start.job->watchers;
+      return start;
+    }
+  }
+  REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdaptJob(request, *session));
+  if (!session->has_cache()) {
+    REFOCUS_RETURN_IF_ERROR(CheckServing());
+    return NotReady(*session);
+  }
+  if (session->adapting()) return Busy(StatusCode::kAborted, request.name(), "another adaptation runs; wait for its end");
+  if (request.validate_only()) {
+    AdaptStart start;
+    *start.events.emplace_back().mutable_effective() = plan.effective;
+    return start;
+  }
+  REFOCUS_RETURN_IF_ERROR(CheckQueue());
+  session->StartAdapt();
+  auto job = std::make_shared<AdaptJob>(NextId(), now(), session, std::move(plan), &tools_);
+  ++job->watchers;
+  if (!request.request_id().empty()) {
+    requests_.Put(key, body_hash, job);
+    adapt_keys_[job.get()] = {key, body_hash};
+  }
+  Track(job, session);
+  return AdaptStart{job, {}};
+}
+
+StatusOr<SequencePlan> Coordinator::PlanSequence(const std::shared_ptr<Session>& session, const std::string& adapter_id,
+                                                 std::vector<int32_t> prompt, int64_t answer_tokens) {
+  if (!session->has_cache()) {
+    REFOCUS_RETURN_IF_ERROR(CheckServing());
+    return NotReady(*session);
+  }
+  const auto prompt_tokens = static_cast<int64_t>(prompt.size());
+  REFOCUS_RETURN_IF_ERROR(
+      CheckWindow(session->token_count(), prompt_tokens, answer_tokens, options_.model.max_positions));
+  SequencePlan plan;
+  plan.adapter_id = adapter_id;
+  if (!adapter_id.empty()) {
+    REFOCUS_RETURN_IF_ERROR(CheckAdapterId(adapter_id));
+    const Session::Adapter* adapter = session->FindAdapter(adapter_id);
+    if (adapter == nullptr) return AdapterNotFound(*session, adapter_id);
+    plan.adapter_uid = adapter->uid;
+    plan.revision = adapter->info.revision();
+  }
+  REFOCUS_RETURN_IF_ERROR(CheckQueue());
+  REFOCUS_ASSIGN_OR_RETURN(plan.memory, ledger_.Reserve(session->token_count(), prompt_tokens + answer_tokens));
+  plan.prompt = std::move(prompt);
+  return plan;
+}
+
+StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::GenerateRequest& request,
+                                                             std::vector<int32_t> prompt) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  REFOCUS_ASSIGN_OR_RETURN(GeneratePlan plan,
+                           PlanGenerate(request, options_.model, tokenizer_.get(), environment_.random()));
+  REFOCUS_ASSIGN_OR_RETURN(plan.sequence,
+                           PlanSequence(session, request.adapter_id(), std::move(prompt), plan.max_tokens));
+  session->StartAnswer(request.adapter_id());
+  auto job = std::make_shared<GenerateJob>(NextId(), now(), session, std::move(plan), tokenizer_.get(), &tools_);
+  Track(job, session);
+  return job;
+}
+
+StatusOr<std::shared_ptr<ScoreJob>> Coordinator::Score(const api::ScoreRequest& request, std::vector<int32_t> prompt,
+                                                       std::vector<int32_t> target) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  if (target.empty()) return FieldError("target", "0 tokens", "1 or more");
+  if (request.target_id().size() > 256) return FieldError("target_id", "longer", "at most 256 bytes");
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  ScorePlan plan;
+  const auto target_tokens = static_cast<int64_t>(target.size());
+  REFOCUS_ASSIGN_OR_RETURN(plan.sequence,
+                           PlanSequence(session, request.adapter_id(), std::move(prompt), target_tokens));
+  plan.target = std::move(target);
+  plan.token_logprobs = request.token_logprobs();
+  plan.target_id = request.target_id();
+  session->StartAnswer(request.adapter_id());
+  auto job = std::make_shared<ScoreJob>(NextId(), now(), session, std::move(plan), &tools_);
+  Track(job, session);
+  return job;
+}
+
+}  // namespace refocus

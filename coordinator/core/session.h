@@ -1,0 +1,91 @@
+// One context from upload to deletion. Start reading the coordinator here.
+//
+//   CREATED --StartPrefill--> PREFILLING --FinishPrefill--> READY <--FinishAdapt / StartAdapt--> ADAPTING
+//      ^------------------------- DropCache (failed, cancelled, group lost) -------------------------'
+//
+// A session holds what outlives the worker group (name, tokens, labels, times) and what does not (K/V reservation, adapters).
+// Jobs drive it: prefill.h computes its K/V, adapt.h its adapters, generate.h and score.h answer from it. Every transition is
+// checked: an illegal one is a bug, not bad input; callers ask state() first.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "coordinator/core/kv_ledger.h"
+#include "coordinator/core/messages.h"
+
+namespace refocus {
+
+using TokenIds = std::shared_ptr<const std::vector<int32_t>>;
+
+class Session {
+ public:
+  using State = api::Context::State;
+  struct Adapter {
+    uint64_t uid = 0;  // on the ranks
+    api::Adapter info;
+    int users = 0;  // answers being made with it
+  };
+  struct Setup {
+    std::string name;  // "contexts/{id}"
+    TokenIds tokens;   // >= 1
+    std::map<std::string, std::string> labels;
+    double ttl_seconds = 3600;
+  };
+
+  Session(Setup setup, double now, double unix_now);
+
+  const std::string& name() const { return setup_.name; }
+  const std::vector<int32_t>& tokens() const { return *setup_.tokens; }
+  int64_t token_count() const { return static_cast<int64_t>(setup_.tokens->size()); }
+  State state() const { return state_; }
+  bool busy() const { return state_ == api::Context::PREFILLING || adapting() || answers_ > 0; }
+  bool adapting() const { return state_ == api::Context::ADAPTING; }
+  bool has_cache() const { return state_ == api::Context::READY || adapting(); }
+  uint64_t cache_uid() const { return cache_uid_; }  // of the context on the ranks; a new one for every prefill
+
+  // Prefill.
+  void StartPrefill(uint64_t cache_uid, std::shared_ptr<KvReservation> memory);
+  void Prefilled(int64_t tokens) { prefilled_ = tokens; }
+  void FinishPrefill(const api::PrefillEvent& last);
+  const api::PrefillEvent& last_prefill() const { return last_prefill_; }
+  // K/V and adapters are gone or going; the tokens stay. `why`: one sentence.
+  void DropCache(const std::string& why);
+
+  // Adaptation: one at a time. `committed` is the adapter's new revision; none: it stays at the old one.
+  void StartAdapt();
+  void FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter>& committed);
+  Adapter* FindAdapter(const std::string& id);
+  void EraseAdapter(const std::string& id) { adapters_.erase(id); }
+
+  // Answers (generate, score) while they run; `adapter_id` may be empty.
+  void StartAnswer(const std::string& adapter_id);
+  void EndAnswer(const std::string& adapter_id);
+
+  // Idle life. Running work keeps a session alive.
+  void Touch(double now) { last_used_ = now; }
+  bool Expired(double now) const { return !busy() && !deleting && now >= last_used_ + setup_.ttl_seconds; }
+
+  api::Context ToProto(double now, double unix_now) const;
+
+  bool deleting = false;  // no new work; goes as soon as nothing runs
+
+ private:
+  const Setup setup_;
+  const double created_unix_;
+  double last_used_;
+  State state_ = api::Context::CREATED;
+  std::string state_reason_;
+  uint64_t cache_uid_ = 0;
+  std::shared_ptr<KvReservation> memory_;
+  int64_t prefilled_ = 0;
+  api::PrefillEvent last_prefill_;
+  std::map<std::string, Adapter> adapters_;
+  int answers_ = 0;
+};
+
+}  // namespace refocus

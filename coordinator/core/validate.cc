@@ -1,0 +1,244 @@
+#include "coordinator/core/validate.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "base/limits.h"
+
+namespace refocus {
+namespace {
+
+constexpr size_t kMaxLabels = 32;
+constexpr size_t kMaxLabelBytes = 128;
+constexpr size_t kMaxRequestIdBytes = 128;
+constexpr double kMinTtlSeconds = 60;
+constexpr double kMaxTtlSeconds = 7 * 24 * 3600;
+
+// For messages: short, printable.
+std::string Shown(const std::string& text) {
+  std::string out;
+  for (const char c : text.substr(0, 80)) out.push_back(c >= 0x20 && c < 0x7f ? c : '?');
+  return "\"" + out + (text.size() > 80 ? "...\"" : "\"");
+}
+
+std::string Number(double value) {
+  char text[32];
+  std::snprintf(text, sizeof(text), "%g", value);
+  return text;
+}
+
+bool LowerAlnum(char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); }
+
+bool IsId(const std::string& id) {
+  if (id.empty() || id.size() > 63 || !LowerAlnum(id.front()) || !LowerAlnum(id.back())) return false;
+  return std::all_of(id.begin(), id.end(), [](char c) { return LowerAlnum(c) || c == '-'; });
+}
+
+Status CheckInt(const char* field, int64_t value, int64_t least, int64_t most) {
+  if (value >= least && value <= most) return absl::OkStatus();
+  return FieldError(field, std::to_string(value), std::to_string(least) + " to " + std::to_string(most));
+}
+
+// NaN fails every comparison and so is refused with the rest.
+Status CheckReal(const char* field, double value, double least, double most) {
+  if (value >= least && value <= most) return absl::OkStatus();
+  return FieldError(field, Number(value), Number(least) + " to " + Number(most));
+}
+
+Status CheckRealOrZero(const char* field, double value, double least, double most) {
+  if (value == 0 || (value >= least && value <= most)) return absl::OkStatus();
+  return FieldError(field, Number(value), "0, or " + Number(least) + " to " + Number(most));
+}
+
+}  // namespace
+
+Status CheckContextId(const std::string& id) {
+  if (IsId(id)) return absl::OkStatus();
+  return FieldError("context_id", Shown(id), "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?");
+}
+
+Status CheckContextName(const std::string& name) {
+  constexpr char kPrefix[] = "contexts/";
+  const size_t prefix = sizeof(kPrefix) - 1;
+  if (name.compare(0, prefix, kPrefix) == 0 && IsId(name.substr(prefix))) return absl::OkStatus();
+  return FieldError("name", Shown(name), "contexts/{id} with id [a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?");
+}
+
+Status CheckAdapterId(const std::string& id) {
+  if (IsId(id)) return absl::OkStatus();
+  return FieldError("adapter_id", Shown(id), "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?");
+}
+
+Status CheckRequestId(const std::string& id) {
+  const bool printable = std::all_of(id.begin(), id.end(), [](char c) { return c >= 0x20 && c < 0x7f; });
+  if (printable && id.size() <= kMaxRequestIdBytes) return absl::OkStatus();
+  return FieldError("request_id", Shown(id), "at most 128 printable ASCII characters");
+}
+
+Status CheckOnDisconnect(int value) {
+  if (api::OnDisconnect_IsValid(value)) return absl::OkStatus();
+  return FieldError("on_disconnect", std::to_string(value), "CONTINUE or CANCEL");
+}
+
+Status CheckHeader(const api::CreateContextRequest::Header& header) {
+  if (!header.context_id().empty()) REFOCUS_RETURN_IF_ERROR(CheckContextId(header.context_id()));
+  REFOCUS_RETURN_IF_ERROR(CheckRequestId(header.request_id()));
+  if (static_cast<size_t>(header.labels_size()) > kMaxLabels) {
+    return FieldError("labels", std::to_string(header.labels_size()) + " entries", "at most 32");
+  }
+  for (const auto& [key, value] : header.labels()) {
+    if (!key.empty() && key.size() <= kMaxLabelBytes && value.size() <= kMaxLabelBytes) continue;
+    return FieldError("labels", Shown(key), "keys of 1 to 128 bytes, values of at most 128");
+  }
+  if (!header.has_ttl()) return absl::OkStatus();
+  const auto& ttl = header.ttl();
+  const bool in_range = ttl.seconds() >= 0 && ttl.seconds() <= static_cast<int64_t>(kMaxTtlSeconds);
+  return CheckReal("ttl", in_range ? TtlSeconds(header, 0) : -1, kMinTtlSeconds, kMaxTtlSeconds);
+}
+
+double TtlSeconds(const api::CreateContextRequest::Header& header, double default_seconds) {
+  if (!header.has_ttl()) return default_seconds;
+  return static_cast<double>(header.ttl().seconds()) + header.ttl().nanos() * 1e-9;
+}
+
+StatusOr<std::vector<int32_t>> CheckIds(const google::protobuf::RepeatedField<uint32_t>& ids, int64_t vocab,
+                                        int64_t first_index) {
+  std::vector<int32_t> out(ids.size());
+  for (int i = 0; i < ids.size(); ++i) {
+    if (static_cast<int64_t>(ids[i]) >= vocab) {
+      const std::string index = std::to_string(first_index + i), got = std::to_string(ids[i]);
+      const std::string allowed = "0 to " + std::to_string(vocab - 1);
+      return Error(StatusCode::kInvalidArgument, "TOKEN_ID_OUT_OF_RANGE",
+                   "ids[" + index + "]: got " + got + ", allowed " + allowed,
+                   {{"index", index}, {"got", got}, {"allowed", allowed}});
+    }
+    out[i] = static_cast<int32_t>(ids[i]);
+  }
+  return out;
+}
+
+StatusOr<std::vector<int32_t>> PromptIds(const char* field, const api::Prompt& prompt, const ModelConfig& model,
+                                         const Tokenizer* tokenizer) {
+  if (prompt.has_ids()) return CheckIds(prompt.ids().ids(), model.vocab, 0);
+  if (prompt.text().empty()) return std::vector<int32_t>();
+  if (tokenizer == nullptr) {
+    return Error(StatusCode::kFailedPrecondition, "NO_TOKENIZER",
+                 std::string(field) + ": got text, but this model has no tokenizer; send ids");
+  }
+  return tokenizer->Encode(prompt.text(), prompt.allow_special(), model.max_positions);
+}
+
+Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t window) {
+  // Each is bounded by its own check long before the sum could overflow.
+  if (context + prompt + answer <= window) return absl::OkStatus();
+  return Error(StatusCode::kInvalidArgument, "CONTEXT_TOO_LONG",
+               "context + prompt + answer: got " + std::to_string(context) + " + " + std::to_string(prompt) + " + " +
+                   std::to_string(answer) + " tokens, allowed " + std::to_string(window) + "; lower max_tokens or shorten",
+               {{"context_tokens", std::to_string(context)},
+                {"prompt_tokens", std::to_string(prompt)},
+                {"answer_tokens", std::to_string(answer)},
+                {"limit", std::to_string(window)}});
+}
+
+namespace {
+
+Status PlanExplicitSpans(const api::AdaptContextRequest::ExplicitSpans& spans, int64_t token_count, AdaptPlan* plan) {
+  REFOCUS_RETURN_IF_ERROR(CheckInt("explicit_spans", spans.spans_size(), 1, kMaxExplicitSpans));
+  for (int i = 0; i < spans.spans_size(); ++i) {
+    const auto& span = spans.spans(i);
+    const std::string field = "explicit_spans[" + std::to_string(i) + "]";
+    REFOCUS_RETURN_IF_ERROR(CheckInt((field + ".length").c_str(), span.length(), 1, std::min(kMaxSpanTokens, token_count - 1)));
+    REFOCUS_RETURN_IF_ERROR(CheckInt((field + ".start").c_str(), span.start(), 0, token_count - 1 - span.length()));
+    plan->explicit_spans.push_back({span.start(), span.length()});
+  }
+  return absl::OkStatus();
+}
+
+Status CheckEffective(const api::AdaptEvent::Effective& e) {
+  REFOCUS_RETURN_IF_ERROR(CheckInt("steps", e.steps(), 1, kMaxAdaptSteps));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("span_tokens", e.span_tokens(), 1, kMaxSpanTokens));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step", e.spans_per_step(), 1, kMaxSpansPerStep));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("probe_spans", e.probe_spans(), 0, kMaxProbeSpans));
+  REFOCUS_RETURN_IF_ERROR(CheckRealOrZero("learning_rate", e.learning_rate(), 1e-12, 1));
+  REFOCUS_RETURN_IF_ERROR(CheckRealOrZero("weight_decay", e.weight_decay(), 1e-12, 1));
+  REFOCUS_RETURN_IF_ERROR(CheckReal("clip_norm", e.clip_norm(), 1e-6, 1e6));
+  REFOCUS_RETURN_IF_ERROR(CheckReal("beta1", e.beta1(), 0, 0.9999999));  // still below 1 as a float
+  REFOCUS_RETURN_IF_ERROR(CheckReal("beta2", e.beta2(), 0, 0.9999999));
+  REFOCUS_RETURN_IF_ERROR(CheckReal("epsilon", e.epsilon(), 1e-20, 1));
+  return CheckReal("max_probe_rise", e.max_probe_rise(), 0, 1e6);
+}
+
+}  // namespace
+
+StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, int64_t token_count, uint64_t seed) {
+  AdaptPlan plan;
+  plan.adapter_id = r.adapter_id().empty() ? "default" : r.adapter_id();
+  REFOCUS_RETURN_IF_ERROR(CheckAdapterId(plan.adapter_id));
+  auto& e = plan.effective;
+  e.set_steps(r.has_steps() ? r.steps() : 32);
+  e.set_span_tokens(r.has_span_tokens() ? r.span_tokens() : 128);
+  e.set_spans_per_step(r.has_spans_per_step() ? r.spans_per_step() : 1);
+  e.set_learning_rate(r.has_learning_rate() ? r.learning_rate() : 1e-5);
+  e.set_weight_decay(r.has_weight_decay() ? r.weight_decay() : 0.01);
+  e.set_clip_norm(r.has_clip_norm() ? r.clip_norm() : 1.0);
+  e.set_beta1(r.has_beta1() ? r.beta1() : 0.9);
+  e.set_beta2(r.has_beta2() ? r.beta2() : 0.999);
+  e.set_epsilon(r.has_epsilon() ? r.epsilon() : 1e-8);
+  e.set_seed(r.has_seed() ? r.seed() : seed);
+  e.set_probe_spans(r.has_probe_spans() ? r.probe_spans() : 2);
+  e.set_max_probe_rise(r.has_max_probe_rise() ? r.max_probe_rise() : 0.1);
+  REFOCUS_RETURN_IF_ERROR(CheckEffective(e));
+  if (token_count < 2) {
+    return Error(StatusCode::kFailedPrecondition, "CONTEXT_TOO_SHORT",
+                 "context: got 1 token, allowed 2 or more: there is nothing to predict");
+  }
+  e.set_span_tokens(std::min(e.span_tokens(), token_count - 1));
+  if (r.has_explicit_spans()) {
+    REFOCUS_RETURN_IF_ERROR(PlanExplicitSpans(r.explicit_spans(), token_count, &plan));
+  }
+  plan.probes = ProbeSpans(token_count, e.span_tokens(), e.probe_spans());
+  std::erase_if(plan.probes, [&](const SpanRange& probe) {  // what the caller trains on holds nothing out
+    return std::any_of(plan.explicit_spans.begin(), plan.explicit_spans.end(), [&](const SpanRange& span) {
+      return span.start <= probe.start + probe.rows && probe.start <= span.start + span.rows;
+    });
+  });
+  e.set_probe_spans(static_cast<int64_t>(plan.probes.size()));
+  plan.from_committed = r.continue_adapter();
+  return plan;
+}
+
+StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& r, const ModelConfig& model, const Tokenizer* tokenizer,
+                                    uint64_t seed) {
+  GeneratePlan plan;
+  plan.max_tokens = r.has_max_tokens() ? r.max_tokens() : 256;
+  plan.temperature = r.has_temperature() ? r.temperature() : 0;
+  plan.seed = r.has_seed() ? r.seed() : seed;
+  REFOCUS_RETURN_IF_ERROR(CheckInt("max_tokens", plan.max_tokens, 1, kMaxGeneratedTokens));
+  REFOCUS_RETURN_IF_ERROR(CheckRealOrZero("temperature", plan.temperature, 0.01, 100));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("stop", r.stop_size(), 0, kMaxStops));
+  for (const std::string& stop : r.stop()) {
+    REFOCUS_RETURN_IF_ERROR(CheckInt("stop (bytes)", static_cast<int64_t>(stop.size()), 1, kMaxStopBytes));
+    plan.stops.push_back(stop);
+  }
+  if (!plan.stops.empty() && tokenizer == nullptr) {
+    return Error(StatusCode::kFailedPrecondition, "NO_TOKENIZER",
+                 "stop: got strings, but this model has no tokenizer; use stop_token_ids");
+  }
+  REFOCUS_RETURN_IF_ERROR(CheckInt("stop_token_ids", r.stop_token_ids_size(), 0, kMaxStopTokenIds));
+  REFOCUS_ASSIGN_OR_RETURN(const auto stop_ids, CheckIds(r.stop_token_ids(), model.vocab, 0));
+  plan.stop_ids.insert(stop_ids.begin(), stop_ids.end());
+  if (!r.ignore_eos()) {
+    plan.eos_ids.insert(model.eos_tokens.begin(), model.eos_tokens.end());
+    if (tokenizer != nullptr) {
+      for (const int32_t id : tokenizer->eos_tokens()) plan.eos_ids.insert(id);
+    }
+  }
+  if (r.has_logprobs()) {
+    REFOCUS_RETURN_IF_ERROR(CheckInt("logprobs", r.logprobs(), 0, std::min<int64_t>(kMaxTopLogprobs, model.vocab)));
+    plan.logprobs = r.logprobs();
+  }
+  return plan;
+}
+
+}  // namespace refocus

@@ -1,0 +1,45 @@
+// Everything a request says is checked here, before anything is allocated or sent: each function refuses with INVALID_ARGUMENT
+// that names field, value and limit, or returns what to do with every default filled in. Pure.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/model_config.h"
+#include "base/status.h"
+#include "coordinator/core/adapt.h"
+#include "coordinator/core/generate.h"
+#include "coordinator/core/messages.h"
+#include "coordinator/tokenizer.h"
+
+namespace refocus {
+
+// "contexts/{id}", id as in CreateContextRequest.
+Status CheckContextName(const std::string& name);
+Status CheckContextId(const std::string& id);
+Status CheckAdapterId(const std::string& id);    // 1 to 63 of [a-z0-9-]
+Status CheckRequestId(const std::string& id);    // may be empty
+Status CheckOnDisconnect(int value);               // an enum value that this build does not know is refused
+Status CheckHeader(const api::CreateContextRequest::Header& header);
+double TtlSeconds(const api::CreateContextRequest::Header& header, double default_seconds);
+
+// fixed32 on the wire, int32 inside. TOKEN_ID_OUT_OF_RANGE with index and value.
+StatusOr<std::vector<int32_t>> CheckIds(const google::protobuf::RepeatedField<uint32_t>& ids, int64_t vocab,
+                                        int64_t first_index);
+
+// Text is tokenized: FAILED_PRECONDITION NO_TOKENIZER when `tokenizer` is null. Unset content: no tokens.
+StatusOr<std::vector<int32_t>> PromptIds(const char* field, const api::Prompt& prompt, const ModelConfig& model,
+                                         const Tokenizer* tokenizer);
+
+// INVALID_ARGUMENT CONTEXT_TOO_LONG when context + prompt + answer exceed the model's window.
+Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t window);
+
+// `token_count` of the context. Fills effective, probes, explicit_spans; `seed` is used when the request has none.
+StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, int64_t token_count, uint64_t seed);
+
+// Everything but the sequence.
+StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& request, const ModelConfig& model, const Tokenizer* tokenizer,
+                                    uint64_t seed);
+
+}  // namespace refocus

@@ -1,0 +1,181 @@
+#include "coordinator/inference_service.h"
+
+#include <deque>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/limits.h"
+#include "coordinator/core/validate.h"
+
+namespace refocus {
+namespace {
+
+constexpr double kPollSeconds = 0.05;
+constexpr double kIdleReadSeconds = 120;
+constexpr size_t kScoreWindow = 8;  // targets under way in one call: enough to keep two commands out
+
+using GenerateCall = WriteCall<api::GenerateEvent>;
+using ScoreCall = BidiCall<api::ScoreRequest, api::ScoreEvent>;
+
+// Work that ends with its call.
+template <typename OwnedJob>
+class Owned {
+ public:
+  Owned(Hub& hub, std::shared_ptr<OwnedJob> job, std::shared_ptr<Wakeup> wakeup)
+      : hub_(hub), job_(std::move(job)), watching_(hub, job_->id(), std::move(wakeup)) {}
+  ~Owned() {
+    hub_.With([&](Coordinator& core) { core.Stop(*job_, absl::CancelledError("the caller went away")); });
+  }
+  Owned(const Owned&) = delete;
+  Owned& operator=(const Owned&) = delete;
+  OwnedJob* operator->() const { return job_.get(); }
+
+ private:
+  Hub& hub_;
+  const std::shared_ptr<OwnedJob> job_;
+  const Watching watching_;
+};
+
+Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& request) {
+  REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
+  REFOCUS_ASSIGN_OR_RETURN(auto job, hub.With([&](Coordinator& core) {
+    const Status admitted = core.Admit();
+    return admitted.ok() ? core.Generate(request, std::move(prompt)) : StatusOr<std::shared_ptr<GenerateJob>>(admitted);
+  }));
+  const Owned<GenerateJob> answer(hub, std::move(job), call.wakeup());
+  std::deque<api::GenerateEvent> pending;
+  while (true) {
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
+    const bool can_write = call.CanWrite();
+    bool over = false;
+    Status status;
+    hub.With([&](Coordinator&) {
+      if (can_write && pending.empty()) {
+        for (api::GenerateEvent& event : answer->TakeEvents()) pending.push_back(std::move(event));
+      }
+      over = answer->answered();
+      if (over) status = answer->status();
+    });
+    if (can_write && !pending.empty()) {
+      call.Write(std::move(pending.front()));
+      pending.pop_front();
+      continue;
+    }
+    // A failure does not wait for a caller that does not read.
+    if (over && pending.empty() && can_write) return status;
+    if (over && !can_write && !status.ok()) return status;
+    call.Wait(kPollSeconds);
+  }
+}
+
+StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest& request) {
+  REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
+  REFOCUS_ASSIGN_OR_RETURN(auto target, PromptIds("target", request.target(), hub.model(), hub.tokenizer()));
+  return hub.With([&](Coordinator& core) {
+    const Status admitted = core.Admit();
+    return admitted.ok() ? core.Score(request, std::move(prompt), std::move(target))
+                         : StatusOr<std::shared_ptr<ScoreJob>>(admitted);
+  });
+}
+
+Status StreamScores(ScoreCall& call, Hub& hub) {
+  std::deque<std::unique_ptr<Owned<ScoreJob>>> window;  // in the order of the targets
+  Status refused;  // of a target: those before it are still answered
+  api::ScoreRequest request;
+  int64_t targets = 0;
+  double last_read = 0;
+  while (true) {
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
+    bool moved = false;
+    if (window.size() < kScoreWindow && refused.ok() && call.Take(&request)) {
+      moved = true;
+      ++targets;
+      last_read = call.age_seconds();
+      auto job = StartScore(hub, request);
+      if (job.ok()) {
+        window.push_back(std::make_unique<Owned<ScoreJob>>(hub, *std::move(job), call.wakeup()));
+      } else {
+        refused = job.status();
+      }
+    }
+    if (!window.empty() && call.CanWrite()) {
+      Status status;
+      api::ScoreEvent event;
+      const bool over = hub.With([&](Coordinator&) {
+        status = (*window.front())->status();
+        event = (*window.front())->event();
+        return (*window.front())->answered();
+      });
+      if (over) {
+        REFOCUS_RETURN_IF_ERROR(status);
+        call.Write(std::move(event));
+        window.pop_front();
+        moved = true;
+      }
+    }
+    if (moved) continue;
+    if (window.empty() && call.CanWrite()) {
+      REFOCUS_RETURN_IF_ERROR(refused);
+      if (call.read_closed() && targets == 0) return FieldError("target", "none", "1 or more");
+      if (call.read_closed()) return absl::OkStatus();
+      if (call.age_seconds() - last_read > kIdleReadSeconds) {
+        return Error(StatusCode::kDeadlineExceeded, "DEADLINE", "no target for 120 s");
+      }
+    }
+    call.Wait(kPollSeconds);
+  }
+}
+
+Status NoTokenizer() {
+  return Error(StatusCode::kFailedPrecondition, "NO_TOKENIZER", "this model has no tokenizer; use ids");
+}
+
+Status Tokenized(Hub& hub, const api::TokenizeRequest& request, api::TokenizeResponse* response) {
+  REFOCUS_RETURN_IF_ERROR(hub.With([](Coordinator& core) { return core.Admit(); }));
+  const Tokenizer* tokenizer = hub.tokenizer();
+  if (tokenizer == nullptr) return NoTokenizer();
+  REFOCUS_ASSIGN_OR_RETURN(const auto ids, tokenizer->Encode(request.text(), request.allow_special(), kMaxContextTokens));
+  response->mutable_ids()->Reserve(static_cast<int>(ids.size()) + 1);
+  if (request.add_bos() && tokenizer->adds_bos() && tokenizer->bos_token()) {
+    response->add_ids(static_cast<uint32_t>(*tokenizer->bos_token()));
+  }
+  for (const int32_t id : ids) response->add_ids(static_cast<uint32_t>(id));
+  return absl::OkStatus();
+}
+
+Status Detokenized(Hub& hub, const api::DetokenizeRequest& request, api::DetokenizeResponse* response) {
+  REFOCUS_RETURN_IF_ERROR(hub.With([](Coordinator& core) { return core.Admit(); }));
+  const Tokenizer* tokenizer = hub.tokenizer();
+  if (tokenizer == nullptr) return NoTokenizer();
+  REFOCUS_ASSIGN_OR_RETURN(const auto ids, CheckIds(request.ids(), hub.model().vocab, 0));
+  Utf8Stream characters;
+  for (const int32_t id : ids) response->mutable_text()->append(characters.Push(tokenizer->TokenBytes(id, true)));
+  response->mutable_text()->append(characters.Finish());
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+grpc::ServerWriteReactor<api::GenerateEvent>* InferenceService::Generate(grpc::CallbackServerContext*,
+                                                                         const api::GenerateRequest* request) {
+  return GenerateCall::Start(
+      hub_.calls(), [this, request = *request](GenerateCall& call) { return StreamAnswer(call, hub_, request); });
+}
+
+grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::Score(grpc::CallbackServerContext*) {
+  return ScoreCall::Start(hub_.calls(), [this](ScoreCall& call) { return StreamScores(call, hub_); });
+}
+
+grpc::Status InferenceService::Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request,
+                                        api::TokenizeResponse* response) {
+  return ToGrpc(Tokenized(hub_, *request, response));
+}
+
+grpc::Status InferenceService::Detokenize(grpc::ServerContext*, const api::DetokenizeRequest* request,
+                                          api::DetokenizeResponse* response) {
+  return ToGrpc(Detokenized(hub_, *request, response));
+}
+
+}  // namespace refocus

@@ -1,0 +1,27 @@
+// Answers from contexts: core/generate.h and core/score.h work; here their events become streams.
+#pragma once
+
+#include "coordinator/hub.h"
+#include "refocus/v1/inference.grpc.pb.h"
+
+namespace refocus {
+
+using InferenceServiceBase = api::InferenceService::WithCallbackMethod_Generate<
+    api::InferenceService::WithCallbackMethod_Score<api::InferenceService::Service>>;
+
+class InferenceService : public InferenceServiceBase {
+ public:
+  explicit InferenceService(Hub& hub) : hub_(hub) {}
+
+  grpc::ServerWriteReactor<api::GenerateEvent>* Generate(grpc::CallbackServerContext*,
+                                                         const api::GenerateRequest* request) override;
+  grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* Score(grpc::CallbackServerContext*) override;
+  grpc::Status Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request, api::TokenizeResponse* response) override;
+  grpc::Status Detokenize(grpc::ServerContext*, const api::DetokenizeRequest* request,
+                          api::DetokenizeResponse* response) override;
+
+ private:
+  Hub& hub_;
+};
+
+}  // namespace refocus

@@ -1,0 +1,287 @@
+#include "tests/coordinator/fake_rank.h"
+
+#include <algorithm>
+
+#include "base/limits.h"
+
+namespace refocus {
+namespace {
+
+class ByteTokenizer : public Tokenizer {
+ public:
+  explicit ByteTokenizer(bool adds_bos) : adds_bos_(adds_bos) {}
+
+  StatusOr<std::vector<int32_t>> Encode(std::string_view text, bool allow_special, int64_t max_tokens) const override {
+    constexpr std::string_view kSpecial = "<|im_start|>";
+    std::vector<int32_t> ids;
+    for (size_t i = 0; i < text.size();) {
+      if (static_cast<unsigned char>(text[i]) == 0xff) {
+        return Error(StatusCode::kInvalidArgument, "INVALID_UTF8", "text: byte " + std::to_string(i) + " is no UTF-8");
+      }
+      const bool special = allow_special && text.substr(i, kSpecial.size()) == kSpecial;
+      ids.push_back(special ? kFakeSpecial : static_cast<unsigned char>(text[i]));
+      i += special ? kSpecial.size() : 1;
+      if (static_cast<int64_t>(ids.size()) > max_tokens) {
+        return Error(StatusCode::kInvalidArgument, "CONTEXT_TOO_LONG",
+                     "text: got more than " + std::to_string(max_tokens) + " tokens");
+      }
+    }
+    return ids;
+  }
+  std::string TokenBytes(int32_t id, bool keep_special) const override {
+    if (id < 256) return std::string(1, static_cast<char>(id));
+    return keep_special && id == kFakeSpecial ? "<|im_start|>" : "";
+  }
+  int64_t vocab_size() const override { return kFakeVocab; }
+  std::optional<int32_t> bos_token() const override { return kFakeBos; }
+  bool adds_bos() const override { return adds_bos_; }
+  std::vector<int32_t> eos_tokens() const override { return {kFakeEos}; }
+  std::optional<int32_t> FindToken(std::string_view text) const override {
+    if (text == "<|im_start|>") return kFakeSpecial;
+    return std::nullopt;
+  }
+  std::string Fingerprint() const override { return "fake"; }
+
+ private:
+  const bool adds_bos_;
+};
+
+void Fail(StatusCode code, const std::string& reason, const std::string& message, wire::Result* result) {
+  result->set_code(static_cast<int32_t>(code));
+  result->set_reason(reason);
+  result->set_message(message);
+}
+
+void OutOfPlace(const std::string& message, wire::Result* result) {
+  Fail(StatusCode::kFailedPrecondition, "COMMAND_OUT_OF_PLACE", message, result);
+}
+
+uint32_t Following(uint32_t last, int64_t revision) {
+  return last == 255 ? kFakeEos : (last + 1 + static_cast<uint32_t>(revision)) % 256;
+}
+
+}  // namespace
+
+ModelConfig FakeModel(int64_t max_positions) {
+  ModelConfig model;
+  model.name = "fake";
+  model.layers = 2;
+  model.hidden = 8;
+  model.heads = 2;
+  model.kv_heads = 1;
+  model.head_dim = 4;
+  model.mlp = 16;
+  model.vocab = kFakeVocab;
+  model.max_positions = max_positions;
+  model.eos_tokens = {kFakeEos};
+  return model;
+}
+
+std::unique_ptr<Tokenizer> FakeTokenizer(bool adds_bos) { return std::make_unique<ByteTokenizer>(adds_bos); }
+
+wire::Hello FakeRank::Hello(const std::string& nonce, const std::string& fingerprint) const {
+  wire::Hello hello;
+  hello.set_nonce(nonce);
+  hello.set_rank(rank_);
+  hello.set_size(size_);
+  hello.set_host("fake");
+  hello.set_pid(1000 + rank_);
+  hello.set_version(kProtocolVersion);
+  hello.set_model_fingerprint(fingerprint);
+  hello.set_device("fake");
+  hello.set_kv_capacity_bytes(kv_capacity_bytes);
+  hello.set_kv_bytes_per_token(kFakeKvBytesPerToken);
+  return hello;
+}
+
+std::vector<wire::Result> FakeRank::Execute(const wire::Command& command) {
+  executed.push_back(command.seq());
+  if (pause) pause(command, -1);
+  std::vector<wire::Result> out(1);
+  out[0].set_epoch(command.epoch());
+  out[0].set_seq(command.seq());
+  FakeAgreement::Outcome& agreed = agreement_->by_seq[command.seq()];
+  if (rank_ == 0) agreed.cancelled = IsCancelled(command.job());
+  if (!agreed.cancelled || (rank_ != 0 && agreed.tokens > 0)) Do(command, &out);
+  out.back().set_cancelled(agreed.cancelled);
+  out.back().set_final(true);
+  out.back().set_seconds(command_seconds);
+  if (tamper) tamper(command, out.back());
+  return out;
+}
+
+void FakeRank::Do(const wire::Command& command, std::vector<wire::Result>* out) {
+  wire::Result* result = &out->back();
+  if (command.has_open_context()) {
+    if (!contexts.emplace(command.open_context().context(), Context{command.open_context().capacity(), {}}).second) {
+      OutOfPlace("context exists", result);
+    }
+  } else if (command.has_close_context()) {
+    const uint64_t uid = command.close_context().context();
+    if (contexts.erase(uid) == 0) return OutOfPlace("no such context", result);
+    std::erase_if(adapters, [&](const auto& entry) { return entry.second.context == uid; });
+    std::erase_if(sequences, [&](const auto& entry) { return entry.second.context == uid; });
+  } else if (command.has_prefill_chunk()) {
+    const auto& chunk = command.prefill_chunk();
+    const auto found = contexts.find(chunk.context());
+    if (found == contexts.end()) return OutOfPlace("no such context", result);
+    Context& context = found->second;
+    const int64_t done = static_cast<int64_t>(context.tokens.size());
+    if (chunk.first_pos() != done || done + chunk.ids_size() > context.capacity || chunk.ids_size() > kMaxChunkRows) {
+      return OutOfPlace("chunk", result);
+    }
+    context.tokens.insert(context.tokens.end(), chunk.ids().begin(), chunk.ids().end());
+  } else if (command.has_open_sequence() || command.has_extend_sequence() || command.has_decode_steps() ||
+             command.has_close_sequence()) {
+    DoSequence(command, out);
+  } else {
+    DoAdapt(command, result);
+  }
+}
+
+void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
+  const auto check_spans = [&](const Adapter& adapter, const auto& spans) {
+    const Context& context = contexts.at(adapter.context);
+    for (const wire::Span& span : spans) {
+      if (span.start() < 0 || span.ids_size() < 2) return false;
+      if (span.start() + span.ids_size() > static_cast<int64_t>(context.tokens.size())) return false;
+      if (!std::equal(span.ids().begin(), span.ids().end(), context.tokens.begin() + span.start())) return false;
+    }
+    return true;
+  };
+  if (command.has_begin_adapt()) {
+    const auto& begin = command.begin_adapt();
+    const auto context = contexts.find(begin.context());
+    if (context == contexts.end()) return OutOfPlace("no such context", result);
+    Adapter& adapter = adapters[begin.adapter()];
+    if (adapter.work) return OutOfPlace("adaptation under way", result);
+    adapter.context = begin.context();
+    adapter.work = begin.from_committed() ? adapter.steps : 0;
+    return;
+  }
+  const uint64_t uid = command.has_adapt_step()   ? command.adapt_step().adapter()
+                       : command.has_probe_loss() ? command.probe_loss().adapter()
+                       : command.has_end_adapt()  ? command.end_adapt().adapter()
+                                                  : command.drop_adapter().adapter();
+  const auto found = adapters.find(uid);
+  if (found == adapters.end()) return OutOfPlace("no such adapter", result);
+  Adapter& adapter = found->second;
+  if (command.has_drop_adapter()) {
+    adapters.erase(found);
+    return;
+  }
+  if (!adapter.work) return OutOfPlace("no adaptation", result);
+  if (command.has_adapt_step()) {
+    if (command.adapt_step().spans().empty() || !check_spans(adapter, command.adapt_step().spans())) {
+      return OutOfPlace("spans", result);
+    }
+    ++*adapter.work;
+    result->set_loss(1.0 / static_cast<double>(command.adapt_step().step()));
+    result->set_grad_norm(0.5);
+  } else if (command.has_probe_loss()) {
+    if (!check_spans(adapter, command.probe_loss().spans())) return OutOfPlace("spans", result);
+    result->set_loss(2.0 - 0.01 * static_cast<double>(*adapter.work));
+    result->set_agree(0x1000 + static_cast<uint64_t>(*adapter.work));
+  } else {
+    const auto& end = command.end_adapt();
+    if (end.commit() && end.revision() != adapter.revision + 1) return OutOfPlace("revision", result);
+    if (end.commit()) {
+      adapter.revision = end.revision();
+      adapter.steps = *adapter.work;
+    }
+    adapter.work.reset();
+    if (adapter.revision == 0) adapters.erase(found);
+  }
+}
+
+void FakeRank::DoSequence(const wire::Command& command, std::vector<wire::Result>* out) {
+  wire::Result* result = &out->back();
+  if (command.has_open_sequence()) {
+    const auto& open = command.open_sequence();
+    const auto context = contexts.find(open.context());
+    if (context == contexts.end() || static_cast<int64_t>(context->second.tokens.size()) != context->second.capacity) {
+      return OutOfPlace("context", result);
+    }
+    const auto adapter = adapters.find(open.adapter());
+    if (open.adapter() != 0 && (adapter == adapters.end() || adapter->second.revision != open.revision())) {
+      return OutOfPlace("adapter", result);
+    }
+    Sequence sequence;
+    sequence.context = open.context();
+    sequence.revision = open.revision();
+    sequence.capacity = open.capacity();
+    sequence.end = context->second.capacity;
+    sequence.stops = {open.stop_ids().begin(), open.stop_ids().end()};
+    sequence.top = open.top_logprobs();
+    if (!sequences.emplace(open.sequence(), sequence).second) OutOfPlace("sequence exists", result);
+  } else if (command.has_close_sequence()) {
+    if (sequences.erase(command.close_sequence().sequence()) == 0) OutOfPlace("no such sequence", result);
+  } else if (command.has_extend_sequence()) {
+    Extend(command.extend_sequence(), result);
+  } else {
+    Decode(command, out);
+  }
+}
+
+wire::Token FakeRank::NextToken(Sequence& sequence) {
+  wire::Token token;
+  token.set_id(Following(sequence.last, sequence.revision));
+  token.set_logprob(-0.25f);
+  for (int32_t i = 0; i < sequence.top; ++i) {
+    token.add_top_ids((token.id() + static_cast<uint32_t>(i)) % kFakeVocab);
+    token.add_top_logprobs(-0.25f - static_cast<float>(i));
+  }
+  sequence.last = token.id();
+  sequence.finished = sequence.stops.count(token.id()) != 0;
+  return token;
+}
+
+void FakeRank::Extend(const wire::ExtendSequence& extend, wire::Result* result) {
+  const auto found = sequences.find(extend.sequence());
+  if (found == sequences.end()) return OutOfPlace("no such sequence", result);
+  Sequence& sequence = found->second;
+  const Context& context = contexts.at(sequence.context);
+  const int64_t length = context.capacity;
+  const bool again = extend.first_pos() == length - 1 && sequence.end == length;
+  if (!again && extend.first_pos() != sequence.end) return OutOfPlace("first_pos", result);
+  if (again && extend.ids(0) != context.tokens.back()) return OutOfPlace("last context token", result);
+  sequence.end = extend.first_pos() + extend.ids_size();
+  if (sequence.end > length + sequence.capacity || extend.ids_size() > kMaxChunkRows) return OutOfPlace("capacity", result);
+  const int first_scored = extend.ids_size() - extend.score_ids_size();
+  for (int i = 0; i < extend.score_ids_size(); ++i) {
+    result->add_score_logprobs(-static_cast<float>(extend.score_ids(i) % 7) - 0.5f);
+    result->add_score_greedy(Following(extend.ids(first_scored + i), sequence.revision) == extend.score_ids(i));
+  }
+  sequence.last = extend.ids(extend.ids_size() - 1);
+  if (extend.sample()) *result->add_tokens() = NextToken(sequence);
+  result->set_finished(sequence.finished);
+}
+
+void FakeRank::Decode(const wire::Command& command, std::vector<wire::Result>* out) {
+  const auto found = sequences.find(command.decode_steps().sequence());
+  if (found == sequences.end()) return OutOfPlace("no such sequence", &out->back());
+  Sequence& sequence = found->second;
+  FakeAgreement::Outcome& agreed = agreement_->by_seq[command.seq()];
+  const int64_t steps = rank_ == 0 ? command.decode_steps().steps() : agreed.tokens;
+  for (int64_t step = 0; step < steps && !sequence.finished; ++step) {
+    if (pause) pause(command, step);
+    if (rank_ == 0 && IsCancelled(command.job())) {
+      agreed.cancelled = true;
+      break;
+    }
+    ++sequence.end;
+    const wire::Token token = NextToken(sequence);
+    if (rank_ != 0) continue;
+    ++agreed.tokens;
+    wire::Result partial = out->back();
+    *partial.add_tokens() = token;
+    if (emit) {
+      emit(partial);
+    } else {
+      out->insert(out->end() - 1, std::move(partial));
+    }
+  }
+  out->back().set_finished(sequence.finished);
+}
+
+}  // namespace refocus

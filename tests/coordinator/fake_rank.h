@@ -1,0 +1,113 @@
+// Ranks without a model, for tests of the coordinator: they obey commands as strictly as real ones and keep the same books (contexts,
+// adapters, sequences), but "compute" by simple rules that a test can predict.
+//
+//   next token = last token + 1 + revision of the adapter (base: 0), modulo 256; after 255 comes the end token 256
+//   loss of a step = 1 / step; probe loss = 2 before, and 2 - 0.01 * steps after
+//   log-probability of token t after token l = -(t mod 7) - 0.5; most likely iff t is the next token as above
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "base/model_config.h"
+#include "coordinator/core/messages.h"
+#include "coordinator/tokenizer.h"
+
+namespace refocus {
+
+inline constexpr int32_t kFakeEos = 256;
+inline constexpr int32_t kFakeBos = 257;
+inline constexpr int32_t kFakeSpecial = 258;  // "<|im_start|>"
+inline constexpr int64_t kFakeVocab = 300;
+inline constexpr int64_t kFakeKvBytesPerToken = 64;
+
+ModelConfig FakeModel(int64_t max_positions);
+// One token a byte; "<|im_start|>" with allow_special. Puts a begin token first when `adds_bos`.
+std::unique_ptr<Tokenizer> FakeTokenizer(bool adds_bos = false);
+
+// What all ranks of one launch agree on; rank 0 decides. Not thread-safe.
+struct FakeAgreement {
+  struct Outcome {
+    bool cancelled = false;
+    int64_t tokens = 0;  // decoded
+  };
+  std::map<int64_t, Outcome> by_seq;
+};
+
+class FakeRank {
+ public:
+  FakeRank(int32_t rank, int32_t size, std::shared_ptr<FakeAgreement> agreement)
+      : rank_(rank), size_(size), agreement_(std::move(agreement)) {}
+
+  wire::Hello Hello(const std::string& nonce, const std::string& fingerprint) const;
+
+  // Rank 0 may execute any command; others only those that rank 0 has executed.
+  bool CanExecute(int64_t seq) const { return rank_ == 0 || agreement_->by_seq.count(seq) != 0; }
+  // Partial results (rank 0) and the final one; with `emit`, partial ones go there as they come.
+  std::vector<wire::Result> Execute(const wire::Command& command);
+  // May be called while Execute runs on another thread.
+  void Cancel(uint64_t job) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    cancelled_.insert(job);
+  }
+  std::function<void(const wire::Result&)> emit;
+
+  // Books.
+  struct Context {
+    int64_t capacity = 0;
+    std::vector<uint32_t> tokens;
+  };
+  struct Adapter {
+    uint64_t context = 0;
+    int64_t revision = 0;
+    int64_t steps = 0;
+    std::optional<int64_t> work;  // steps under adaptation
+  };
+  struct Sequence {
+    uint64_t context = 0;
+    int64_t revision = 0;
+    int64_t capacity = 0;
+    int64_t end = 0;  // position of the next token
+    uint32_t last = 0;
+    std::set<uint32_t> stops;
+    bool finished = false;
+    int32_t top = 0;
+  };
+  std::map<uint64_t, Context> contexts;
+  std::map<uint64_t, Adapter> adapters;
+  std::map<uint64_t, Sequence> sequences;
+  std::vector<int64_t> executed;  // seqs
+
+  // Faults and pace.
+  int64_t kv_capacity_bytes = int64_t{1} << 30;
+  std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
+  std::function<void(const wire::Command&, int64_t token)> pause;   // before a command (token -1) and each decoded token
+  double command_seconds = 1e-3;                                    // as reported
+
+ private:
+  void Do(const wire::Command& command, std::vector<wire::Result>* out);
+  void DoSequence(const wire::Command& command, std::vector<wire::Result>* out);
+  void DoAdapt(const wire::Command& command, wire::Result* result);
+  void Extend(const wire::ExtendSequence& extend, wire::Result* result);
+  void Decode(const wire::Command& command, std::vector<wire::Result>* out);
+  wire::Token NextToken(Sequence& sequence);
+  bool IsCancelled(uint64_t job) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return job != 0 && cancelled_.count(job) != 0;
+  }
+
+  const int32_t rank_;
+  const int32_t size_;
+  const std::shared_ptr<FakeAgreement> agreement_;
+  mutable std::mutex mutex_;
+  std::set<uint64_t> cancelled_;
+};
+
+}  // namespace refocus

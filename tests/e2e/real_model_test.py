@@ -1,0 +1,73 @@
+"""A real model on real text, through the command line. Usage: real_model_test.py BIN_FOLDER REPOSITORY [unittest arguments]"""
+import pathlib
+import sys
+import unittest
+
+import harness
+
+BIN = pathlib.Path(sys.argv.pop(1)).resolve()
+ROOT = pathlib.Path(sys.argv.pop(1)).resolve()
+MODEL = ROOT / ".deps/data/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXT = ROOT / ".deps/data/novels/persuasion.txt"
+QUESTION = "Who is Sir Walter Elliot?"
+
+
+class RealModel(unittest.TestCase):
+    results = {}  # ranks -> what must not depend on them
+
+    def run_on(self, ranks):
+        with harness.Service(BIN, MODEL, ranks) as service:
+            created = service.call("context", "create", TEXT, "--id", "novel", "--max-bytes", "2600", "--chat")
+            self.assertIn("contexts/novel: ", created)
+            self.assertRegex(created, r"(?m)^prefill +\d+ +[\d.]+ +[\d.,]+")
+            score = ["score", "novel", "--target-file", TEXT, "--skip-bytes", "2600", "--max-bytes", "600"]
+            base, = service.events(*score, "--base")
+            # Far from uniform over the vocabulary (10.8 nats): weights, tokenizer and positions are right.
+            loss = -base["sum_logprob"] / int(base["token_count"])
+            self.assertLess(loss, 3.6)
+
+            events = service.events("adapt", "novel", "--steps", 4, "--span-tokens", 64, "--learning-rate", 3e-4, "--seed", 3)
+            steps = [event["step"] for event in events if "step" in event]
+            self.assertEqual(4, len(steps))
+            adapted, = service.events(*score)
+            self.assertNotEqual(base["sum_logprob"], adapted["sum_logprob"])
+            again, = service.events(*score, "--base")
+            self.assertEqual(base["sum_logprob"], again["sum_logprob"])
+
+            ask = ["ask", "novel", QUESTION, "--max-tokens", 16]
+            answers = [service.call(*ask, "--base"), service.call(*ask)]
+            for answer in answers:
+                self.assertGreater(len(answer.strip()), 10)
+            self.assertEqual(answers[0], service.call(*ask, "--base"))
+            self.results[ranks] = (answers, [step["loss"] for step in steps], base["sum_logprob"], adapted["sum_logprob"])
+            for other in self.results.values():
+                self.assertEqual(other[0], answers)
+                for a, b in zip(other[1], [step["loss"] for step in steps]):
+                    self.assertAlmostEqual(a, b, delta=1e-4)
+                self.assertAlmostEqual(other[2], base["sum_logprob"], delta=0.02)
+                self.assertAlmostEqual(other[3], adapted["sum_logprob"], delta=0.05)
+            self.assertEqual(0, service.stop())
+
+    def test_1_rank(self):
+        self.run_on(1)
+
+    def test_2_ranks(self):
+        self.run_on(2)
+
+    def test_sampling_and_stops(self):
+        with harness.Service(BIN, MODEL, 1) as service:
+            service.call("context", "create", TEXT, "--id", "novel", "--max-tokens", "40")
+            ask = ["ask", "novel", " He", "--max-tokens", "20", "--temperature", "1", "--quiet"]
+            first = service.call(*ask, "--seed", "5")
+            self.assertEqual(first, service.call(*ask, "--seed", "5"))
+            self.assertNotEqual(first, service.call(*ask, "--seed", "6"))
+            stop = first.strip()[4:8]
+            self.assertEqual(first[:first.index(stop)], service.call(*ask, "--seed", "5", "--stop", stop).rstrip("\n"))
+            text = "caf\u00e9 \u2014 \U0001f600 \u4e2d\u6587"
+            ids = service.call("tokenize", text).strip()
+            self.assertEqual(text + "\n", service.call("tokenize", "--decode", ids))
+            self.assertEqual(f"{len(ids.split())}\n", service.call("tokenize", "--count", text))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,245 @@
+// Every command as the coordinator sends it, and every way in which one can be wrong.
+#include "worker/link_messages.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "base/limits.h"
+
+namespace refocus {
+namespace {
+
+namespace pb = internal::v1;
+
+constexpr int64_t kVocab = 100;
+using Fill = std::function<void(pb::Command&)>;
+
+StatusOr<Command> Read(const Fill& fill) {
+  pb::Command message;
+  message.set_epoch(2);
+  message.set_seq(6);
+  message.set_job(77);
+  fill(message);
+  return ReadCommand(message, kVocab);
+}
+
+template <typename Body>
+Body Good(const Fill& fill) {
+  const StatusOr<Command> command = Read(fill);
+  EXPECT_TRUE(command.ok()) << command.status();
+  if (!command.ok()) return {};
+  EXPECT_EQ(command->epoch, 2);
+  EXPECT_EQ(command->seq, 6);
+  EXPECT_EQ(command->job, 77U);
+  EXPECT_TRUE(std::holds_alternative<Body>(command->body));
+  return std::get<Body>(command->body);
+}
+
+// The good command of each kind; bad ones change one thing.
+void FillOpenContext(pb::Command& c) {
+  c.mutable_open_context()->set_context(3);
+  c.mutable_open_context()->set_capacity(1000);
+}
+void FillPrefill(pb::Command& c) {
+  c.mutable_prefill_chunk()->set_context(3);
+  c.mutable_prefill_chunk()->set_first_pos(int64_t{1} << 20);
+  for (const uint32_t id : {0, 5, 99}) c.mutable_prefill_chunk()->add_ids(id);
+}
+void FillBegin(pb::Command& c) {
+  pb::BeginAdapt& begin = *c.mutable_begin_adapt();
+  begin.set_context(3);
+  begin.set_adapter(4);
+  begin.set_from_committed(true);
+  begin.set_learning_rate(0.5f);
+  begin.set_weight_decay(0.25f);
+  begin.set_clip_norm(2.0f);
+  begin.set_beta1(0.75f);
+  begin.set_beta2(0.875f);
+  begin.set_epsilon(1e-6f);
+}
+void FillStep(pb::Command& c) {
+  pb::AdaptStep& step = *c.mutable_adapt_step();
+  step.set_adapter(4);
+  step.set_step(1);
+  for (const int64_t start : {7, 300}) {
+    pb::Span& span = *step.add_spans();
+    span.set_start(start);
+    for (const uint32_t id : {1, 2, 3}) span.add_ids(id);
+  }
+}
+void FillOpenSequence(pb::Command& c) {
+  pb::OpenSequence& open = *c.mutable_open_sequence();
+  open.set_sequence(9);
+  open.set_context(3);
+  open.set_adapter(4);
+  open.set_revision(2);
+  open.set_capacity(50);
+  open.set_temperature(0.5);
+  open.set_seed(0xffff'ffff'ffff'fff0);
+  open.add_stop_ids(2);
+  open.set_top_logprobs(3);
+}
+void FillExtend(pb::Command& c) {
+  pb::ExtendSequence& extend = *c.mutable_extend_sequence();
+  extend.set_sequence(9);
+  extend.set_first_pos(999);
+  for (const uint32_t id : {1, 2, 3}) extend.add_ids(id);
+  extend.set_sample(true);
+  extend.add_score_ids(3);
+}
+void FillDecode(pb::Command& c) {
+  c.mutable_decode_steps()->set_sequence(9);
+  c.mutable_decode_steps()->set_steps(16);
+}
+
+TEST(LinkMessagesTest, ContextCommands) {
+  const auto open = Good<OpenContext>(FillOpenContext);
+  EXPECT_EQ(open.context, 3U);
+  EXPECT_EQ(open.capacity, 1000);
+  EXPECT_EQ(Good<CloseContext>([](pb::Command& c) { c.mutable_close_context()->set_context(3); }).context, 3U);
+  const auto chunk = Good<PrefillChunk>(FillPrefill);
+  EXPECT_EQ(chunk.context, 3U);
+  EXPECT_EQ(chunk.first_pos, int64_t{1} << 20);
+  EXPECT_EQ(chunk.ids, (std::vector<int32_t>{0, 5, 99}));
+}
+
+TEST(LinkMessagesTest, AdaptCommands) {
+  const auto begin = Good<BeginAdapt>(FillBegin);
+  EXPECT_EQ(begin.context, 3U);
+  EXPECT_EQ(begin.adapter, 4U);
+  EXPECT_TRUE(begin.from_committed);
+  EXPECT_EQ(begin.optimizer.learning_rate, 0.5f);
+  EXPECT_EQ(begin.optimizer.weight_decay, 0.25f);
+  EXPECT_EQ(begin.optimizer.clip_norm, 2.0f);
+  EXPECT_EQ(begin.optimizer.beta1, 0.75f);
+  EXPECT_EQ(begin.optimizer.beta2, 0.875f);
+  EXPECT_EQ(begin.optimizer.epsilon, 1e-6f);
+  const auto step = Good<AdaptStep>(FillStep);
+  EXPECT_EQ(step.adapter, 4U);
+  EXPECT_EQ(step.step, 1);
+  ASSERT_EQ(step.spans.size(), 2U);
+  EXPECT_EQ(step.spans[1].start, 300);
+  EXPECT_EQ(step.spans[1].ids, (std::vector<int32_t>{1, 2, 3}));
+  const auto probe = Good<ProbeLoss>([](pb::Command& c) { c.mutable_probe_loss()->set_adapter(4); });
+  EXPECT_EQ(probe.adapter, 4U);
+  EXPECT_TRUE(probe.spans.empty());
+  const auto end = Good<EndAdapt>([](pb::Command& c) {
+    c.mutable_end_adapt()->set_adapter(4);
+    c.mutable_end_adapt()->set_commit(true);
+    c.mutable_end_adapt()->set_revision(3);
+  });
+  EXPECT_TRUE(end.commit);
+  EXPECT_EQ(end.revision, 3);
+  EXPECT_EQ(Good<DropAdapter>([](pb::Command& c) { c.mutable_drop_adapter()->set_adapter(4); }).adapter, 4U);
+}
+
+TEST(LinkMessagesTest, SequenceCommands) {
+  const auto open = Good<OpenSequence>(FillOpenSequence);
+  EXPECT_EQ(open.sequence, 9U);
+  EXPECT_EQ(open.context, 3U);
+  EXPECT_EQ(open.adapter, 4U);
+  EXPECT_EQ(open.revision, 2);
+  EXPECT_EQ(open.capacity, 50);
+  EXPECT_EQ(open.sampling.temperature, 0.5f);
+  EXPECT_EQ(open.sampling.seed, 0xffff'ffff'ffff'fff0);
+  EXPECT_EQ(open.sampling.stop_ids, std::vector<int32_t>{2});
+  EXPECT_EQ(open.sampling.top_logprobs, 3);
+  const auto extend = Good<ExtendSequence>(FillExtend);
+  EXPECT_EQ(extend.first_pos, 999);
+  EXPECT_EQ(extend.ids, (std::vector<int32_t>{1, 2, 3}));
+  EXPECT_TRUE(extend.sample);
+  EXPECT_EQ(extend.score_ids, std::vector<int32_t>{3});
+  EXPECT_EQ(Good<DecodeSteps>(FillDecode).steps, 16);
+  EXPECT_EQ(Good<CloseSequence>([](pb::Command& c) { c.mutable_close_sequence()->set_sequence(9); }).sequence, 9U);
+}
+
+struct Bad {
+  const char* field;  // must be named
+  Fill base;
+  Fill change;
+};
+
+TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const float inf = std::numeric_limits<float>::infinity();
+  const Fill nothing = [](pb::Command&) {};
+  const auto begin = [](auto set) { return [set](pb::Command& c) { set(*c.mutable_begin_adapt()); }; };
+  const std::vector<Bad> cases = {
+      {"command", nothing, nothing},
+      {"context", FillOpenContext, [](pb::Command& c) { c.mutable_open_context()->set_context(0); }},
+      {"capacity", FillOpenContext, [](pb::Command& c) { c.mutable_open_context()->set_capacity(0); }},
+      {"capacity", FillOpenContext,
+       [](pb::Command& c) { c.mutable_open_context()->set_capacity(kMaxContextTokens + 1); }},
+      {"capacity", FillOpenContext, [](pb::Command& c) { c.mutable_open_context()->set_capacity(INT64_MIN); }},
+      {"first_pos", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->set_first_pos(-1); }},
+      {"ids (count)", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->clear_ids(); }},
+      {"ids (count)", FillPrefill,
+       [](pb::Command& c) { c.mutable_prefill_chunk()->mutable_ids()->Resize(kMaxChunkRows + 1, 1); }},
+      {"ids[2]", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->set_ids(2, kVocab); }},
+      {"ids[0]", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->set_ids(0, 0xffff'ffff); }},
+      {"learning_rate", FillBegin, begin([nan](auto& b) { b.set_learning_rate(nan); })},
+      {"learning_rate", FillBegin, begin([](auto& b) { b.set_learning_rate(-1.0f); })},
+      {"learning_rate", FillBegin, begin([](auto& b) { b.set_learning_rate(1e38f); })},
+      {"weight_decay", FillBegin, begin([inf](auto& b) { b.set_weight_decay(inf); })},
+      {"clip_norm", FillBegin, begin([](auto& b) { b.set_clip_norm(0.0f); })},
+      {"beta1", FillBegin, begin([](auto& b) { b.set_beta1(1.0f); })},
+      {"beta2", FillBegin, begin([nan](auto& b) { b.set_beta2(nan); })},
+      {"epsilon", FillBegin, begin([](auto& b) { b.set_epsilon(0.0f); })},
+      {"adapter", FillBegin, begin([](auto& b) { b.set_adapter(0); })},
+      {"step", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->set_step(0); }},
+      {"spans (count)", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->clear_spans(); }},
+      {"spans (count)", FillStep,
+       [](pb::Command& c) {
+         while (c.adapt_step().spans_size() <= kMaxSpansPerStep) {
+           *c.mutable_adapt_step()->add_spans() = c.adapt_step().spans(0);
+         }
+       }},
+      {"spans.ids (count)", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->mutable_spans(1)->clear_ids(); }},
+      {"spans.ids (count)", FillStep,
+       [](pb::Command& c) { c.mutable_adapt_step()->mutable_spans(1)->mutable_ids()->Truncate(1); }},
+      {"spans.ids (count)", FillStep,
+       [](pb::Command& c) { c.mutable_adapt_step()->mutable_spans(0)->mutable_ids()->Resize(kMaxSpanTokens + 2, 1); }},
+      {"spans.ids[1]", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->mutable_spans(1)->set_ids(1, kVocab); }},
+      {"spans.start", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->mutable_spans(0)->set_start(-1); }},
+      {"revision", nothing,
+       [](pb::Command& c) {
+         c.mutable_end_adapt()->set_adapter(1);
+         c.mutable_end_adapt()->set_commit(true);
+       }},
+      {"adapter", nothing, [](pb::Command& c) { c.mutable_drop_adapter(); }},
+      {"sequence", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_sequence(0); }},
+      {"capacity", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_capacity(-1); }},
+      {"revision", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_revision(-1); }},
+      {"temperature", FillOpenSequence, [nan](pb::Command& c) { c.mutable_open_sequence()->set_temperature(nan); }},
+      {"temperature", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_temperature(-0.1); }},
+      {"temperature", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_temperature(1e300); }},
+      {"top_logprobs", FillOpenSequence,
+       [](pb::Command& c) { c.mutable_open_sequence()->set_top_logprobs(kMaxTopLogprobs + 1); }},
+      {"stop_ids[0]", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_stop_ids(0, kVocab); }},
+      {"ids (count)", FillExtend, [](pb::Command& c) { c.mutable_extend_sequence()->clear_ids(); }},
+      {"score_ids (count)", FillExtend,
+       [](pb::Command& c) { c.mutable_extend_sequence()->mutable_score_ids()->Resize(4, 1); }},
+      {"score_ids[0]", FillExtend, [](pb::Command& c) { c.mutable_extend_sequence()->set_score_ids(0, kVocab); }},
+      {"first_pos", FillExtend, [](pb::Command& c) { c.mutable_extend_sequence()->set_first_pos(INT64_MAX); }},
+      {"steps", FillDecode, [](pb::Command& c) { c.mutable_decode_steps()->set_steps(0); }},
+      {"steps", FillDecode, [](pb::Command& c) { c.mutable_decode_steps()->set_steps(INT32_MAX); }},
+      {"sequence", nothing, [](pb::Command& c) { c.mutable_close_sequence(); }},
+  };
+  for (size_t i = 0; i < cases.size(); ++i) {
+    const StatusOr<Command> command = Read([&](pb::Command& c) {
+      cases[i].base(c);
+      cases[i].change(c);
+    });
+    ASSERT_FALSE(command.ok()) << "case " << i << ", " << cases[i].field;
+    EXPECT_EQ(command.status().code(), StatusCode::kInvalidArgument) << command.status();
+    EXPECT_EQ(command.status().message().find(std::string(cases[i].field) + ":"), 0U)
+        << "case " << i << ": " << command.status();
+    EXPECT_FALSE(DetailOf(command.status()).reason.empty());
+  }
+}
+
+}  // namespace
+}  // namespace refocus

@@ -1,0 +1,373 @@
+// refocus-worker as it is started, alone and by mpirun, against a coordinator in this process: what it answers and how
+// it ends.
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "base/limits.h"
+#include "base/status.h"
+#include "refocus/internal/v1/group.grpc.pb.h"
+
+namespace refocus {
+namespace {
+
+namespace pb = internal::v1;
+using Clock = std::chrono::steady_clock;
+using Stream = grpc::ServerReaderWriter<pb::CoordinatorMessage, pb::WorkerMessage>;
+
+constexpr int64_t kEpoch = 3;
+constexpr int kPatienceSeconds = 60;
+constexpr char kModel[] = REFOCUS_SOURCE_DIR "/tests/golden/llama";
+constexpr int kVocab = 251;
+
+// Forms one group of `size` ranks and passes messages.
+class Group : public pb::GroupService::Service {
+ public:
+  explicit Group(int size) : size_(size) {
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(this);
+    server_ = builder.BuildAndStart();
+    address_ = "127.0.0.1:" + std::to_string(port);
+  }
+  ~Group() override { Stop(); }
+
+  void Stop() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+      wake_.notify_all();
+    }
+    if (server_) server_->Shutdown(std::chrono::system_clock::now());
+    server_.reset();
+  }
+  const std::string& address() const { return address_; }
+
+  bool WaitReady() {
+    return Wait([&] { return ready_ == size_; });
+  }
+  pid_t pid(int rank) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return static_cast<pid_t>(hellos_[rank].pid());
+  }
+  std::map<int, pb::Hello> hellos() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return hellos_;
+  }
+
+  // To all ranks, as the next command.
+  void Send(const std::function<void(pb::Command&)>& fill) {
+    pb::CoordinatorMessage message;
+    message.mutable_command()->set_epoch(kEpoch);
+    message.mutable_command()->set_seq(++seq_);
+    message.mutable_command()->set_job(1);
+    fill(*message.mutable_command());
+    SendAll(message);
+  }
+  void SendShutdown() {
+    pb::CoordinatorMessage message;
+    message.mutable_shutdown()->set_reason("test is over");
+    SendAll(message);
+  }
+
+  // The final results of the last command, by rank; what came before them is merged in (tokens).
+  std::map<int, pb::Result> Finals() {
+    std::map<int, pb::Result> finals;
+    for (int rank = 0; rank < size_; ++rank) {
+      pb::Result sum;
+      do {
+        pb::Result next;
+        const bool came = Wait([&] { return !results_[rank].empty(); });
+        EXPECT_TRUE(came) << "no result from rank " << rank << " for command " << seq_;
+        if (!came) return {};
+        {
+          const std::lock_guard<std::mutex> lock(mutex_);
+          next = results_[rank].front();
+          results_[rank].pop_front();
+        }
+        EXPECT_EQ(next.seq(), seq_);
+        EXPECT_EQ(next.epoch(), kEpoch);
+        pb::Result tokens;
+        tokens.mutable_tokens()->Swap(sum.mutable_tokens());
+        tokens.MergeFrom(next);
+        sum = tokens;
+      } while (!sum.final());
+      finals[rank] = sum;
+    }
+    return finals;
+  }
+
+  grpc::Status Join(grpc::ServerContext*, Stream* stream) override {
+    pb::WorkerMessage message;
+    if (!stream->Read(&message) || !message.has_hello()) return grpc::Status::OK;
+    const int rank = message.hello().rank();
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      hellos_[rank] = message.hello();
+      streams_[rank] = stream;
+      wake_.notify_all();
+      if (!wake_.wait_for(lock, std::chrono::seconds(kPatienceSeconds),
+                          [&] { return stopping_ || static_cast<int>(hellos_.size()) == size_; }) ||
+          stopping_) {
+        return grpc::Status(grpc::StatusCode::UNAVAILABLE, "ranks are missing");
+      }
+    }
+    pb::CoordinatorMessage form;
+    form.mutable_form_group()->set_epoch(kEpoch);
+    form.mutable_form_group()->set_size(size_);
+    stream->Write(form);
+    while (stream->Read(&message)) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (message.has_ready()) ++ready_;
+      if (message.has_result()) results_[rank].push_back(message.result());
+      wake_.notify_all();
+    }
+    const std::lock_guard<std::mutex> lock(mutex_);
+    streams_.erase(rank);
+    return grpc::Status::OK;
+  }
+
+ private:
+  bool Wait(const std::function<bool()>& condition) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    return wake_.wait_for(lock, std::chrono::seconds(kPatienceSeconds), condition);
+  }
+  void SendAll(const pb::CoordinatorMessage& message) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [rank, stream] : streams_) stream->Write(message);
+  }
+
+  const int size_;
+  std::string address_;
+  std::unique_ptr<grpc::Server> server_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::map<int, pb::Hello> hellos_;
+  std::map<int, Stream*> streams_;
+  std::map<int, std::deque<pb::Result>> results_;
+  int ready_ = 0;
+  bool stopping_ = false;
+  int64_t seq_ = 0;
+};
+
+// A child of this test; killed when it outlives its owner.
+class Child {
+ public:
+  explicit Child(std::vector<std::string> command) {
+    std::vector<char*> arguments;
+    for (std::string& word : command) arguments.push_back(word.data());
+    arguments.push_back(nullptr);
+    pid_ = fork();
+    if (pid_ == 0) {
+      execvp(arguments[0], arguments.data());
+      _exit(127);
+    }
+  }
+  ~Child() {
+    if (pid_ <= 0) return;
+    kill(pid_, SIGKILL);
+    waitpid(pid_, nullptr, 0);
+  }
+  pid_t pid() const { return pid_; }
+
+  // The exit code, 128 + signal, or -1 when it still runs after `seconds`.
+  int WaitForEnd(double seconds) {
+    const Clock::time_point begin = Clock::now();
+    while (std::chrono::duration<double>(Clock::now() - begin).count() < seconds) {
+      int status = 0;
+      if (waitpid(pid_, &status, WNOHANG) == pid_) {
+        pid_ = -1;
+        return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    }
+    return -1;
+  }
+
+ private:
+  pid_t pid_ = -1;
+};
+
+std::vector<std::string> Worker(const std::string& coordinator, std::vector<std::string> more = {}) {
+  std::vector<std::string> command{REFOCUS_BIN_DIR "/refocus-worker", "--model", kModel, "--coordinator", coordinator,
+                                   "--kv-memory", "64MiB", "--threads", "1"};
+  command.insert(command.end(), more.begin(), more.end());
+  return command;
+}
+
+std::vector<std::string> Mpirun(int ranks, std::vector<std::string> worker) {
+  std::vector<std::string> command{REFOCUS_MPIEXEC, "--oversubscribe", "-np", std::to_string(ranks)};
+  command.insert(command.end(), worker.begin(), worker.end());
+  return command;
+}
+
+void Prefill(Group& group, int64_t first, int64_t rows) {
+  group.Send([&](pb::Command& c) {
+    c.mutable_prefill_chunk()->set_context(1);
+    c.mutable_prefill_chunk()->set_first_pos(first);
+    for (int64_t p = first; p < first + rows; ++p) {
+      c.mutable_prefill_chunk()->add_ids(static_cast<uint32_t>(p * 7 % 200 + 3));
+    }
+  });
+}
+
+void ExpectAll(Group& group, StatusCode code, const char* what) {
+  const auto finals = group.Finals();
+  EXPECT_FALSE(finals.empty());
+  for (const auto& [rank, result] : finals) {
+    EXPECT_EQ(result.code(), static_cast<int>(code)) << what << ", rank " << rank << ": " << result.message();
+  }
+}
+
+// A context over several blocks, two commands that are refused, and a short answer. Returns its tokens.
+std::vector<uint32_t> Serve(Group& group) {
+  constexpr int64_t kTokens = 600;
+  group.Send([](pb::Command& c) {
+    c.mutable_open_context()->set_context(1);
+    c.mutable_open_context()->set_capacity(kTokens);
+  });
+  ExpectAll(group, StatusCode::kOk, "open");
+  Prefill(group, 0, 301);
+  ExpectAll(group, StatusCode::kOk, "prefill");
+  group.Send([](pb::Command& c) {
+    c.mutable_prefill_chunk()->set_context(1);
+    c.mutable_prefill_chunk()->set_first_pos(301);
+    c.mutable_prefill_chunk()->add_ids(kVocab);
+  });
+  ExpectAll(group, StatusCode::kInvalidArgument, "id outside the vocabulary");
+  group.Send([](pb::Command&) {});
+  ExpectAll(group, StatusCode::kInvalidArgument, "no command");
+  Prefill(group, 301, kTokens - 301);
+  ExpectAll(group, StatusCode::kOk, "prefill");
+  group.Send([](pb::Command& c) {
+    c.mutable_open_sequence()->set_sequence(5);
+    c.mutable_open_sequence()->set_context(1);
+    c.mutable_open_sequence()->set_capacity(20);
+  });
+  ExpectAll(group, StatusCode::kOk, "open sequence");
+  group.Send([](pb::Command& c) {
+    c.mutable_extend_sequence()->set_sequence(5);
+    c.mutable_extend_sequence()->set_first_pos(kTokens);
+    for (const uint32_t id : {17, 4, 99}) c.mutable_extend_sequence()->add_ids(id);
+    c.mutable_extend_sequence()->set_sample(true);
+  });
+  std::vector<uint32_t> ids;
+  const auto take_tokens = [&] {
+    const auto finals = group.Finals();
+    for (const auto& [rank, result] : finals) {
+      EXPECT_EQ(result.code(), 0) << "rank " << rank << ": " << result.message();
+      for (const pb::Token& token : result.tokens()) ids.push_back(token.id());  // rank 0's only
+    }
+  };
+  take_tokens();
+  group.Send([](pb::Command& c) {
+    c.mutable_decode_steps()->set_sequence(5);
+    c.mutable_decode_steps()->set_steps(6);
+  });
+  take_tokens();
+  group.Send([](pb::Command& c) { c.mutable_close_context()->set_context(1); });
+  const auto finals = group.Finals();
+  for (const auto& [rank, result] : finals) EXPECT_EQ(result.kv_used_bytes(), 0) << "rank " << rank;
+  return ids;
+}
+
+TEST(WorkerProcessTest, ServesAloneAndByMpirunAndEndsAsPlanned) {
+  std::vector<std::vector<uint32_t>> answers;
+  for (const int ranks : {1, 2, 3}) {
+    Group group(ranks);
+    Child child(ranks == 1 ? Worker(group.address()) : Mpirun(ranks, Worker(group.address())));
+    ASSERT_TRUE(group.WaitReady()) << ranks << " ranks";
+    const auto hellos = group.hellos();
+    ASSERT_EQ(static_cast<int>(hellos.size()), ranks);
+    for (const auto& [rank, hello] : hellos) {
+      EXPECT_EQ(hello.size(), ranks);
+      EXPECT_EQ(hello.nonce(), hellos.at(0).nonce());
+      EXPECT_EQ(hello.nonce().size(), 32U);
+      EXPECT_EQ(hello.model_fingerprint(), hellos.at(0).model_fingerprint());
+      EXPECT_EQ(hello.kv_capacity_bytes(), 64 << 20);
+      EXPECT_EQ(hello.kv_bytes_per_token(), 2 * 2 * 3 * 80 * 4);
+      EXPECT_GT(hello.weight_bytes(), 100'000);
+    }
+    answers.push_back(Serve(group));
+    group.SendShutdown();
+    EXPECT_EQ(child.WaitForEnd(20.0), kExitOk) << ranks << " ranks";
+  }
+  EXPECT_EQ(answers[0].size(), 7U);
+  EXPECT_EQ(answers[1], answers[0]);
+  EXPECT_EQ(answers[2], answers[0]);
+}
+
+TEST(WorkerProcessTest, KilledRankEndsTheLaunch) {
+  Group group(3);
+  Child child(Mpirun(3, Worker(group.address())));
+  ASSERT_TRUE(group.WaitReady());
+  kill(group.pid(2), SIGKILL);
+  const int code = child.WaitForEnd(10.0);
+  EXPECT_NE(code, -1);
+  EXPECT_NE(code, kExitOk);
+}
+
+TEST(WorkerProcessTest, FrozenRankEndsTheLaunchWithinTheDeadline) {
+  Group group(2);
+  Child child(Mpirun(2, Worker(group.address(), {"--collective-deadline", "1"})));
+  ASSERT_TRUE(group.WaitReady());
+  kill(group.pid(1), SIGSTOP);
+  group.Send([](pb::Command& c) {
+    c.mutable_open_context()->set_context(1);
+    c.mutable_open_context()->set_capacity(600);
+  });
+  EXPECT_EQ(child.WaitForEnd(10.0), kExitGroup);
+}
+
+TEST(WorkerProcessTest, LostCoordinatorIsAGroupFailure) {
+  Group group(2);
+  Child child(Mpirun(2, Worker(group.address())));
+  ASSERT_TRUE(group.WaitReady());
+  group.Stop();
+  EXPECT_EQ(child.WaitForEnd(10.0), kExitGroup);
+}
+
+TEST(WorkerProcessTest, SignalsArePlannedEnds) {
+  for (const auto& [number, code] : {std::pair{SIGTERM, kExitOk}, std::pair{SIGINT, kExitInterrupted}}) {
+    Group group(1);
+    Child child(Worker(group.address()));
+    ASSERT_TRUE(group.WaitReady());
+    kill(child.pid(), number);
+    EXPECT_EQ(child.WaitForEnd(10.0), code);
+  }
+  // While it waits for a group that never forms.
+  Group group(2);
+  Child child(Worker(group.address()));
+  for (int i = 0; i < 1000 && group.hellos().empty(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  ASSERT_EQ(group.hellos().size(), 1U);
+  kill(child.pid(), SIGTERM);
+  EXPECT_EQ(child.WaitForEnd(10.0), kExitOk);
+}
+
+TEST(WorkerProcessTest, StartFailuresHaveTheirExitCodes) {
+  const std::string nobody = "127.0.0.1:1";
+  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--version"}).WaitForEnd(10.0), kExitOk);
+  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--unknown"}).WaitForEnd(10.0), kExitConfig);
+  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--model", "/nowhere", "--coordinator", nobody}).WaitForEnd(10.0),
+            kExitConfig);
+  EXPECT_EQ(Child(Worker("127.0.0.1")).WaitForEnd(10.0), kExitConfig);
+  EXPECT_EQ(Child(Worker("127.0.0.1:70000")).WaitForEnd(10.0), kExitConfig);
+  EXPECT_EQ(Child(Worker(nobody, {"--kv-memory", "1GiB"})).WaitForEnd(10.0), kExitConfig);  // given twice
+  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--model", kModel, "--coordinator", nobody, "--kv-memory",
+                   "100TiB"}).WaitForEnd(10.0), kExitHardware);
+  EXPECT_EQ(Child(Worker(nobody, {"--connect-seconds", "0.3"})).WaitForEnd(10.0), kExitGroup);
+}
+
+}  // namespace
+}  // namespace refocus

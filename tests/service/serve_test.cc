@@ -1,0 +1,85 @@
+// The main paths over real streams: upload, prefill, adapt, generate, score.
+#include "tests/service/service_fixture.h"
+
+namespace refocus {
+namespace {
+
+class ServeTest : public ServiceTest {
+ protected:
+  void SetUp() override {
+    StartServer();
+    StartGroup(2);
+  }
+};
+
+TEST_F(ServeTest, ContextFromUploadToAnswer) {
+  api::Context context;
+  ASSERT_TRUE(Create("novel", std::string(1500, 'x') + "a", &context).ok());
+  EXPECT_EQ(context.name(), "contexts/novel");
+  EXPECT_EQ(context.state(), api::Context::CREATED);
+  EXPECT_EQ(context.token_count(), 1501);
+
+  std::vector<api::PrefillEvent> progress;
+  ASSERT_TRUE(Prefill("novel", &progress).ok());
+  ASSERT_GE(progress.size(), 2u);
+  EXPECT_EQ(progress.back().prefilled_tokens(), 1501);
+  EXPECT_EQ(progress.back().context().state(), api::Context::READY);
+  EXPECT_EQ(progress.back().usage().tokens(), 1501);
+  EXPECT_EQ(progress.back().usage().rank_memory_bytes_size(), 2);
+
+  const Answer answer = Generate(GenerateRequest("novel", "", 4));
+  ASSERT_TRUE(answer.status.ok()) << answer.status.error_message();
+  EXPECT_EQ(answer.text, "bcde");
+  EXPECT_EQ(answer.summary.finish_reason(), api::FINISH_LENGTH);
+  EXPECT_EQ(answer.summary.context_tokens(), 1501);
+  EXPECT_EQ(answer.summary.generated_tokens(), 4);
+  EXPECT_EQ(answer.summary.prompt_tokens(), 0);
+
+  std::vector<api::AdaptEvent> events;
+  const grpc::Status adapted = Adapt(AdaptRequest("novel"), &events);
+  ASSERT_TRUE(adapted.ok()) << adapted.error_message();
+  ASSERT_EQ(events.size(), 8u);  // effective, probe, 4 steps, probe, adapter
+  EXPECT_EQ(events[0].effective().seed(), 7u);
+  EXPECT_EQ(events[5].step().step(), 4);
+  EXPECT_DOUBLE_EQ(events[5].step().loss(), 0.25);
+  EXPECT_EQ(events[7].adapter().revision(), 1);
+  EXPECT_EQ(events[7].adapter().delta_hash(), "0000000000001004");
+  EXPECT_DOUBLE_EQ(events[7].adapter().probe_loss_after(), 2.0 - 0.04);
+  EXPECT_EQ(events[7].usage().tokens(), 12);
+
+  api::GenerateRequest adapted_request = GenerateRequest("novel", "a", 3);
+  adapted_request.set_adapter_id("default");
+  const Answer adapted_answer = Generate(adapted_request);
+  EXPECT_EQ(adapted_answer.text, "ceg");  // revision 1 steps by two
+  EXPECT_EQ(adapted_answer.summary.adapter_revision(), 1);
+  EXPECT_EQ(Generate(GenerateRequest("novel", "a", 3)).text, "bcd");
+  ExpectUnharmed();
+}
+
+TEST_F(ServeTest, ScoresComeInOrder) {
+  CreateReady("a", "text a");
+  std::vector<api::ScoreRequest> requests;
+  for (int i = 0; i < 40; ++i) {
+    api::ScoreRequest& request = requests.emplace_back();
+    request.set_name("contexts/a");
+    request.mutable_prompt()->set_text(std::string(i % 3, 'p'));
+    request.mutable_target()->set_text(i % 2 == 0 ? "qrs" : "zzz");
+    request.set_target_id(std::to_string(i));
+    request.set_token_logprobs(true);
+  }
+  std::vector<api::ScoreEvent> events;
+  const grpc::Status status = Score(requests, &events);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(events.size(), 40u);
+  for (int i = 0; i < 40; ++i) {
+    EXPECT_EQ(events[i].target_id(), std::to_string(i));
+    EXPECT_EQ(events[i].token_count(), 3);
+    EXPECT_EQ(events[i].token_logprobs_size(), 3);
+    EXPECT_EQ(events[i].is_greedy(), i % 2 == 0 && i % 3 != 0) << i;  // "p" is followed by "qrs"
+  }
+  EXPECT_NEAR(events[0].sum_logprob(), -('q' % 7) - ('r' % 7) - ('s' % 7) - 1.5, 1e-6);
+  ExpectUnharmed();
+}
+
+}  // namespace
+}  // namespace refocus

@@ -1,0 +1,267 @@
+// The gradient of the query deltas, AdamW and what they must leave alone, on 1 to 4 ranks, below the engine's commands.
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <string>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/full_like.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/InferenceMode.h>
+#include <gtest/gtest.h>
+
+#include "tests/worker/engine_harness.h"
+#include "tests/worker/golden.h"
+#include "worker/adapt.h"
+#include "worker/hash.h"
+#include "worker/prefill.h"
+
+namespace refocus {
+namespace {
+
+using nlohmann::json;
+
+constexpr double kLossBound = 1e-5;   // absolute, nats
+constexpr double kTensorBound = 1e-4;  // norm of the difference over the norm
+constexpr double kDifferenceBound = 1e-3;  // of finite differences in fp32
+
+// What one rank has in a test.
+struct Rank {
+  Model& model;
+  KvExtent& context;  // the golden context, prefilled
+  int index;
+};
+
+class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int>> {
+ protected:
+  GradientTest()
+      : golden_(LoadGolden(std::get<0>(GetParam()))),
+        weights_(TestWeights(std::get<0>(GetParam()))),
+        ranks_(std::get<1>(GetParam())) {}
+
+  // Runs `body` on every rank in a thread of its own, after prefilling `ids`.
+  void OnRanks(const std::vector<int32_t>& ids, const std::function<void(const Rank&)>& body) {
+    const std::vector<std::shared_ptr<Collective>> collectives = MakeLocalCollectives(ranks_, 30.0);
+    std::vector<std::thread> threads;
+    for (int r = 0; r < ranks_; ++r) {
+      threads.emplace_back([&, r] {
+        const c10::InferenceMode inference;
+        at::set_num_threads(1);
+        std::atomic<int64_t> progress{0};
+        const std::unique_ptr<Backend> backend = MakeCpuBackend();
+        try {
+          Model model(*weights_, *backend, *collectives[r], progress);
+          KvExtent context(weights_->config, model.plan(), 0, static_cast<int64_t>(ids.size()), /*poison=*/true);
+          PrefillRows(model, context, 0, ids);
+          body(Rank{model, context, r});
+        } catch (const std::exception& error) {
+          collectives[r]->Abort(error.what());
+          ADD_FAILURE() << "rank " << r << ": " << error.what();
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+  at::Tensor NewDelta() const {
+    const ModelConfig& c = weights_->config;
+    return at::zeros({c.layers, c.q_dim(), c.hidden}, at::kFloat);
+  }
+
+  // Logits of rows of the context, queried again; replicated, so that every rank has them.
+  at::Tensor LogitsAt(const Rank& rank, const json& rows, const at::Tensor& delta) {
+    const std::vector<int32_t> ids = golden_.context();
+    std::vector<int64_t> positions, row_ids;
+    for (const json& row : rows) {
+      positions.push_back(row.get<int64_t>());
+      row_ids.push_back(ids[row.get<int64_t>()]);
+    }
+    const RowPlan plan = RowPlan::Replicated(positions, rank.model.plan());
+    ForwardInput input;
+    input.rows = &plan;
+    input.ids = at::tensor(row_ids, at::kLong);
+    input.extents = {&rank.context};
+    input.delta = delta;
+    return rank.model.Logits(rank.model.Forward(input));
+  }
+
+  const Golden& golden_;
+  std::shared_ptr<const Weights> weights_;
+  const int ranks_;
+};
+
+TEST_P(GradientTest, LogitsOfBaseAndAdaptedRows) {
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    const at::Tensor base = LogitsAt(rank, golden_.json.at("rows"), at::Tensor());
+    EXPECT_LE(RelativeError(base, golden_.tensor("logits.rows")), kTensorBound);
+    const at::Tensor adapted = LogitsAt(rank, golden_.json.at("adapt").at("adapted_rows"), golden_.layers("delta"));
+    EXPECT_LE(RelativeError(adapted, golden_.tensor("adapted.logits.rows")), kTensorBound);
+  });
+}
+
+TEST_P(GradientTest, EqualsAutogradInEveryLayer) {
+  for (const std::string name : {"one_span", "two_spans"}) {
+    const json& expected = golden_.json.at("gradients").at(name);
+    const at::Tensor gradient = golden_.layers("gradient." + name);
+    std::vector<uint64_t> hashes(ranks_);
+    OnRanks(golden_.context(), [&](const Rank& rank) {
+      at::Tensor actual = at::full_like(NewDelta(), std::numeric_limits<float>::quiet_NaN());
+      const double loss =
+          SpanGradient(rank.model, rank.context, NewDelta(), golden_.spans(expected.at("spans")), actual);
+      EXPECT_NEAR(loss, expected.at("loss").get<double>(), kLossBound) << name;
+      ASSERT_EQ(actual.sizes(), gradient.sizes());
+      for (int64_t layer = 0; layer < actual.size(0); ++layer) {
+        const double error = RelativeError(actual.select(0, layer), gradient.select(0, layer));
+        EXPECT_LE(error, kTensorBound) << name << ", layer " << layer;
+      }
+      hashes[rank.index] = HashTensor(actual);
+    });
+    for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << name << ": every rank holds the same bits";
+  }
+}
+
+// At a delta that is not zero, which the stored gradients do not reach: along a layer's gradient the loss rises by its
+// norm.
+TEST_P(GradientTest, EqualsFiniteDifferencesWhenAdapted) {
+  const at::Tensor delta = golden_.layers("delta");
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    const std::vector<Span> spans = golden_.spans(golden_.json.at("gradients").at("two_spans").at("spans"));
+    at::Tensor gradient = NewDelta();
+    SpanGradient(rank.model, rank.context, delta, spans, gradient);
+    constexpr double kStep = 3e-3;
+    for (int64_t layer = 0; layer < delta.size(0); ++layer) {
+      const double norm = std::sqrt(gradient.select(0, layer).to(at::kDouble).square().sum().item<double>());
+      at::Tensor step = NewDelta();
+      step.select(0, layer).copy_(gradient.select(0, layer) * (kStep / norm));
+      const double up = SpanLoss(rank.model, rank.context, delta + step, spans);
+      const double down = SpanLoss(rank.model, rank.context, delta - step, spans);
+      EXPECT_NEAR((up - down) / (2 * kStep) / norm, 1.0, kDifferenceBound) << "layer " << layer;
+    }
+  });
+}
+
+TEST_P(GradientTest, EightStepsEqualTheReference) {
+  const json& adapt = golden_.json.at("adapt");
+  const at::Tensor expected = golden_.layers("delta");
+  std::vector<uint64_t> hashes(ranks_);
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    const uint64_t before = rank.context.Hash();
+    Adapter adapter(1);
+    adapter.Begin(weights_->config, golden_.optimizer(), /*from_committed=*/false);
+    for (size_t step = 0; step < adapt.at("spans").size(); ++step) {
+      const std::vector<Span> spans = golden_.spans(adapt.at("spans").at(step));
+      const Adapter::StepResult result = adapter.Step(rank.model, rank.context, spans);
+      EXPECT_NEAR(result.loss, adapt.at("losses").at(step).get<double>(), kLossBound) << "step " << step + 1;
+    }
+    for (int64_t layer = 0; layer < expected.size(0); ++layer) {
+      EXPECT_LE(RelativeError(adapter.working().select(0, layer), expected.select(0, layer)), kTensorBound) << layer;
+    }
+    hashes[rank.index] = HashTensor(adapter.working());
+    EXPECT_EQ(rank.context.Hash(), before) << "K/V of the context must not change";
+  });
+  for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << "every rank holds the same bits";
+}
+
+TEST_P(GradientTest, BaseWeightsAreNeverWritten) {
+  const uint64_t before = HashWeights(*weights_);
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    Adapter adapter(1);
+    adapter.Begin(weights_->config, golden_.optimizer(), false);
+    adapter.Step(rank.model, rank.context, golden_.spans(golden_.json.at("gradients").at("one_span").at("spans")));
+    adapter.Commit(1);
+    LogitsAt(rank, json::array({5, 699}), adapter.committed());
+  });
+  EXPECT_EQ(HashWeights(*weights_), before);
+}
+
+// A span sees nothing behind itself: the context cut right after its last target gives the same loss and gradient.
+TEST_P(GradientTest, LaterTokensDoNotMatter) {
+  const json& expected = golden_.json.at("gradients").at("one_span");
+  const std::vector<Span> spans = golden_.spans(expected.at("spans"));
+  const int64_t end = spans[0].start + spans[0].rows() + 1;
+  std::vector<int32_t> other = golden_.context();
+  for (size_t i = static_cast<size_t>(end); i < other.size(); ++i) other[i] = (other[i] + 1) % 100;
+  for (const std::vector<int32_t>& ids : {golden_.context(end), other}) {
+    OnRanks(ids, [&](const Rank& rank) {
+      at::Tensor gradient = NewDelta();
+      const double loss = SpanGradient(rank.model, rank.context, NewDelta(), spans, gradient);
+      EXPECT_NEAR(loss, expected.at("loss").get<double>(), kLossBound) << ids.size() << " tokens";
+      EXPECT_LE(RelativeError(gradient, golden_.layers("gradient.one_span")), kTensorBound) << ids.size() << " tokens";
+    });
+  }
+}
+
+TEST_P(GradientTest, RateSetsTheSizeOfAStep) {
+  const std::vector<Span> spans = golden_.spans(golden_.json.at("gradients").at("one_span").at("spans"));
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    AdamWConfig config;
+    config.learning_rate = 0.0f;
+    Adapter zero(1);
+    zero.Begin(weights_->config, config, false);
+    for (int step = 0; step < 2; ++step) zero.Step(rank.model, rank.context, spans);
+    EXPECT_EQ(HashTensor(zero.working()), HashTensor(NewDelta())) << "a zero rate changes nothing";
+
+    config.learning_rate = 1e-5f;  // fp32 deltas do not swallow it
+    Adapter small(1);
+    small.Begin(weights_->config, config, false);
+    small.Step(rank.model, rank.context, spans);
+    EXPECT_NEAR(small.working().abs().median().item<double>(), 1e-5, 1e-7);
+  });
+}
+
+TEST_P(GradientTest, NonFiniteStepLeavesTheDelta) {
+  const std::vector<Span> spans = golden_.spans(golden_.json.at("gradients").at("one_span").at("spans"));
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    AdamWConfig config;
+    config.learning_rate = std::numeric_limits<float>::infinity();
+    config.weight_decay = 0.0f;
+    Adapter adapter(1);
+    adapter.Begin(weights_->config, config, false);
+    EXPECT_TRUE(std::isfinite(adapter.Step(rank.model, rank.context, spans).loss));
+    const uint64_t broken = HashTensor(adapter.working());
+    EXPECT_FALSE(std::isfinite(adapter.Step(rank.model, rank.context, spans).loss));
+    EXPECT_EQ(HashTensor(adapter.working()), broken);
+    adapter.Rollback();
+    EXPECT_FALSE(adapter.committed().defined());
+  });
+}
+
+TEST(AdamWTest, DecayPullsTheDeltaTowardsZero) {
+  AdamWConfig config;
+  config.learning_rate = 0.1f;
+  config.weight_decay = 0.5f;
+  at::Tensor delta = at::tensor({4.0f, -2.0f, 0.0f});
+  at::Tensor gradient = at::zeros({3}, at::kFloat);
+  AdamW adamw(config, delta);
+  adamw.Step(delta, gradient, 0.0);
+  EXPECT_LE(RelativeError(delta, at::tensor({3.8f, -1.9f, 0.0f})), 1e-6);
+}
+
+TEST(AdamWTest, ClipsByTheNormGiven) {
+  AdamWConfig config;
+  config.clip_norm = 1.0f;
+  at::Tensor delta = at::zeros({2}, at::kFloat);
+  AdamW adamw(config, delta);
+  at::Tensor large = at::tensor({3.0f, 4.0f});
+  adamw.Step(delta, large, 10.0);  // of all layers, not of these two entries
+  EXPECT_LE(RelativeError(large, at::tensor({0.3f, 0.4f})), 1e-6);
+  at::Tensor small = at::tensor({0.3f, 0.4f});
+  adamw.Step(delta, small, 0.5);
+  EXPECT_LE(RelativeError(small, at::tensor({0.3f, 0.4f})), 1e-7);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, GradientTest,
+                         ::testing::Combine(::testing::Values("llama", "qwen3"), ::testing::Values(1, 2, 3, 4)),
+                         [](const auto& info) {
+                           return std::get<0>(info.param) + "_" + std::to_string(std::get<1>(info.param)) + "_ranks";
+                         });
+
+}  // namespace
+}  // namespace refocus

@@ -1,0 +1,18 @@
+// What Linux says about this machine and this process.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace refocus {
+
+std::string HostName();
+
+// Resident memory of this process; 0 when unknown. Cheap.
+int64_t ResidentBytes();
+
+// What can still be allocated without swapping: MemAvailable, or what the control group leaves if that is less. -1:
+// unknown.
+int64_t FreeMemoryBytes();
+
+}  // namespace refocus

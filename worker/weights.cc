@@ -1,0 +1,317 @@
+#include "worker/weights.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include <ATen/ops/empty.h>
+
+#include "base/gguf.h"
+#include "base/input_file.h"
+#include "base/safetensors.h"
+#include "worker/hash.h"
+
+namespace refocus {
+namespace {
+
+constexpr int64_t kStageBytes = 4 << 20;  // encoded bytes a thread holds at once (one row, where that is more)
+
+Status Invalid(const std::string& path, const std::string& tensor, const std::string& got,
+               const std::string& expected) {
+  return Error(StatusCode::kInvalidArgument, "WEIGHTS_INVALID",
+               path + ": tensor " + Quoted(tensor) + ": got " + got + ", expected " + expected,
+               {{"file", path}, {"tensor", tensor}, {"got", got}, {"expected", expected}});
+}
+
+std::string ShapeText(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// One tensor of the model: its name in the file, where it goes.
+struct Slot {
+  std::string name;
+  std::vector<int64_t> shape;
+  at::Tensor* target;
+  int64_t interleaved_heads = 0;  // > 0: rows 2i and 2i + 1 of each head are a rotary pair and are moved to i, i + D/2
+};
+
+struct Names {
+  const char* embedding;
+  const char* final_norm;
+  const char* output;
+  const char* layer;  // prefix before the layer's number
+  const char *attn_norm, *wq, *wk, *wv, *wo, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
+};
+
+constexpr Names kHuggingFaceNames = {"model.embed_tokens.weight",
+                                     "model.norm.weight",
+                                     "lm_head.weight",
+                                     "model.layers.",
+                                     ".input_layernorm.weight",
+                                     ".self_attn.q_proj.weight",
+                                     ".self_attn.k_proj.weight",
+                                     ".self_attn.v_proj.weight",
+                                     ".self_attn.o_proj.weight",
+                                     ".self_attn.q_norm.weight",
+                                     ".self_attn.k_norm.weight",
+                                     ".post_attention_layernorm.weight",
+                                     ".mlp.gate_proj.weight",
+                                     ".mlp.up_proj.weight",
+                                     ".mlp.down_proj.weight"};
+
+constexpr Names kGgufNames = {"token_embd.weight",   "output_norm.weight",  "output.weight",       "blk.",
+                              ".attn_norm.weight",   ".attn_q.weight",      ".attn_k.weight",      ".attn_v.weight",
+                              ".attn_output.weight", ".attn_q_norm.weight", ".attn_k_norm.weight", ".ffn_norm.weight",
+                              ".ffn_gate.weight",    ".ffn_up.weight",      ".ffn_down.weight"};
+
+std::vector<Slot> SlotsOf(const Names& names, bool interleaved, Weights* weights) {
+  const ModelConfig& config = weights->config;
+  const int64_t q_heads = interleaved ? config.heads : 0;
+  const int64_t k_heads = interleaved ? config.kv_heads : 0;
+  std::vector<Slot> slots;
+  slots.push_back({names.embedding, {config.vocab, config.hidden}, &weights->embedding});
+  slots.push_back({names.final_norm, {config.hidden}, &weights->final_norm});
+  if (!config.tied_embeddings) slots.push_back({names.output, {config.vocab, config.hidden}, &weights->output});
+  for (int64_t i = 0; i < config.layers; ++i) {
+    LayerWeights& layer = weights->layers[static_cast<size_t>(i)];
+    const std::string prefix = names.layer + std::to_string(i);
+    slots.push_back({prefix + names.attn_norm, {config.hidden}, &layer.attn_norm});
+    slots.push_back({prefix + names.wq, {config.q_dim(), config.hidden}, &layer.wq, q_heads});
+    slots.push_back({prefix + names.wk, {config.kv_dim(), config.hidden}, &layer.wk, k_heads});
+    slots.push_back({prefix + names.wv, {config.kv_dim(), config.hidden}, &layer.wv});
+    slots.push_back({prefix + names.wo, {config.hidden, config.q_dim()}, &layer.wo});
+    if (config.qk_norm) {
+      slots.push_back({prefix + names.q_norm, {config.head_dim}, &layer.q_norm});
+      slots.push_back({prefix + names.k_norm, {config.head_dim}, &layer.k_norm});
+    }
+    slots.push_back({prefix + names.mlp_norm, {config.hidden}, &layer.mlp_norm});
+    slots.push_back({prefix + names.gate, {config.mlp, config.hidden}, &layer.gate});
+    slots.push_back({prefix + names.up, {config.mlp, config.hidden}, &layer.up});
+    slots.push_back({prefix + names.down, {config.hidden, config.mlp}, &layer.down});
+  }
+  return slots;
+}
+
+// Tensors that hold nothing the model needs: a cache of rotary frequencies in old files, and a second copy of tied
+// embeddings.
+bool IsIgnored(const std::string& name, const ModelConfig& config) {
+  constexpr std::string_view kFrequencies = ".rotary_emb.inv_freq";
+  const std::string_view text(name);
+  if (text.size() > kFrequencies.size() && text.substr(text.size() - kFrequencies.size()) == kFrequencies) return true;
+  return config.tied_embeddings && name == kHuggingFaceNames.output;
+}
+
+Status CheckTable(const std::string& path, const TensorTable& table, const std::vector<Slot>& slots,
+                  const ModelConfig& config) {
+  std::set<std::string> known;
+  for (const Slot& slot : slots) {
+    const auto found = table.find(slot.name);
+    if (found == table.end()) {
+      const bool output = slot.target != nullptr && slot.name == kHuggingFaceNames.output;
+      return Invalid(path, slot.name, "nothing",
+                     ShapeText(slot.shape) + (output ? ", or tie_word_embeddings true" : ""));
+    }
+    if (found->second.shape != slot.shape) {
+      return Invalid(path, slot.name, ShapeText(found->second.shape), ShapeText(slot.shape));
+    }
+    known.insert(slot.name);
+  }
+  for (const auto& [name, info] : table) {
+    // A bias or an adapter that is silently left out would give a different model.
+    if (known.count(name) == 0 && !IsIgnored(name, config)) {
+      return Invalid(path, name, "a tensor " + ShapeText(info.shape),
+                     "none of that name in a " + FamilyName(config.family) + " model of " +
+                         std::to_string(config.layers) + " layers");
+    }
+  }
+  return absl::OkStatus();
+}
+
+// A part of one tensor: rows [first, first + count), read, decoded and placed by one thread.
+struct Part {
+  const Slot* slot;
+  const TensorInfo* info;
+  int64_t first, count;
+  int64_t columns;
+  int64_t row_bytes;
+};
+
+std::vector<Part> PartsOf(const TensorTable& table, const std::vector<Slot>& slots) {
+  std::vector<Part> parts;
+  for (const Slot& slot : slots) {
+    const TensorInfo& info = table.at(slot.name);
+    const int64_t columns = slot.shape.back();
+    const int64_t rows = info.elements() / columns;
+    const int64_t row_bytes = info.bytes / rows;
+    const int64_t step = std::max<int64_t>(1, kStageBytes / row_bytes);
+    for (int64_t first = 0; first < rows; first += step) {
+      parts.push_back({&slot, &info, first, std::min(step, rows - first), columns, row_bytes});
+    }
+  }
+  return parts;
+}
+
+// Where a row of the file goes: itself, or from interleaved rotary pairs to split halves.
+int64_t TargetRow(const Slot& slot, int64_t row) {
+  if (slot.interleaved_heads == 0) return row;
+  const int64_t head_dim = slot.shape[0] / slot.interleaved_heads;
+  const int64_t in_head = row % head_dim;
+  return row - in_head + (in_head % 2) * (head_dim / 2) + in_head / 2;
+}
+
+bool AllFinite(const float* values, int64_t count) {
+  uint32_t worst = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, values + i, sizeof(bits));
+    worst = std::max(worst, bits & 0x7f800000u);
+  }
+  return worst != 0x7f800000u;
+}
+
+// Parts are taken in order by any number of threads; the first error stops all.
+class Loader {
+ public:
+  Loader(std::vector<Part> parts, const LoadOptions& options) : parts_(std::move(parts)), options_(options) {
+    for (const Part& part : parts_) total_bytes_ += part.count * part.row_bytes;
+  }
+
+  Status Run() {
+    for (const Part& part : parts_) {
+      const std::string& path = part.info->file;
+      if (files_.count(path) != 0) continue;
+      REFOCUS_ASSIGN_OR_RETURN(InputFile file, InputFile::Open(path, "WEIGHTS_INVALID"));
+      files_.emplace(path, std::move(file));
+    }
+    const int64_t threads = std::clamp<int64_t>(options_.threads, 1, static_cast<int64_t>(parts_.size()));
+    std::vector<std::thread> others;
+    for (int64_t i = 1; i < threads; ++i) others.emplace_back([this] { Work(false); });
+    Work(true);
+    for (std::thread& thread : others) thread.join();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (error_.ok() && options_.progress) options_.progress(total_bytes_, total_bytes_);
+    return error_;
+  }
+
+ private:
+  void Work(bool report) {
+    std::vector<uint8_t> stage;
+    while (!failed_) {
+      const size_t index = next_++;
+      if (index >= parts_.size()) return;
+      if (Status status = LoadPart(parts_[index], &stage); !status.ok()) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (error_.ok()) error_ = status;
+        failed_ = true;
+        return;
+      }
+      const int64_t bytes = parts_[index].count * parts_[index].row_bytes;
+      const int64_t done = done_bytes_.fetch_add(bytes) + bytes;
+      if (report && options_.progress && done < total_bytes_) options_.progress(done, total_bytes_);
+    }
+  }
+
+  Status LoadPart(const Part& part, std::vector<uint8_t>* stage) {
+    const InputFile& file = files_.at(part.info->file);
+    float* target = part.slot->target->data_ptr<float>();
+    const int64_t offset = part.info->offset + part.first * part.row_bytes;
+    const int64_t bytes = part.count * part.row_bytes;
+    const bool in_order = part.slot->interleaved_heads == 0;
+    float* first = target + part.first * part.columns;  // of this part, when rows stay in order
+    if (in_order && part.info->type == TensorType::kF32) {
+      REFOCUS_RETURN_IF_ERROR(file.ReadAt(offset, first, bytes));
+    } else {
+      stage->resize(static_cast<size_t>(std::max<int64_t>(bytes, static_cast<int64_t>(stage->size()))));
+      REFOCUS_RETURN_IF_ERROR(file.ReadAt(offset, stage->data(), bytes));
+      if (in_order) DecodeToFloat(part.info->type, stage->data(), part.count * part.columns, first);
+    }
+    bool finite = !options_.check_finite || !in_order || AllFinite(first, part.count * part.columns);
+    for (int64_t i = 0; i < part.count && !in_order; ++i) {
+      float* row = target + TargetRow(*part.slot, part.first + i) * part.columns;
+      DecodeToFloat(part.info->type, stage->data() + i * part.row_bytes, part.columns, row);
+      finite = finite && (!options_.check_finite || AllFinite(row, part.columns));
+    }
+    if (!finite) return Invalid(file.path(), part.slot->name, "NaN or infinity", "finite values");
+    return absl::OkStatus();
+  }
+
+  const std::vector<Part> parts_;
+  const LoadOptions& options_;
+  std::map<std::string, InputFile> files_;
+  int64_t total_bytes_ = 0;
+  std::atomic<size_t> next_{0};
+  std::atomic<int64_t> done_bytes_{0};
+  std::atomic<bool> failed_{false};
+  std::mutex mutex_;
+  Status error_;  // under mutex_
+};
+
+Status Allocate(const std::string& path, const std::vector<Slot>& slots, Weights* weights) {
+  for (const Slot& slot : slots) {
+    int64_t elements = 1;
+    for (const int64_t size : slot.shape) elements *= size;
+    weights->bytes += elements * static_cast<int64_t>(sizeof(float));
+  }
+  try {
+    for (const Slot& slot : slots) *slot.target = at::empty(slot.shape, at::kFloat);
+  } catch (const std::exception&) {
+    return Error(
+        StatusCode::kResourceExhausted, "HARDWARE",
+        path + ": weights need " + std::to_string(weights->bytes) + " bytes as fp32, more than this host gives",
+        {{"file", path}, {"need_bytes", std::to_string(weights->bytes)}});
+  }
+  if (weights->config.tied_embeddings) weights->output = weights->embedding;
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config, const LoadOptions& options) {
+  REFOCUS_RETURN_IF_ERROR(config.Validate(path));
+  REFOCUS_ASSIGN_OR_RETURN(const ModelFormat format, DetectModelFormat(path));
+  TensorTable table;
+  if (format == ModelFormat::kGguf) {
+    REFOCUS_ASSIGN_OR_RETURN(GgufFile file, ReadGguf(path));
+    table = std::move(file.tensors);
+  } else {
+    REFOCUS_ASSIGN_OR_RETURN(table, ReadSafetensorsFolder(path));
+  }
+  Weights weights;
+  weights.config = config;
+  weights.layers.resize(static_cast<size_t>(config.layers));
+  // llama.cpp turns neighbouring elements of Llama's heads and stores Q and K to suit; Qwen3's it turns as halves.
+  const bool gguf = format == ModelFormat::kGguf;
+  const bool interleaved = gguf && config.family == Family::kLlama;
+  const std::vector<Slot> slots = SlotsOf(gguf ? kGgufNames : kHuggingFaceNames, interleaved, &weights);
+  REFOCUS_RETURN_IF_ERROR(CheckTable(path, table, slots, config));
+  REFOCUS_RETURN_IF_ERROR(Allocate(path, slots, &weights));
+  REFOCUS_RETURN_IF_ERROR(Loader(PartsOf(table, slots), options).Run());
+  return weights;
+}
+
+uint64_t HashWeights(const Weights& weights) {
+  uint64_t hash = 0;
+  const auto add = [&hash](const at::Tensor& tensor) {
+    if (tensor.defined()) hash = HashTensor(tensor, hash);
+  };
+  add(weights.embedding);
+  add(weights.final_norm);
+  if (!weights.output.is_same(weights.embedding)) add(weights.output);
+  for (const LayerWeights& layer : weights.layers) {
+    for (const at::Tensor* tensor : {&layer.attn_norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo, &layer.q_norm,
+                                     &layer.k_norm, &layer.mlp_norm, &layer.gate, &layer.up, &layer.down}) {
+      add(*tensor);
+    }
+  }
+  return hash;
+}
+
+}  // namespace refocus
