@@ -1,6 +1,7 @@
-// Attention and the few-rows linear layer of the CPU backend beside ATen, in the same run as the two ceilings they are read
-// against: MKL's GEMM (fp32, 2048^3) and a sum over memory. Ours and ATen's alternate, so that both meet the same noise; the
-// best of the repeats counts. One Markdown row per case. Usage: attention_bench [--threads N] [--seconds S] [--filter TEXT]
+// Attention and the few-rows linear layer of the CPU backend beside ATen, in the same run as the two ceilings they are
+// read against: MKL's GEMM (fp32, 2048^3) and a sum over memory. Ours and ATen's alternate, so that both meet the same
+// noise; the best of the repeats counts. One Markdown row per case. Usage: attention_bench [--threads N] [--seconds S]
+// [--filter TEXT]
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -123,8 +124,8 @@ class Bench {
     const Pair pair = Best(options_.seconds, [&] { at::mm(a, b); }, [&] { at::sum(big); });
     gemm_ = 2.0 * 2048 * 2048 * 2048 / pair.ours / 1e9;
     stream_ = static_cast<double>(big.nbytes()) / pair.peer / 1e9;
-    std::printf("# kernels %s, %d threads; MKL GEMM %.0f GFLOP/s, sum over 256 MiB %.1f GB/s\n\n", BestCpuKernels().name,
-                at::get_num_threads(), gemm_, stream_);
+    std::printf("# kernels %s, %d threads; MKL GEMM %.0f GFLOP/s, sum over 256 MiB %.1f GB/s\n\n",
+                BestCpuKernels().name, at::get_num_threads(), gemm_, stream_);
     std::printf("| case | ms | rate | share of ceiling | ATen ms | times ATen |\n|---|---|---|---|---|---|\n");
   }
 
@@ -156,7 +157,8 @@ class Bench {
   }
 
   void Linear(int64_t rows, int64_t in, int64_t out) {
-    const std::string name = "linear " + std::to_string(rows) + " x " + std::to_string(in) + " -> " + std::to_string(out);
+    const std::string name =
+        "linear " + std::to_string(rows) + " x " + std::to_string(in) + " -> " + std::to_string(out);
     if (Skip(name)) return;
     const at::Tensor x = at::randn({rows, in}), w = at::randn({out, in});
     const Pair pair =
@@ -179,8 +181,8 @@ class Bench {
     Print(name, "GB/s", rate, rate / stream_, pair);
   }
   void Print(const std::string& name, const char* unit, double rate, double share, const Pair& pair) const {
-    std::printf("| %s | %.3f | %.1f %s | %.0f%% | %.3f | %.2f |\n", name.c_str(), pair.ours * 1e3, rate, unit, share * 100,
-                pair.peer * 1e3, pair.peer / pair.ours);
+    std::printf("| %s | %.3f | %.1f %s | %.0f%% | %.3f | %.2f |\n", name.c_str(), pair.ours * 1e3, rate, unit,
+                share * 100, pair.peer * 1e3, pair.peer / pair.ours);
     std::fflush(stdout);
   }
 

@@ -116,7 +116,9 @@ StatusOr<v1::Context> Upload(Client& client, const Settings& settings, const Cre
     content.text = text;
   }
   Progress progress(std::cerr, StderrStyle(settings.quiet), "upload", content.ids != nullptr ? "tokens" : "bytes");
-  return client.CreateContext(header, content, [&](int64_t sent, int64_t total) { progress.Update(sent, total, 0, -1); });
+  return client.CreateContext(header, content, [&](int64_t sent, int64_t total) {
+    if (sent < total) progress.Update(sent, total, 0, -1);  // what goes up at once needs no bar
+  });
 }
 
 int Create(const Settings& settings, const CreateOptions& options) {

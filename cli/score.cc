@@ -76,7 +76,8 @@ int Score(const Settings& settings, const ScoreOptions& options) {
   int64_t done = 0, tokens = 0, revision = 0;
   double sum = 0, seconds = 0;
   const Status status = client.Score(*requests, [&](const v1::ScoreEvent& event) {
-    progress.Update(++done, static_cast<int64_t>(requests->size()), 0, -1);
+    ++done;
+    if (requests->size() > 1) progress.Update(done, static_cast<int64_t>(requests->size()), 0, -1);
     if (settings.json) PrintJson(event);
     const int64_t count = event.token_count();
     for (int64_t part = 0; options.parts > 1 && part < options.parts; ++part) {

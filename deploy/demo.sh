@@ -9,12 +9,12 @@ model=$root/.deps/data/SmolLM2-135M-Instruct.Q4_1.gguf
 text=$root/.deps/data/novels/$novel.txt
 
 ranks=2
-context_bytes=${REFOCUS_DEMO_BYTES:-17000}   # about 4,000 tokens
+context_bytes=${REFOCUS_DEMO_BYTES:-15500}   # about 4,000 tokens
 unseen_bytes=$((context_bytes / 4))          # about 1,000 tokens, the pages that follow
 steps=32
 span_tokens=128
 learning_rate=3e-4                           # millions of parameters; billions want about 1e-5
-question="Who is Mr. Bingley, and why is Mrs. Bennet so interested in him?"
+question="What is the name of the house that Mr. Bingley has rented?"
 
 for file in "$model" "$text"; do
   [ -f "$file" ] || { echo "demo: $file is not there: run ./setup" >&2; exit 1; }
@@ -63,7 +63,7 @@ headline "Question: $question"
 for queries in --base "--adapter default"; do
   if [ "$queries" = --base ]; then echo "-- base queries"; else echo "-- adapted queries"; fi
   # shellcheck disable=SC2086  # an option and its value
-  refocus ask novel "$question" $queries --max-tokens 80 2> >(tee "$work/ask${queries%% *}" >&2)
+  refocus ask novel "$question" $queries --max-tokens 60 2> >(tee "$work/ask${queries%% *}" >&2)
 done
 
 headline "Summary"

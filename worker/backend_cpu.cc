@@ -1,6 +1,7 @@
-// fp32 attention on the CPU. For one K/V head, the rows of all its query heads are packed together, sorted by position and cut
-// into tiles; a tile walks over the blocks of keys that any of its rows sees and keeps a running softmax. Tiles are independent
-// tasks; where they are fewer than the threads need, their keys are split too and the parts combined in order.
+// fp32 attention on the CPU. For one K/V head, the rows of all its query heads are packed together, sorted by position
+// and cut into tiles; a tile walks over the blocks of keys that any of its rows sees and keeps a running softmax. Tiles
+// are independent tasks; where they are fewer than the threads need, their keys are split too and the parts combined in
+// order.
 #include "worker/backend_cpu.h"
 
 #include <algorithm>
@@ -21,7 +22,7 @@ namespace refocus {
 namespace {
 
 constexpr float kNoKey = -std::numeric_limits<float>::infinity();
-constexpr int64_t kLinearTaskBytes = 128 << 10;  // of w: small enough to balance, large against the cost of taking a task
+constexpr int64_t kLinearTaskBytes = 128 << 10;  // of w: balances, yet large against the cost of taking a task
 constexpr int64_t kLinearTaskRows = 16;          // outputs of a task are a multiple: threads share no cache line of y
 
 void CheckRows(const at::Tensor& tensor, at::IntArrayRef shape) {
@@ -250,7 +251,8 @@ class TileRun {
     return block;
   }
 
-  void SetVisible(const std::vector<int64_t>& visible, int64_t key, int64_t keys, const std::vector<char>& hidden) const {
+  void SetVisible(const std::vector<int64_t>& visible, int64_t key, int64_t keys,
+                  const std::vector<char>& hidden) const {
     for (int64_t i = 0; i < width_; ++i) {
       const bool row = i < tile_.count;
       const int64_t seen = row ? std::clamp<int64_t>(visible[(tile_.first + i) / problem_.group] - key, 0, keys) : keys;
@@ -422,13 +424,17 @@ class CpuBackend : public Backend {
     });
   }
 
-  // Returns the row's lse. Parts lie `count` rows apart. Parts without keys are not read, so that a single part comes back
-  // bit for bit.
+  // Returns the row's lse. Parts lie `count` rows apart. Parts without keys are not read, so that a single part comes
+  // back bit for bit.
   static float CombineRow(int64_t parts, int64_t count, int64_t depth, const float* out, const float* lse, float* to) {
     float peak = kNoKey;
-    for (int64_t part = 0; part < parts; ++part) peak = std::max(peak, lse[part * count]);
+    bool seen = false;  // not peak == kNoKey: std::max drops a NaN, which must come through
+    for (int64_t part = 0; part < parts; ++part) {
+      peak = std::max(peak, lse[part * count]);
+      seen = seen || lse[part * count] != kNoKey;
+    }
     std::fill_n(to, depth, 0.0f);
-    if (peak == kNoKey) return kNoKey;
+    if (!seen) return kNoKey;
     float total = 0;
     for (int64_t part = 0; part < parts; ++part) total += std::exp(lse[part * count] - peak);
     for (int64_t part = 0; part < parts; ++part) {

@@ -1,4 +1,5 @@
-// CPU kernels for AVX2 with FMA. Compiled with flags of its own; nothing here runs before Avx2Kernels() has asked the processor.
+// CPU kernels for AVX2 with FMA. Compiled with flags of its own; nothing here runs before Avx2Kernels() has asked the
+// processor.
 #include "worker/backend_cpu_kernels.h"
 
 #if defined(__AVX2__) && defined(__FMA__)
@@ -26,7 +27,8 @@ inline Vec FmaSub(Vec a, Vec b, Vec c) { return {_mm256_fmsub_ps(a.v, b.v, c.v)}
 inline Vec NegFma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a * b
 inline Vec Round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 
-// a in [0.5, 2), so that adding n to the exponent's bits is exact for -126 < n < 127; beyond, the caller discards the result.
+// a in [0.5, 2), so that adding n to the exponent's bits is exact for -126 < n < 127; beyond, the caller discards the
+// result.
 inline Vec TimesPow2(Vec a, Vec n) {
   const __m256i shift = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
   return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), shift))};

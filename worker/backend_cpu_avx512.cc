@@ -1,4 +1,5 @@
-// CPU kernels for AVX-512F. Compiled with flags of its own; nothing here runs before Avx512Kernels() has asked the processor.
+// CPU kernels for AVX-512F. Compiled with flags of its own; nothing here runs before Avx512Kernels() has asked the
+// processor.
 #include "worker/backend_cpu_kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

@@ -36,7 +36,8 @@ inline Vec Round(Vec a) {
   return Sub(Add(a, magic), magic);
 }
 
-// a in [0.5, 2), so that adding n to the exponent's bits is exact for -126 < n < 127; beyond, the caller discards the result.
+// a in [0.5, 2), so that adding n to the exponent's bits is exact for -126 < n < 127; beyond, the caller discards the
+// result.
 inline Vec TimesPow2(Vec a, Vec n) {
   // The low bits of n + 1.5 * 2^23 are n; the shift drops the rest.
   typedef uint32_t Uint4 __attribute__((vector_size(16)));

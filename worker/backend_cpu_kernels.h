@@ -1,10 +1,11 @@
 // The inner loops of the CPU backend, free of torch: one table of functions per instruction set, chosen at run time.
 //
-// Two layouts. Many rows: rows lie across the vector lanes ("transposed" matrices [.., width]), so that a key or value element is
-// a broadcast, K and V are read where they lie, and the softmax has no horizontal step. Few rows (decoding): head_dim lies
-// across the lanes, so that no lane idles and the loop is bound by reading K and V.
+// Two layouts. Many rows: rows lie across the vector lanes ("transposed" matrices [.., width]), so that a key or value
+// element is a broadcast, K and V are read where they lie, and the softmax has no horizontal step. Few rows (decoding):
+// head_dim lies across the lanes, so that no lane idles and the loop is bound by reading K and V.
 //
-// All pointers are fp32 and dense unless a stride is given; strides count elements. No function allocates, locks or throws.
+// All pointers are fp32 and dense unless a stride is given; strides count elements. No function allocates, locks or
+// throws.
 #pragma once
 
 #include <cstdint>
@@ -50,11 +51,13 @@ struct CpuKernels {
   int64_t tile_vectors;  // width = vectors * lanes with 1 <= vectors <= tile_vectors
 
   // q [head_dim, width]; scratch [kCpuBlockKeys, width].
-  void (*attend)(int64_t vectors, const CpuKeyBlock& block, const float* q, float* scratch, const CpuAttendState& state);
+  void (*attend)(int64_t vectors, const CpuKeyBlock& block, const float* q, float* scratch,
+                 const CpuAttendState& state);
   // scratch [2 * kCpuBlockKeys, width].
   void (*query_grad)(int64_t vectors, const CpuKeyBlock& block, float* scratch, const CpuGradState& state);
   // rows <= kCpuFewRows, head_dim a multiple of lanes; q [rows, head_dim]; scratch [rows, kCpuBlockKeys].
-  void (*attend_few)(int64_t rows, const CpuKeyBlock& block, const float* q, float* scratch, const CpuAttendState& state);
+  void (*attend_few)(int64_t rows, const CpuKeyBlock& block, const float* q, float* scratch,
+                     const CpuAttendState& state);
   // y[r * y_stride + o] = x[r] . w[o] for r < rows <= kCpuFewRows, o < outputs; x [rows, in], w [outputs, in].
   void (*linear_few)(int64_t rows, int64_t in, int64_t outputs, const float* x, const float* w, float* y,
                      int64_t y_stride);

@@ -1,4 +1,5 @@
-// Work sharing on LibTorch's own OpenMP team, so that the backend and LibTorch's operators never run on twice the threads.
+// Work sharing on LibTorch's own OpenMP team, so that the backend and LibTorch's operators never run on twice the
+// threads.
 #pragma once
 
 #include <atomic>
@@ -6,16 +7,16 @@
 
 namespace refocus {
 
-// Threads that ParallelTasks may use when called from here, the caller included: at::get_num_threads(), 1 inside a parallel
-// region.
+// Threads that ParallelTasks may use when called from here, the caller included: at::get_num_threads(), 1 inside a
+// parallel region.
 int64_t CpuThreads();
 
-// Runs body(context, thread) once on each of CpuThreads() threads, thread in [0, CpuThreads()), and waits. With one thread it
-// is a plain call and no thread is started. body must not throw.
+// Runs body(context, thread) once on each of CpuThreads() threads, thread in [0, CpuThreads()), and waits. With one
+// thread it is a plain call and no thread is started. body must not throw.
 void RunOnCpuThreads(void (*body)(void* context, int64_t thread), void* context);
 
-// task(index, thread) for every index in [0, count), each once, in rising order of start; waits for all. Which thread runs
-// which index is not defined: results must not depend on it. `task` must not throw.
+// task(index, thread) for every index in [0, count), each once, in rising order of start; waits for all. Which thread
+// runs which index is not defined: results must not depend on it. `task` must not throw.
 template <typename Task>
 void ParallelTasks(int64_t count, const Task& task) {
   if (count <= 0) return;
@@ -36,8 +37,11 @@ void ParallelTasks(int64_t count, const Task& task) {
   RunOnCpuThreads(
       [](void* context, int64_t thread) {
         auto* const work = static_cast<Shared*>(context);
-        int64_t index = work->next.fetch_add(1, std::memory_order_acq_rel);
-        for (; index < work->count; index = work->next.fetch_add(1, std::memory_order_acq_rel)) (*work->task)(index, thread);
+        for (;;) {
+          const int64_t index = work->next.fetch_add(1, std::memory_order_acq_rel);
+          if (index >= work->count) break;
+          (*work->task)(index, thread);
+        }
         work->left.fetch_add(1, std::memory_order_acq_rel);
       },
       &shared);

@@ -31,7 +31,8 @@ constexpr int kDataTag = 0;
 constexpr int kNoticeTag = 1;
 constexpr int kNoticeBytes = 256;                     // one eager message: it leaves without the receiver's help
 constexpr int64_t kPieceBytes = int64_t{16} << 20;    // of one message; MPI counts are int
-constexpr int64_t kSegmentElements = int64_t{1} << 18;  // of a reduction: summed from cache while the next one travels
+constexpr int64_t kSegmentsElements = int64_t{6} << 20;  // of a reduction, over all ranks: 24 MiB travel at a time
+static_assert(kSegmentsElements / kPageFloats / 1024 > 0, "even 1024 ranks have a page each");
 constexpr int64_t kSmallReduceBytes = 32 << 10;       // gathered whole and summed by everyone: one round instead of two
 constexpr int kSpins = 200;
 constexpr std::chrono::milliseconds kPatience{50};    // without any message before a waiting rank starts to sleep
@@ -280,8 +281,8 @@ class MpiCollective : public Collective {
 
   [[noreturn]] void FailLate() {
     std::array<char, 200> text;
-    std::snprintf(text.data(), text.size(), "%s (collective %lld): rank %d of %d waited beyond the deadline of %g s", op_,
-                  static_cast<long long>(calls_), rank_, size_, deadline_seconds_);
+    std::snprintf(text.data(), text.size(), "%s (collective %lld): rank %d of %d waited beyond the deadline of %g s",
+                  op_, static_cast<long long>(calls_), rank_, size_, deadline_seconds_);
     Fail(text.data());
   }
 
@@ -350,28 +351,30 @@ class MpiCollective : public Collective {
   // Segment by segment: while one is summed, the next one's terms and the last one's sums travel. Both ranks of a pair
   // post their messages in the same order.
   void ReduceParts(const float* in, const std::vector<int64_t>& first, float* out, float* gathered) {
+    int64_t longest = 0;
+    for (int j = 0; j < size_; ++j) longest = std::max(longest, first[j + 1] - first[j]);
+    if (longest == 0) return;
+    const int64_t pages = (longest + kPageFloats - 1) / kPageFloats;
+    const int64_t width = std::min(pages, kSegmentsElements / kPageFloats / size_) * kPageFloats;
+    const int64_t segments = (longest + width - 1) / width;
     const auto length = [&](int j, int64_t segment) {
-      return std::clamp<int64_t>(first[j + 1] - first[j] - segment * kSegmentElements, 0, kSegmentElements);
+      return std::clamp<int64_t>(first[j + 1] - first[j] - segment * width, 0, width);
     };
-    int64_t segments = 0;
-    for (int j = 0; j < size_; ++j) {
-      segments = std::max(segments, (first[j + 1] - first[j] + kSegmentElements - 1) / kSegmentElements);
-    }
-    float* const scratch = Scratch(2 * size_ * kSegmentElements);
-    const auto slot = [&](int j, int64_t segment) { return scratch + (segment % 2 * size_ + j) * kSegmentElements; };
+    float* const scratch = Scratch(2 * size_ * width);
+    const auto slot = [&](int j, int64_t segment) { return scratch + (segment % 2 * size_ + j) * width; };
     std::array<Requests, 2> terms;
     const auto post_terms = [&](int64_t s) {
       Requests& requests = terms[s % 2];
       requests.clear();
       for (int j : Peers()) Receive(slot(j, s), length(rank_, s) * 4, j, &requests);
-      for (int j : Peers()) Send(in + first[j] + s * kSegmentElements, length(j, s) * 4, j, &requests);
+      for (int j : Peers()) Send(in + first[j] + s * width, length(j, s) * 4, j, &requests);
     };
-    if (segments > 0) post_terms(0);
+    post_terms(0);
     std::vector<const float*> parts(static_cast<size_t>(size_));
     for (int64_t s = 0; s < segments; ++s) {
       if (s + 1 < segments) post_terms(s + 1);
       Wait(terms[s % 2]);
-      const int64_t offset = s * kSegmentElements;
+      const int64_t offset = s * width;
       for (int j = 0; j < size_; ++j) parts[j] = j == rank_ ? in + first[j] + offset : slot(j, s);
       SumInOrder(parts, length(rank_, s), out + offset);
       if (gathered == nullptr) continue;

@@ -136,7 +136,7 @@ class EngineState {
 
   Status CheckSpans(const std::vector<Span>& spans, int64_t tokens) const {
     for (const Span& span : spans) {
-      if (span.rows() < 1 || span.start < 0 || span.start + span.rows() >= tokens) {
+      if (span.rows() < 1 || span.start < 0 || span.start >= tokens - span.rows()) {
         return FieldError("span", std::to_string(span.start) + " + " + std::to_string(span.rows()),
                           "start >= 0, rows >= 1, start + rows < " + std::to_string(tokens));
       }

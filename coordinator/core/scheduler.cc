@@ -76,7 +76,8 @@ Status Scheduler::OnResult(int32_t rank, const wire::Result& result, double now)
     return broken("answered command " + std::to_string(result.seq()) + " out of order");
   }
   if (!result.final()) {
-    if (rank == 0) next->job->Partial(next->command, result, now);
+    if (rank == 0) next->early.push_back(result);
+    ReleaseEarly(now);
     Sweep();
     return absl::OkStatus();
   }
@@ -88,9 +89,17 @@ Status Scheduler::OnResult(int32_t rank, const wire::Result& result, double now)
     Flight done = std::move(front);
     flight_.pop_front();
     REFOCUS_RETURN_IF_ERROR(Complete(done, now));
+    ReleaseEarly(now);
   }
   Sweep();
   return absl::OkStatus();
+}
+
+// Rank 0 may be a command ahead of the others: what it sends then must not overtake the results before it.
+void Scheduler::ReleaseEarly(double now) {
+  if (flight_.empty()) return;
+  Flight& front = flight_.front();
+  for (const wire::Result& partial : std::exchange(front.early, {})) front.job->Partial(front.command, partial, now);
 }
 
 Status Scheduler::Complete(Flight& flight, double now) {

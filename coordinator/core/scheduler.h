@@ -54,6 +54,7 @@ class Scheduler {
     wire::Command command;
     std::vector<wire::Result> results;  // by rank
     std::vector<bool> answered;
+    std::vector<wire::Result> early;  // rank 0's partial ones, while an earlier command still lacks answers
   };
   struct Entry {
     std::shared_ptr<Job> job;
@@ -62,6 +63,7 @@ class Scheduler {
   };
   bool NextCommand(double now, std::shared_ptr<Job>* job, wire::Command* command);
   Status Complete(Flight& flight, double now);
+  void ReleaseEarly(double now);
   void SendCancels(std::vector<wire::CoordinatorMessage>* out);
   void Sweep();
 

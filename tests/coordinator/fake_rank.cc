@@ -102,7 +102,9 @@ std::vector<wire::Result> FakeRank::Execute(const wire::Command& command) {
   out[0].set_seq(command.seq());
   FakeAgreement::Outcome& agreed = agreement_->by_seq[command.seq()];
   if (rank_ == 0) agreed.cancelled = IsCancelled(command.job());
-  if (!agreed.cancelled || (rank_ != 0 && agreed.tokens > 0)) Do(command, &out);
+  if (command.seq() == refuse_seq) {
+    Fail(StatusCode::kResourceExhausted, "REFUSED", "as the test wants", &out.back());
+  } else if (!agreed.cancelled || (rank_ != 0 && agreed.tokens > 0)) Do(command, &out);
   out.back().set_cancelled(agreed.cancelled);
   out.back().set_final(true);
   out.back().set_seconds(command_seconds);

@@ -87,6 +87,7 @@ class FakeRank {
 
   // Faults and pace.
   int64_t kv_capacity_bytes = int64_t{1} << 30;
+  int64_t refuse_seq = 0;  // this command fails and changes nothing
   std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
   std::function<void(const wire::Command&, int64_t token)> pause;   // before a command (token -1) and each decoded token
   double command_seconds = 1e-3;                                    // as reported

@@ -138,7 +138,7 @@ class Requests(unittest.TestCase):
     def refused(self, reason, *arguments):
         out, err = self.service.call(*arguments, code=1)
         with self.subTest(arguments=arguments):
-            self.assertIn(f"[{reason}, ", err.splitlines()[0])
+            self.assertIn(f"[{reason}, ", [line for line in err.splitlines() if line.startswith("refocus ")][0])
             self.assertNotIn("Traceback", err + out)
 
     def test_errors_name_their_reason(self):

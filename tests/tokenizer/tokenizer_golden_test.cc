@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <thread>
+#include <tuple>
 
 #include "tests/tokenizer/tokenizer_files.h"
 
@@ -79,6 +80,33 @@ TEST(Golden, ThreadsShareOneTokenizer) {
   std::vector<std::thread> threads;
   for (int i = 0; i < 4; ++i) threads.emplace_back([&] { ExpectGolden(**tokenizer, kGoldens + "qwen2/golden.json"); });
   for (std::thread& thread : threads) thread.join();
+}
+
+// What a pattern keeps of a text, with everything else dropped: shows a class as it is. Expected values are the reference's.
+TEST(Tokens, CharacterClassesAreTheReferences) {
+  const std::tuple<const char*, const char*, const char*> cases[] = {
+      {"\\p{L}+", "a1\u00e9\U00031350 \U00013460-\U0001e5f0\u0301", "a\u00e9\U00031350\U00013460\U0001e5f0"},
+      {"[^\\p{L}]+", "a1\u00e9\U00031350 \U00013460-\u0301", "1 -\u0301"},
+      {"\\P{L}", "a1\u00e9\U000323af-", "1-"},
+      {"[\\p{N}x]", "xy1\u00bd\u2167\U00010d40\U000116e3\U00011de0", "x1\u00bd\u2167\U00010d40\U000116e3"},
+      {"\\d", "1\u00bd\u0663\U00010d49", "1\u0663\U00010d49"},
+      {"\\s", "a \u180e\u00a0\u200b\u2028\x0b\x1c\u0085", " \u00a0\u2028\x0b\u0085"},
+      {"[^\\S ]", "a \u180e\u00a0\n", "\u00a0\n"},
+      {"\\p{M}", "a\u0301\u0897\U000113ce", "\u0301\u0897\U000113ce"},
+      {"(?i:s|k)", "sSkK\u017f\u212a\u00df", "sSkK\u017f\u212a"},
+  };
+  for (const auto& [pattern, text, kept] : cases) {
+    Json tree = GoldenTree("gpt-2");
+    const Json split = {
+        {"type", "Split"}, {"pattern", {{"Regex", pattern}}}, {"behavior", "Removed"}, {"invert", true}};
+    const Json bytes = {{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}};
+    tree["pre_tokenizer"] = {{"type", "Sequence"}, {"pretokenizers", Json::array({split, bytes})}};
+    const auto tokenizer = LoadTree(tree);
+    ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
+    const auto ids = (*tokenizer)->Encode(text, false, 1000);
+    ASSERT_TRUE(ids.ok()) << ids.status();
+    EXPECT_EQ(Decode(**tokenizer, *ids), kept) << pattern;
+  }
 }
 
 TEST(Tokens, MarksAndNames) {

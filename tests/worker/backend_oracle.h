@@ -1,5 +1,5 @@
-// What the backend's tests compare with: attention over unsharded keys by global position, in fp64, one scalar at a time. It
-// knows nothing of slots, blocks, shards or the K/V layout of the worker.
+// What the backend's tests compare with: attention over unsharded keys by global position, in fp64, one scalar at a
+// time. It knows nothing of slots, blocks, shards or the K/V layout of the worker.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,8 @@
 
 namespace refocus {
 
-// Key i lies at position i. q [rows, heads, head_dim], pos [rows], k and v [kv_heads, keys, head_dim], dout like q; fp32 or fp64.
+// Key i lies at position i. q [rows, heads, head_dim], pos [rows], k and v [kv_heads, keys, head_dim], dout like q;
+// fp32 or fp64.
 struct OracleInput {
   at::Tensor q, pos, k, v, dout;
 };
@@ -21,8 +22,8 @@ struct OracleResult {
 
 OracleResult Oracle(const OracleInput& input);
 
-// The same in fp32 with plain LibTorch operators over whole matrices: its distance to the oracle is what fp32 costs. The
-// gradient takes the given lse and row_dot [rows, heads] fp32, as the backend does.
+// The same in fp32 with plain LibTorch operators over whole matrices: its distance to the oracle is what fp32 costs.
+// The gradient takes the given lse and row_dot [rows, heads] fp32, as the backend does.
 struct PlainResult {
   at::Tensor out, lse, dq;
 };

@@ -1,5 +1,5 @@
-// The backend's operations against an unsharded fp64 oracle, for every instruction set that this processor has. Bound: our
-// error is at most twice that of plain fp32 LibTorch, plus a few roundings; places without a visible key are exact.
+// The backend's operations against an unsharded fp64 oracle, for every instruction set that this processor has. Bound:
+// our error is at most twice that of plain fp32 LibTorch, plus a few roundings; places without a visible key are exact.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -60,8 +60,9 @@ struct Scene {
   int threads = 1;
 
   std::string Text() const {
-    std::string text = std::to_string(pos.size()) + " rows, " + std::to_string(keys) + " keys, " + std::to_string(heads) +
-                       "/" + std::to_string(kv_heads) + " heads, d " + std::to_string(head_dim) + ", " +
+    std::string text = std::to_string(pos.size()) + " rows, " + std::to_string(keys) + " keys, " +
+                       std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads, d " +
+                       std::to_string(head_dim) + ", " +
                        std::to_string(shards) + " shards, cuts";
     for (const int64_t cut : cuts) text.append(1, ' ').append(std::to_string(cut));
     return text;
@@ -195,7 +196,12 @@ class BackendTest : public testing::TestWithParam<const CpuKernels*> {
 
 TEST_P(BackendTest, RowCounts) {
   for (const int64_t rows : {0, 1, 2, 3, 5, 16, 17, 63, 127, 129}) {
-    CheckScene(*backend_, {.pos = Range(300 - rows, 300), .keys = 300, .heads = 3, .kv_heads = 1, .head_dim = 64, .threads = 2});
+    CheckScene(*backend_, {.pos = Range(300 - rows, 300),
+                           .keys = 300,
+                           .heads = 3,
+                           .kv_heads = 1,
+                           .head_dim = 64,
+                           .threads = 2});
     CheckScene(*backend_, {.pos = Range(0, rows), .keys = rows + 1, .heads = 2, .kv_heads = 2, .head_dim = 16});
   }
 }
@@ -266,13 +272,15 @@ TEST_P(BackendTest, RowsOlderThanEveryKey) {
   // The views start at position 300, so rows before it see nothing, alone or beside rows that do.
   for (const int64_t shards : {1, 2}) {
     Scene scene{.pos = {}, .keys = 700, .heads = 3, .kv_heads = 1, .head_dim = 16, .shards = shards, .cuts = {300}};
-    for (const std::vector<int64_t>& pos : {std::vector<int64_t>{299}, {0, 299, 10}, Range(290, 310), Range(200, 299)}) {
+    const std::vector<std::vector<int64_t>> cases = {{299}, {0, 299, 10}, Range(290, 310), Range(200, 299)};
+    for (const std::vector<int64_t>& pos : cases) {
       scene.pos = pos;
       const OracleInput input = MakeInput(scene);
       for (int64_t shard = 0; shard < shards; ++shard) {
         const std::vector<KvView> views = {MakeViews(input, scene, shard)[1]};
         const Partial partial = backend_->Attend(input.q, input.pos, views);
-        const at::Tensor dq = backend_->QueryGrad(input.q, input.pos, views, input.dout, partial.lse, partial.lse.exp());
+        const at::Tensor dq =
+            backend_->QueryGrad(input.q, input.pos, views, input.dout, partial.lse, partial.lse.exp());
         for (size_t row = 0; row < pos.size(); ++row) {
           const bool sees = views[0].length > 0 && views[0].plan.PositionAt(views[0].first_index) <= pos[row];
           EXPECT_EQ(partial.lse[row].eq(-kInfinity).all().item<bool>(), !sees) << row;
@@ -387,11 +395,13 @@ TEST_P(BackendTest, LopsidedMergeIsOneShot) {
 TEST_P(BackendTest, CombineLaws) {
   std::mt19937_64 random(3);
   const at::Tensor out = Random({3, 67, 2, 5}, random), lse = Random({3, 67, 2}, random, 20);
-  const at::Tensor zero = at::zeros({1, 67, 2, 5}, out.options()), none = at::full({1, 67, 2}, -kInfinity, out.options());
+  const at::Tensor zero = at::zeros({1, 67, 2, 5}, out.options());
+  const at::Tensor none = at::full({1, 67, 2}, -kInfinity, out.options());
   const auto part = [](const at::Tensor& x, int64_t i) { return x.narrow(0, i, 1); };
   // One part alone, and with identities around it, comes back bit for bit.
-  for (const Partial& same : {backend_->Combine(part(out, 0), part(lse, 0)),
-                              backend_->Combine(at::cat({zero, part(out, 0), zero}), at::cat({none, part(lse, 0), none}))}) {
+  const at::Tensor padded_out = at::cat({zero, part(out, 0), zero}), padded_lse = at::cat({none, part(lse, 0), none});
+  for (const Partial& same :
+       {backend_->Combine(part(out, 0), part(lse, 0)), backend_->Combine(padded_out, padded_lse)}) {
     EXPECT_TRUE(at::equal(same.out, out[0]));
     EXPECT_TRUE(at::equal(same.lse, lse[0]));
   }

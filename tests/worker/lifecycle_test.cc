@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -210,7 +211,7 @@ TEST_P(LifecycleTest, StopTokensAndSeeds) {
   std::vector<std::vector<std::pair<int32_t, float>>> sampled;
   for (const uint64_t seed : {3, 3, 4}) {
     OpenSequence random{6, kContext, 0, 0, 20};
-    random.sampling.temperature = 1.5f;
+    random.sampling.temperature = 1000.0f;  // nearly uniform: each draw shows its random number
     random.sampling.seed = seed;
     group_.Do(random);
     std::vector<Token> tokens = group_.Do(ExtendSequence{6, 300, {7, 8, 9}, true}).tokens;
@@ -223,6 +224,9 @@ TEST_P(LifecycleTest, StopTokensAndSeeds) {
   }
   EXPECT_EQ(sampled[0], sampled[1]);
   EXPECT_NE(sampled[0], sampled[2]);
+  std::set<int32_t> distinct;
+  for (const auto& token : sampled[0]) distinct.insert(token.first);
+  EXPECT_GE(distinct.size(), 8u) << "of 13: every token has a draw of its own";
 }
 
 TEST_P(LifecycleTest, CancelLeavesTogetherAndSkipsTheRest) {

@@ -1,0 +1,182 @@
+// Forming, losing and re-forming a group.
+#include "tests/coordinator/simulation.h"
+
+namespace refocus {
+namespace {
+
+constexpr auto kServing = Group::State::kServing;
+constexpr auto kWaiting = Group::State::kWaiting;
+
+class GroupTest : public ::testing::Test {
+ protected:
+  wire::Hello Hello(int32_t rank, int32_t size, const std::string& nonce = "n") {
+    return FakeRank(rank, size, nullptr).Hello(nonce, "fake");
+  }
+  Status Join(const wire::Hello& hello) { return simulation_.core().OnHello(next_link_++, hello); }
+
+  Simulation simulation_;
+  uint64_t next_link_ = 1;
+};
+
+TEST_F(GroupTest, ServesWhenEveryRankIsReady) {
+  EXPECT_TRUE(Join(Hello(1, 2)).ok());
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+  EXPECT_TRUE(Join(Hello(0, 2)).ok());
+  EXPECT_EQ(simulation_.core().group().state(), Group::State::kForming);
+  wire::WorkerMessage ready;
+  ready.mutable_ready()->set_epoch(simulation_.core().group().epoch());
+  simulation_.core().OnMessage(1, ready);
+  simulation_.core().OnMessage(1, ready);
+  EXPECT_FALSE(simulation_.core().serving());
+  ready.mutable_ready()->set_epoch(99);
+  simulation_.core().OnMessage(2, ready);  // of another epoch
+  EXPECT_FALSE(simulation_.core().serving());
+  ready.mutable_ready()->set_epoch(simulation_.core().group().epoch());
+  simulation_.core().OnMessage(2, ready);
+  EXPECT_TRUE(simulation_.core().serving());
+}
+
+TEST_F(GroupTest, RefusesStrangers) {
+  ASSERT_TRUE(Join(Hello(0, 3)).ok());
+  EXPECT_EQ(ReasonOf(Join(Hello(0, 3))), "RANK_TAKEN");
+  EXPECT_EQ(ReasonOf(Join(Hello(1, 3, "other"))), "GROUP_TAKEN");
+  EXPECT_EQ(ReasonOf(Join(Hello(1, 2))), "GROUP_SIZE");
+  EXPECT_EQ(ReasonOf(Join(Hello(3, 3))), "FIELD_OUT_OF_RANGE");
+  EXPECT_EQ(ReasonOf(Join(Hello(-1, 3))), "FIELD_OUT_OF_RANGE");
+  EXPECT_EQ(ReasonOf(Join(Hello(0, 0))), "FIELD_OUT_OF_RANGE");
+  EXPECT_EQ(ReasonOf(Join(Hello(1, 3, ""))), "FIELD_OUT_OF_RANGE");
+  wire::Hello hello = Hello(1, 3);
+  hello.set_version("0");
+  EXPECT_EQ(ReasonOf(Join(hello)), "VERSION_SKEW");
+  hello = Hello(1, 3);
+  hello.set_model_fingerprint("another");
+  EXPECT_EQ(ReasonOf(Join(hello)), "MODEL_MISMATCH");
+  hello = Hello(1, 3);
+  hello.set_kv_bytes_per_token(kFakeKvBytesPerToken + 1);
+  EXPECT_EQ(ReasonOf(Join(hello)), "MODEL_MISMATCH");
+  hello = Hello(1, 3);
+  hello.set_kv_capacity_bytes(-1);
+  EXPECT_EQ(ReasonOf(Join(hello)), "FIELD_OUT_OF_RANGE");
+  EXPECT_EQ(simulation_.core().group().ranks().size(), 1u);
+  EXPECT_TRUE(Join(Hello(1, 3)).ok());
+}
+
+TEST_F(GroupTest, RefusesAnotherSizeThanConfigured) {
+  CoordinatorOptions options = Simulation::DefaultOptions();
+  options.group.size = 2;
+  Simulation simulation(1, options);
+  EXPECT_EQ(ReasonOf(simulation.core().OnHello(1, Hello(0, 3))), "GROUP_SIZE");
+  EXPECT_TRUE(simulation.core().OnHello(2, Hello(0, 2)).ok());
+}
+
+TEST_F(GroupTest, ARankThatLeavesBeforeTheGroupIsCompleteMayComeBack) {
+  ASSERT_TRUE(Join(Hello(0, 2)).ok());
+  simulation_.core().OnClosed(1, "closed");
+  EXPECT_TRUE(simulation_.core().group().ranks().empty());
+  ASSERT_TRUE(Join(Hello(0, 2, "second launch")).ok());
+  ASSERT_TRUE(Join(Hello(1, 2, "second launch")).ok());
+  EXPECT_EQ(simulation_.core().group().state(), Group::State::kForming);
+}
+
+TEST_F(GroupTest, StreamEndLosesTheGroup) {
+  simulation_.Launch(3);
+  simulation_.Run();
+  ASSERT_TRUE(simulation_.core().serving());
+  const int64_t epoch = simulation_.core().group().epoch();
+  simulation_.Kill(1);
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+  EXPECT_EQ(simulation_.core().group().epoch(), epoch + 1);
+  EXPECT_NE(simulation_.core().GetCluster().last_incident().find("rank 1"), std::string::npos);
+  simulation_.Run();
+  EXPECT_FALSE(simulation_.links()[0].told_to_leave.empty());
+  EXPECT_FALSE(simulation_.links()[2].told_to_leave.empty());
+  simulation_.Launch(2);  // another size is fine when none is configured
+  simulation_.Run();
+  EXPECT_EQ(simulation_.core().group().state(), kServing);
+}
+
+TEST_F(GroupTest, SilenceLosesTheGroupAfterFifteenSeconds) {
+  simulation_.Launch(2);
+  simulation_.Run();
+  simulation_.links()[1].silent = true;
+  simulation_.Advance(14.5);
+  EXPECT_TRUE(simulation_.core().serving());
+  simulation_.Advance(1.5);
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+  EXPECT_NE(simulation_.core().GetCluster().last_incident().find("no heartbeat"), std::string::npos);
+}
+
+TEST_F(GroupTest, AStuckRankLosesTheGroupOnlyWhileItHasACommand) {
+  simulation_.Launch(2);
+  simulation_.Run();
+  simulation_.links()[1].frozen = true;
+  simulation_.Advance(500);
+  ASSERT_TRUE(simulation_.core().serving());  // idle for long is fine
+  ASSERT_TRUE(simulation_.Create("a", 1000).ok());
+  const auto job = *simulation_.Prefill("a");
+  simulation_.Run();
+  simulation_.Advance(119);
+  EXPECT_TRUE(simulation_.core().serving());
+  EXPECT_FALSE(job->ended());
+  simulation_.Advance(3);
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+  EXPECT_TRUE(job->ended());
+  EXPECT_EQ(ReasonOf(job->status()), "WORKER_LOST");
+  EXPECT_NE(std::string(job->status().message()).find("rank 1"), std::string::npos);  // not rank 0, which did its part
+}
+
+TEST_F(GroupTest, ARankThatNeverGetsReadyEndsTheAttempt) {
+  simulation_.Launch(2);
+  simulation_.links()[1].frozen = true;
+  simulation_.Run();
+  simulation_.Advance(299);
+  EXPECT_EQ(simulation_.core().group().state(), Group::State::kForming);
+  simulation_.Advance(3);
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+  EXPECT_NE(simulation_.core().GetCluster().last_incident().find("rank 1 did not join"), std::string::npos);
+}
+
+TEST_F(GroupTest, ResultsOfAnotherEpochOrStrangersAreDropped) {
+  simulation_.Launch(2);
+  simulation_.Run();
+  wire::WorkerMessage message;
+  message.mutable_result()->set_epoch(simulation_.core().group().epoch() + 7);
+  message.mutable_result()->set_seq(1);
+  message.mutable_result()->set_final(true);
+  simulation_.core().OnMessage(simulation_.links()[0].id, message);
+  message.mutable_result()->set_epoch(simulation_.core().group().epoch());
+  simulation_.core().OnMessage(999, message);
+  EXPECT_TRUE(simulation_.core().serving());
+  simulation_.core().OnMessage(simulation_.links()[0].id, message);  // but a command nobody sent cannot be answered
+  EXPECT_FALSE(simulation_.core().serving());
+}
+
+TEST_F(GroupTest, TheNextLaunchStartsClean) {
+  simulation_.Launch(2);
+  simulation_.Run();
+  simulation_.CreateReady("a", 700);
+  const auto adapt = *simulation_.Adapt(Simulation::AdaptRequest("a", 3));
+  simulation_.Run();
+  ASSERT_TRUE(adapt->status().ok());
+  simulation_.Kill(0);
+  const api::Context lost = simulation_.Get("a");
+  EXPECT_EQ(lost.state(), api::Context::CREATED);
+  EXPECT_EQ(lost.adapters_size(), 0);
+  EXPECT_EQ(lost.kv_bytes(), 0);
+  EXPECT_EQ(lost.prefilled_tokens(), 0);
+  EXPECT_EQ(lost.token_count(), 700);
+  EXPECT_NE(lost.state_reason().find("rank 0"), std::string::npos);
+  EXPECT_EQ(ReasonOf(simulation_.Prefill("a").status()), "GROUP_REBUILDING");
+  EXPECT_EQ(ReasonOf(simulation_.Generate("a", 1, 1).status()), "GROUP_REBUILDING");
+  simulation_.Launch(2);
+  simulation_.Run();
+  EXPECT_EQ(ReasonOf(simulation_.Generate("a", 1, 1).status()), "CONTEXT_NOT_READY");
+  ASSERT_TRUE(simulation_.Prefill("a").ok());
+  simulation_.Run();
+  EXPECT_EQ(simulation_.State("a"), api::Context::READY);
+  EXPECT_TRUE(simulation_.Get("a").state_reason().empty());
+  simulation_.ExpectConsistent();
+}
+
+}  // namespace
+}  // namespace refocus

@@ -1,0 +1,369 @@
+// Prefill, adapt, generate and score as the ranks see them: order, fairness, cancellation, atomicity.
+#include <limits>
+
+#include "base/limits.h"
+#include "tests/coordinator/simulation.h"
+
+namespace refocus {
+namespace {
+
+class JobsTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    simulation_.Launch(2);
+    simulation_.Run();
+    ASSERT_TRUE(simulation_.core().serving());
+  }
+  void TearDown() override {
+    simulation_.Run();
+    simulation_.ExpectConsistent();
+  }
+  // Commands that wait at rank 0.
+  std::vector<wire::Command> Waiting() {
+    std::vector<wire::Command> commands;
+    for (const auto& message : simulation_.links()[0].inbox) {
+      if (message.has_command()) commands.push_back(message.command());
+    }
+    return commands;
+  }
+  // Both ranks do their next command and answer.
+  void Step() {
+    for (auto& link : simulation_.links()) {
+      if (simulation_.CanStepRank(link)) simulation_.StepRank(link);
+    }
+    for (auto& link : simulation_.links()) {
+      while (!link.outbox.empty()) simulation_.StepAnswer(link);
+    }
+  }
+  Simulation simulation_;
+};
+
+TEST_F(JobsTest, TwoCommandsInFlightInOrder) {
+  ASSERT_TRUE(simulation_.Create("a", 5000).ok());
+  const auto job = *simulation_.Prefill("a");
+  ASSERT_EQ(Waiting().size(), 2u);
+  EXPECT_TRUE(Waiting()[0].has_open_context());
+  EXPECT_EQ(Waiting()[0].open_context().capacity(), 5000);
+  EXPECT_EQ(Waiting()[1].prefill_chunk().ids_size(), 512);
+  EXPECT_EQ(Waiting()[1].seq(), Waiting()[0].seq() + 1);
+  simulation_.StepRank(simulation_.links()[0]);
+  simulation_.StepAnswer(simulation_.links()[0]);
+  EXPECT_EQ(simulation_.core().scheduler().in_flight(), 2u);  // one rank's answer does not count
+  simulation_.StepRank(simulation_.links()[1]);
+  simulation_.StepAnswer(simulation_.links()[1]);
+  EXPECT_EQ(simulation_.core().scheduler().in_flight(), 2u);
+  EXPECT_EQ(Waiting().size(), 2u);
+  simulation_.Run();
+  EXPECT_TRUE(job->ended());
+  EXPECT_TRUE(job->status().ok());
+  EXPECT_EQ(job->event().prefilled_tokens(), 5000);
+  const auto& ids = simulation_.rank(1).contexts.begin()->second.tokens;
+  ASSERT_EQ(ids.size(), 5000u);
+  for (size_t i = 0; i < ids.size(); ++i) ASSERT_EQ(ids[i], i % 200);
+}
+
+TEST_F(JobsTest, ChunksAreMultiplesOfTheGroupsBlockAndGrow) {
+  ASSERT_TRUE(simulation_.Create("a", 60'001).ok());
+  const auto job = *simulation_.Prefill("a");
+  int64_t largest = 0, total = 0;
+  while (!job->ended()) {
+    for (const wire::Command& command : Waiting()) {
+      if (!command.has_prefill_chunk()) continue;
+      const int64_t rows = command.prefill_chunk().ids_size();
+      EXPECT_TRUE(rows % 512 == 0 || command.prefill_chunk().first_pos() + rows == 60'001);
+      EXPECT_LE(rows, kMaxChunkRows);
+      largest = std::max(largest, rows);
+    }
+    Step();
+    total = job->event().prefilled_tokens();
+  }
+  EXPECT_EQ(total, 60'001);
+  EXPECT_GT(largest, 4096);  // 1 ms a chunk: far below the time a chunk may take
+}
+
+TEST_F(JobsTest, JobsTakeTurns) {
+  simulation_.CreateReady("a", 600);
+  for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).command_seconds = 0.06;  // one token a command
+  const auto first = *simulation_.Generate("a", 0, 30);
+  const auto second = *simulation_.Generate("a", 0, 30);
+  const auto third = *simulation_.Generate("a", 0, 30);
+  std::vector<uint64_t> turns;
+  for (int i = 0; i < 60; ++i) {
+    if (i >= 12 && !Waiting().empty()) turns.push_back(Waiting()[0].decode_steps().sequence());  // all three are decoding
+    Step();
+  }
+  // Whatever three neighbours in the order of commands: three jobs, while all of them have work.
+  ASSERT_EQ(turns.size(), 48u);
+  for (size_t i = 0; i + 2 < turns.size(); ++i) {
+    EXPECT_NE(turns[i], turns[i + 1]);
+    EXPECT_NE(turns[i], turns[i + 2]);
+    EXPECT_NE(turns[i + 1], turns[i + 2]);
+  }
+  simulation_.Run();
+  for (const auto& job : {first, second, third}) {
+    EXPECT_TRUE(job->ended());
+    EXPECT_EQ(Tokens(*job).size(), 30u);
+  }
+}
+
+TEST_F(JobsTest, GenerateReadsTheLastContextTokenAgainAndStopsAtMaxTokens) {
+  simulation_.CreateReady("a", 601);  // last id 0
+  const auto job = *simulation_.Generate("a", 3, 5);
+  simulation_.StepRank(simulation_.links()[0]);
+  const wire::ExtendSequence extend = Waiting()[0].extend_sequence();
+  EXPECT_EQ(extend.first_pos(), 600);
+  ASSERT_EQ(extend.ids_size(), 4);
+  EXPECT_EQ(extend.ids(0), 0u);
+  EXPECT_EQ(extend.ids(1), 100u);
+  EXPECT_TRUE(extend.sample());
+  simulation_.Run();
+  std::vector<uint32_t> ids;
+  api::GenerateSummary summary;
+  for (const auto& event : job->TakeEvents()) {
+    ids.insert(ids.end(), event.token_ids().begin(), event.token_ids().end());
+    if (event.has_summary()) summary = event.summary();
+  }
+  EXPECT_EQ(ids, (std::vector<uint32_t>{101, 102, 103, 104, 105}));
+  EXPECT_EQ(summary.finish_reason(), api::FINISH_LENGTH);
+  EXPECT_EQ(summary.generated_tokens(), 5);
+}
+
+TEST_F(JobsTest, EndTokenEndsAndIsNoPartOfTheAnswer) {
+  simulation_.CreateReady("a", 601);
+  api::GenerateRequest request;
+  request.set_name("contexts/a");
+  request.set_max_tokens(500);
+  const auto job = *simulation_.core().Generate(request, {253});
+  simulation_.Collect();
+  simulation_.Run();
+  const auto events = job->TakeEvents();
+  std::vector<uint32_t> ids;
+  for (const auto& event : events) ids.insert(ids.end(), event.token_ids().begin(), event.token_ids().end());
+  EXPECT_EQ(ids, (std::vector<uint32_t>{254, 255}));
+  EXPECT_EQ(events.back().summary().finish_reason(), api::FINISH_EOS);
+  request.set_ignore_eos(true);
+  request.set_max_tokens(4);
+  const auto through = *simulation_.core().Generate(request, {253});
+  simulation_.Collect();
+  simulation_.Run();
+  EXPECT_EQ(through->TakeEvents().back().summary().finish_reason(), api::FINISH_LENGTH);
+}
+
+TEST_F(JobsTest, CancelStopsWithinOneCommandAndClosesTheSequence) {
+  simulation_.CreateReady("a", 600);
+  const auto job = *simulation_.Generate("a", 0, 60'000);
+  for (int i = 0; i < 6; ++i) Step();
+  const size_t before = simulation_.rank(0).executed.size();
+  simulation_.Stop(*job);
+  simulation_.DeliverCancels();
+  simulation_.Run();
+  EXPECT_TRUE(job->ended());
+  EXPECT_EQ(job->status().code(), StatusCode::kCancelled);
+  EXPECT_LE(simulation_.rank(0).executed.size() - before, 3u);  // two on the way, and the close
+}
+
+TEST_F(JobsTest, ACancelledPrefillLeavesNothing) {
+  for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).command_seconds = 0.4;  // chunks stay small
+  for (int steps = 0; steps < 6; ++steps) {
+    const std::string id = "c" + std::to_string(steps);
+    ASSERT_TRUE(simulation_.Create(id, 30'000).ok());
+    const auto job = *simulation_.Prefill(id);
+    for (int i = 0; i < steps; ++i) Step();
+    simulation_.Stop(*job);
+    simulation_.Run();
+    EXPECT_TRUE(job->ended()) << steps;
+    EXPECT_EQ(simulation_.State(id), api::Context::CREATED) << steps;
+    EXPECT_EQ(simulation_.core().kv_used_bytes(), 0) << steps;
+    EXPECT_TRUE(simulation_.rank(0).contexts.empty()) << steps;
+  }
+  ASSERT_TRUE(simulation_.Prefill("c0").ok());
+  simulation_.Run();
+  EXPECT_EQ(simulation_.State("c0"), api::Context::READY);
+}
+
+TEST_F(JobsTest, LastCallerWithCancelTakesThePrefillWithIt) {
+  ASSERT_TRUE(simulation_.Create("a", 30'000).ok());
+  const auto job = *simulation_.Prefill("a");
+  const auto again = *simulation_.Prefill("a");
+  EXPECT_EQ(job, again);
+  simulation_.core().Detach(*job, true, api::CANCEL);
+  EXPECT_FALSE(job->stopping());  // somebody else still waits
+  simulation_.core().Detach(*job, true, api::ON_DISCONNECT_UNSPECIFIED);
+  EXPECT_FALSE(job->stopping());
+  simulation_.Run();
+  EXPECT_EQ(simulation_.State("a"), api::Context::READY);
+}
+
+TEST_F(JobsTest, AdaptCommitsTheNextRevision) {
+  simulation_.CreateReady("a", 600);
+  for (int revision = 1; revision <= 2; ++revision) {
+    api::AdaptContextRequest request = Simulation::AdaptRequest("a", 3);
+    request.set_continue_adapter(revision == 2);
+    const auto job = *simulation_.Adapt(request);
+    EXPECT_EQ(simulation_.State("a"), api::Context::ADAPTING);
+    simulation_.Run();
+    ASSERT_TRUE(job->status().ok()) << job->status();
+    EXPECT_EQ(simulation_.Get("a").adapters(0).revision(), revision);
+    EXPECT_EQ(simulation_.Get("a").adapters(0).steps(), 3 * revision);
+    EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.revision, revision);
+    EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 3 * revision);
+  }
+  const auto answer = *simulation_.Generate("a", 1, 3, "default");
+  simulation_.Run();
+  EXPECT_EQ(Text(*answer), "gjm");  // 'd' and three more each
+}
+
+// Whatever goes wrong, and wherever: r or r + 1, on all ranks alike.
+TEST_F(JobsTest, AdaptIsAtomicWhenAnyCommandFails) {
+  simulation_.CreateReady("a", 600);
+  ASSERT_TRUE(simulation_.Adapt(Simulation::AdaptRequest("a", 2)).ok());
+  simulation_.Run();
+  for (int victim = 0; victim < 7; ++victim) {  // begin, probe, 3 steps, probe, commit
+    const int64_t first_seq = static_cast<int64_t>(simulation_.rank(0).executed.size()) + 1;
+    // A command that fails changed nothing on any rank: refuse before execution by making the books say no.
+    for (int32_t rank = 0; rank < 2; ++rank) {
+      simulation_.rank(rank).refuse_seq = first_seq + victim;
+    }
+    const auto job = *simulation_.Adapt(Simulation::AdaptRequest("a", 3));
+    simulation_.Run();
+    EXPECT_TRUE(job->ended()) << victim;
+    EXPECT_FALSE(job->status().ok()) << victim;
+    EXPECT_EQ(simulation_.Get("a").adapters(0).revision(), 1) << victim;
+    for (int32_t rank = 0; rank < 2; ++rank) {
+      EXPECT_EQ(simulation_.rank(rank).adapters.begin()->second.revision, 1) << victim;
+      EXPECT_EQ(simulation_.rank(rank).adapters.begin()->second.steps, 2) << victim;
+    }
+    simulation_.ExpectConsistent();
+  }
+}
+
+TEST_F(JobsTest, NonFiniteLossRollsBack) {
+  simulation_.CreateReady("a", 600);
+  for (int32_t rank = 0; rank < 2; ++rank) {
+    simulation_.rank(rank).tamper = [](const wire::Command& command, wire::Result& result) {
+      if (command.has_adapt_step() && command.adapt_step().step() == 3) {
+        result.set_loss(std::numeric_limits<double>::quiet_NaN());
+      }
+    };
+  }
+  const auto job = *simulation_.Adapt(Simulation::AdaptRequest("a", 5));
+  simulation_.Run();
+  EXPECT_EQ(job->status().code(), StatusCode::kAborted);
+  const ErrorDetail detail = DetailOf(job->status());
+  EXPECT_EQ(detail.reason, "NON_FINITE_LOSS");
+  EXPECT_EQ(detail.metadata, (ErrorMetadata{{"step", "3"}, {"kept_revision", "0"}}));
+  EXPECT_EQ(simulation_.Get("a").adapters_size(), 0);
+  EXPECT_EQ(simulation_.State("a"), api::Context::READY);
+}
+
+TEST_F(JobsTest, RisingProbeLossRollsBackUnlessAllowed) {
+  simulation_.CreateReady("a", 600);
+  for (int32_t rank = 0; rank < 2; ++rank) {
+    simulation_.rank(rank).tamper = [seen = 0](const wire::Command& command, wire::Result& result) mutable {
+      if (command.has_probe_loss()) result.set_loss(++seen % 2 == 1 ? 2.0 : 2.2);
+    };
+  }
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 2);
+  const auto diverged = *simulation_.Adapt(request);
+  simulation_.Run();
+  EXPECT_EQ(ReasonOf(diverged->status()), "LOSS_DIVERGED");
+  EXPECT_EQ(simulation_.Get("a").adapters_size(), 0);
+  request.set_max_probe_rise(0.3);
+  const auto allowed = *simulation_.Adapt(request);
+  simulation_.Run();
+  EXPECT_TRUE(allowed->status().ok()) << allowed->status();
+}
+
+TEST_F(JobsTest, DifferentDeltasOnTheRanksAreNeverCommitted) {
+  simulation_.CreateReady("a", 600);
+  simulation_.rank(1).tamper = [](const wire::Command& command, wire::Result& result) {
+    if (command.has_probe_loss() && result.agree() != 0x1000) result.set_agree(42);
+  };
+  const auto job = *simulation_.Adapt(Simulation::AdaptRequest("a", 2));
+  simulation_.Run();
+  EXPECT_EQ(job->status().code(), StatusCode::kInternal);
+  EXPECT_EQ(ReasonOf(job->status()), "RANK_DIVERGENCE");
+  EXPECT_EQ(simulation_.Get("a").adapters_size(), 0);
+  EXPECT_TRUE(simulation_.core().serving());  // what differed was dropped
+}
+
+TEST_F(JobsTest, RanksThatEndDifferentlyLoseTheGroup) {
+  simulation_.CreateReady("a", 600);
+  simulation_.rank(1).tamper = [](const wire::Command& command, wire::Result& result) {
+    if (command.has_extend_sequence()) result.set_code(13);
+  };
+  const auto job = *simulation_.Generate("a", 1, 4);
+  simulation_.Run();
+  EXPECT_TRUE(job->ended());
+  EXPECT_EQ(ReasonOf(job->status()), "RANK_DIVERGENCE");
+  EXPECT_FALSE(simulation_.core().serving());
+  EXPECT_EQ(simulation_.State("a"), api::Context::CREATED);
+}
+
+TEST_F(JobsTest, LossOfTheGroupAtAnyPointEndsEveryJob) {
+  for (int steps = 0; steps < 14; ++steps) {
+    Simulation simulation;
+    simulation.Launch(3);
+    simulation.Run();
+    simulation.CreateReady("a", 600);
+    ASSERT_TRUE(simulation.Create("b", 20'000).ok());
+    const auto adapt = *simulation.Adapt(Simulation::AdaptRequest("a", 3));
+    const auto generate = *simulation.Generate("a", 2, 30);
+    const auto prefill = *simulation.Prefill("b");
+    for (int i = 0; i < steps; ++i) {
+      for (auto& link : simulation.links()) {
+        if (simulation.CanStepRank(link)) simulation.StepRank(link);
+      }
+      for (auto& link : simulation.links()) {
+        while (!link.outbox.empty()) simulation.StepAnswer(link);
+      }
+    }
+    simulation.Kill(2);
+    for (const Job* job : {static_cast<Job*>(adapt.get()), static_cast<Job*>(generate.get()), static_cast<Job*>(prefill.get())}) {
+      EXPECT_TRUE(job->ended()) << steps;
+      if (!job->status().ok()) {
+        EXPECT_EQ(job->status().code(), StatusCode::kUnavailable);
+        EXPECT_EQ(ReasonOf(job->status()), "WORKER_LOST");
+      }
+    }
+    EXPECT_EQ(simulation.State("a"), api::Context::CREATED);
+    EXPECT_EQ(simulation.State("b"), api::Context::CREATED);
+    EXPECT_EQ(simulation.core().kv_used_bytes(), 0);
+    simulation.ExpectConsistent();
+  }
+}
+
+TEST_F(JobsTest, SlowReaderLosesItsAnswerOnly) {
+  simulation_.CreateReady("a", 600);
+  const auto slow = *simulation_.Generate("a", 0, 60'000);
+  simulation_.Run();  // stops by itself: the queue is full
+  EXPECT_FALSE(slow->stopping());
+  simulation_.Advance(29);
+  EXPECT_FALSE(slow->stopping());
+  const auto other = *simulation_.Generate("a", 0, 5);
+  simulation_.Run();
+  EXPECT_TRUE(other->ended());
+  simulation_.Advance(2);
+  simulation_.Run();
+  EXPECT_EQ(ReasonOf(slow->status()), "SLOW_READER");
+  EXPECT_EQ(slow->status().code(), StatusCode::kResourceExhausted);
+  EXPECT_TRUE(slow->ended());
+}
+
+TEST_F(JobsTest, AReaderThatCatchesUpKeepsItsAnswer) {
+  simulation_.CreateReady("a", 600);
+  const auto job = *simulation_.Generate("a", 0, 3000);
+  size_t events = 0;
+  while (!job->answered()) {
+    simulation_.Run();
+    simulation_.Advance(20);
+    events += job->TakeEvents().size();
+    simulation_.core().Tick();
+    simulation_.Collect();
+  }
+  EXPECT_TRUE(job->status().ok()) << job->status();
+  EXPECT_GE(events, 2u);
+}
+
+}  // namespace
+}  // namespace refocus

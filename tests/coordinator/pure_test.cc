@@ -1,0 +1,340 @@
+// The small pure parts: spans, stop strings, chunk sizes, memory, uploads, validation, names.
+#include <cmath>
+#include <limits>
+#include <set>
+
+#include "base/limits.h"
+#include "coordinator/core/answer_text.h"
+#include "coordinator/core/chunk_clock.h"
+#include "coordinator/core/upload.h"
+#include "coordinator/core/validate.h"
+#include "tests/coordinator/simulation.h"
+
+namespace refocus {
+namespace {
+
+bool Intersect(const SpanRange& a, const SpanRange& b) {
+  return a.start <= b.start + b.rows && b.start <= a.start + a.rows;
+}
+
+TEST(SpanPolicyTest, KnownSequence) {
+  SplitMix64 random(0);
+  EXPECT_EQ(random.Next(), 0xe220a8397b1dcdafu);  // the generator's published first output for seed 0
+  const auto policy = MakeUniformSpans(1000, 10, {}, 42);
+  const auto again = MakeUniformSpans(1000, 10, {}, 42);
+  const auto other = MakeUniformSpans(1000, 10, {}, 43);
+  int differ = 0;
+  for (int i = 0; i < 50; ++i) {
+    const SpanRange span = policy->Next();
+    EXPECT_EQ(span.start, again->Next().start);
+    differ += span.start != other->Next().start;
+  }
+  EXPECT_GT(differ, 40);
+}
+
+TEST(SpanPolicyTest, EveryLegalStartAndNoOther) {
+  const int64_t tokens = 60, rows = 7;
+  const std::vector<SpanRange> probes = ProbeSpans(tokens, rows, 2);
+  ASSERT_EQ(probes.size(), 2u);
+  EXPECT_FALSE(Intersect(probes[0], probes[1]));
+  std::set<int64_t> expected;
+  for (int64_t start = 0; start + rows < tokens; ++start) {
+    if (!Intersect({start, rows}, probes[0]) && !Intersect({start, rows}, probes[1])) expected.insert(start);
+  }
+  std::set<int64_t> seen;
+  const auto policy = MakeUniformSpans(tokens, rows, probes, 5);
+  for (int i = 0; i < 5000; ++i) seen.insert(policy->Next().start);
+  EXPECT_EQ(seen, expected);
+}
+
+TEST(SpanPolicyTest, ShortestContexts) {
+  EXPECT_EQ(MakeUniformSpans(2, 1, {}, 1)->Next().start, 0);
+  EXPECT_TRUE(ProbeSpans(2, 1, 2).empty());
+  EXPECT_TRUE(ProbeSpans(129, 128, 2).empty());
+  EXPECT_TRUE(ProbeSpans(1000, 128, 0).empty());
+  for (int64_t tokens = 2; tokens < 400; ++tokens) {
+    const int64_t rows = std::min<int64_t>(16, tokens - 1);
+    const auto probes = ProbeSpans(tokens, rows, 3);
+    for (const SpanRange& probe : probes) EXPECT_LT(probe.start + probe.rows, tokens);
+    const auto policy = MakeUniformSpans(tokens, rows, probes, tokens);
+    for (int i = 0; i < 20; ++i) {
+      const SpanRange span = policy->Next();
+      EXPECT_LT(span.start + span.rows, tokens);
+      for (const SpanRange& probe : probes) EXPECT_FALSE(Intersect(span, probe)) << tokens;
+    }
+  }
+}
+
+TEST(SpanPolicyTest, ExplicitSpansCycle) {
+  const auto policy = MakeExplicitSpans({{1, 2}, {5, 3}});
+  EXPECT_EQ(policy->Next().start, 1);
+  EXPECT_EQ(policy->Next().rows, 3);
+  EXPECT_EQ(policy->Next().start, 1);
+}
+
+api::CreateContextRequest::Chunk TextChunk(int64_t offset, const std::string& text) {
+  api::CreateContextRequest::Chunk chunk;
+  chunk.set_offset(offset);
+  chunk.set_text(text);
+  return chunk;
+}
+
+std::string Sha(const std::string& text) {
+  Sha256 hash;
+  hash.Update(text.data(), text.size());
+  return hash.Finish();
+}
+
+std::string Feed(AnswerText& text, const std::vector<std::string>& tokens) {
+  std::string out;
+  for (const std::string& token : tokens) out += text.Push(token);
+  return out + text.Finish();
+}
+
+TEST(AnswerTextTest, EndsBeforeTheFirstStop) {
+  AnswerText one({"END"});
+  EXPECT_EQ(Feed(one, {"some ", "E", "N", "D", "more"}), "some ");
+  EXPECT_EQ(one.stop(), "END");
+  AnswerText earliest({"world", "lo"});
+  EXPECT_EQ(Feed(earliest, {"hel", "lo world"}), "hel");
+  EXPECT_EQ(earliest.stop(), "lo");
+  AnswerText none({"xyz"});
+  EXPECT_EQ(Feed(none, {"x", "xy", "xx"}), "xxyxx");
+  EXPECT_FALSE(none.stopped());
+}
+
+TEST(AnswerTextTest, HoldsBackOnlyWhatMayBeAStop) {
+  AnswerText text({"aab"});
+  EXPECT_EQ(text.Push("aa"), "");
+  EXPECT_EQ(text.Push("a"), "a");
+  EXPECT_EQ(text.Push("c"), "aac");
+  EXPECT_EQ(text.Push("zaa"), "z");
+  EXPECT_EQ(text.Push("b"), "");
+  EXPECT_TRUE(text.stopped());
+  EXPECT_EQ(text.Push("more"), "");
+  EXPECT_EQ(text.Finish(), "");
+}
+
+TEST(AnswerTextTest, CharactersStayWhole) {
+  AnswerText text({"\xc3\xa9t\xc3\xa9"});
+  EXPECT_EQ(text.Push("a\xc3"), "a");
+  EXPECT_EQ(text.Push("\xa9"), "");
+  EXPECT_EQ(text.Push("t\xc3"), "");
+  EXPECT_EQ(text.Push("\xa9"), "");
+  EXPECT_TRUE(text.stopped());
+}
+
+TEST(ChunkClockTest, FitsALineAndPredicts) {
+  ChunkClock clock;
+  EXPECT_EQ(clock.NextRows(0, 10'000, 512), 512);
+  EXPECT_EQ(clock.NextRows(0, 100, 512), 100);
+  const double a = 1e-5, b = 2e-9;
+  int64_t pos = 0;
+  for (int i = 0; i < 40; ++i) {
+    const int64_t rows = clock.NextRows(pos, int64_t{1} << 20, 512);
+    const double from = static_cast<double>(pos), to = static_cast<double>(pos + rows);
+    const double seconds = a * (to - from) + b * (to * to - from * from) / 2;
+    EXPECT_LE(seconds, kChunkSeconds * 1.05) << pos;
+    clock.Measured(pos, rows, seconds);
+    pos += rows;
+  }
+  const double to = 1 << 20, from = static_cast<double>(pos);
+  EXPECT_NEAR(clock.Seconds(pos, 1 << 20), a * (to - from) + b * (to * to - from * from) / 2, 0.02 * clock.Seconds(pos, 1 << 20));
+  ChunkClock slow;
+  slow.Measured(0, 512, 1000);
+  EXPECT_EQ(slow.NextRows(512, 10'000, 512), 512);  // never below one unit
+  EXPECT_EQ(slow.NextRows(512, 100'000, 256 * 100), kMaxChunkRows);
+}
+
+TEST(KvLedgerTest, RefusesByTheFullestRank) {
+  KvLedger ledger;
+  ledger.Reset({1000 * 10, 600 * 10}, 10);
+  EXPECT_EQ(ledger.capacity_bytes(), 16'000);
+  {
+    const auto held = ledger.Reserve(0, 1100);  // 256 + 256 + 76 | 256 + 256
+    ASSERT_TRUE(held.ok());
+    EXPECT_EQ((*held)->bytes(), 11'000);
+    EXPECT_EQ(ledger.used_bytes(), 11'000);
+    const Status full = ledger.Check(0, 512);
+    EXPECT_EQ(ReasonOf(full), "KV_CAPACITY");
+    const ErrorDetail detail = DetailOf(full);
+    EXPECT_EQ(detail.metadata[0].second, "5120");
+    EXPECT_EQ(detail.metadata[1].second, "5000");
+    EXPECT_TRUE(ledger.Check(1100, 180).ok());  // rank 0's block still
+  }
+  EXPECT_EQ(ledger.used_bytes(), 0);
+  auto stale = ledger.Reserve(0, 100);
+  ledger.Reset({100, 100}, 10);
+  stale = absl::CancelledError("");
+  EXPECT_EQ(ledger.used_bytes(), 0);
+}
+
+TEST(UploadTest, AnyCutGivesTheSame) {
+  const ModelConfig model = FakeModel(1000);
+  const auto tokenizer = FakeTokenizer();
+  const std::string text = "some text with \xc3\xa9 in it";
+  for (size_t cut = 0; cut <= text.size(); ++cut) {
+    Upload upload(model, tokenizer.get(), 1000);
+    ASSERT_TRUE(upload.Add(TextChunk(0, text.substr(0, cut))).ok());
+    ASSERT_TRUE(upload.Add(TextChunk(static_cast<int64_t>(cut), text.substr(cut))).ok());
+    const auto ids = upload.Finish({}, {});
+    ASSERT_TRUE(ids.ok());
+    EXPECT_EQ((*ids)->size(), text.size());
+    EXPECT_EQ(upload.content_hash(), "text:" + Sha(text));
+  }
+}
+
+TEST(UploadTest, BeginToken) {
+  const ModelConfig model = FakeModel(10);
+  const auto tokenizer = FakeTokenizer(/*adds_bos=*/true);
+  Upload upload(model, tokenizer.get(), 10);
+  ASSERT_TRUE(upload.Add(TextChunk(0, "123456789")).ok());
+  EXPECT_EQ((**upload.Finish({}, {}))[0], kFakeBos);
+  Upload over(model, tokenizer.get(), 10);
+  ASSERT_TRUE(over.Add(TextChunk(0, "1234567890")).ok());
+  EXPECT_EQ(ReasonOf(over.Finish({}, {}).status()), "CONTEXT_TOO_LONG");
+  Upload plain(model, tokenizer.get(), 10);
+  ASSERT_TRUE(plain.Add(TextChunk(0, "1234567890")).ok());
+  api::CreateContextRequest::Header header;
+  header.set_no_bos(true);
+  EXPECT_EQ((*plain.Finish(header, {}))->size(), 10u);
+}
+
+TEST(CatalogTest, RequestTableIsBounded) {
+  RequestTable table;
+  for (int i = 0; i < 20'000; ++i) table.Put("create/" + std::to_string(i), "body", api::Context());
+  EXPECT_LE(table.size(), 8192u);
+  EXPECT_EQ(*table.Find("create/0", "body"), nullptr);
+  EXPECT_NE(*table.Find("create/19999", "body"), nullptr);
+  EXPECT_EQ(ReasonOf(table.Find("create/19999", "other").status()), "REQUEST_ID_REUSED");
+}
+
+class CoreTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    simulation_.Launch(1);
+    simulation_.Run();
+  }
+  Simulation simulation_;
+};
+
+TEST_F(CoreTest, RepeatedRequestIdsRunOnce) {
+  ASSERT_TRUE(simulation_.Create("a", 100, "r1").ok());
+  EXPECT_TRUE(simulation_.Create("a", 100, "r1").ok());
+  EXPECT_EQ(ReasonOf(simulation_.Create("a", 101, "r1")), "REQUEST_ID_REUSED");
+  EXPECT_EQ(ReasonOf(simulation_.Create("b", 100, "r1")), "REQUEST_ID_REUSED");
+  EXPECT_EQ(ReasonOf(simulation_.Create("a", 100)), "CONTEXT_EXISTS");
+  EXPECT_EQ(simulation_.core().catalog().sessions().size(), 1u);
+
+  ASSERT_TRUE(simulation_.Prefill("a").ok());
+  simulation_.Run();
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 2);
+  request.set_request_id("r2");
+  const auto first = *simulation_.Adapt(request);
+  EXPECT_EQ(*simulation_.Adapt(request), first);  // attached
+  simulation_.Run();
+  ASSERT_TRUE(first->status().ok());
+  const auto done = simulation_.core().Adapt(request);
+  ASSERT_TRUE(done.ok());
+  EXPECT_EQ(done->job, nullptr);
+  ASSERT_EQ(done->events.size(), 2u);
+  EXPECT_EQ(done->events[1].adapter().revision(), 1);
+  EXPECT_EQ(simulation_.Get("a").adapters(0).revision(), 1);
+  request.set_steps(3);
+  EXPECT_EQ(ReasonOf(simulation_.Adapt(request).status()), "REQUEST_ID_REUSED");
+}
+
+TEST_F(CoreTest, AFailedAdaptationMayBeRepeatedAndDrawsTheSameSeed) {
+  simulation_.CreateReady("a", 100);
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 5);
+  request.set_request_id("again");
+  const auto first = *simulation_.Adapt(request);
+  simulation_.Kill(0);
+  EXPECT_EQ(ReasonOf(first->status()), "WORKER_LOST");
+  simulation_.Launch(2);
+  simulation_.Run();
+  ASSERT_TRUE(simulation_.Prefill("a").ok());
+  simulation_.Run();
+  const auto second = *simulation_.Adapt(request);
+  simulation_.Run();
+  ASSERT_TRUE(second->status().ok());
+  EXPECT_EQ(second->events()[0].effective().seed(), first->events()[0].effective().seed());
+}
+
+TEST_F(CoreTest, IdleContextsExpireBusyOnesDoNot) {
+  simulation_.CreateReady("a", 100);
+  simulation_.Advance(3000);
+  const auto job = *simulation_.Generate("a", 0, 50);
+  simulation_.links()[0].frozen = true;
+  simulation_.Advance(100);
+  simulation_.links()[0].frozen = false;
+  simulation_.Run();
+  ASSERT_TRUE(job->ended());
+  simulation_.Advance(3500);
+  EXPECT_TRUE(simulation_.core().GetContext("contexts/a").ok());
+  simulation_.Advance(200);
+  EXPECT_EQ(ReasonOf(simulation_.core().GetContext("contexts/a").status()), "CONTEXT_NOT_FOUND");
+  simulation_.Run();
+  EXPECT_TRUE(simulation_.rank(0).contexts.empty());
+  simulation_.ExpectConsistent();
+}
+
+TEST_F(CoreTest, PagesAreCompleteAndInOrder) {
+  for (int i = 0; i < 25; ++i) ASSERT_TRUE(simulation_.Create("c" + std::to_string(100 + i), 1).ok());
+  api::ListContextsRequest request;
+  request.set_page_size(10);
+  std::vector<std::string> names;
+  do {
+    const auto page = *simulation_.core().ListContexts(request);
+    for (const auto& context : page.contexts()) names.push_back(context.name());
+    request.set_page_token(page.next_page_token());
+  } while (!request.page_token().empty());
+  ASSERT_EQ(names.size(), 25u);
+  EXPECT_TRUE(std::is_sorted(names.begin(), names.end()));
+}
+
+TEST_F(CoreTest, MemoryIsRefusedBeforeAnyCommand) {
+  Simulation small;
+  small.Launch(2, [](FakeRank& rank, int32_t) { rank.kv_capacity_bytes = 1000 * kFakeKvBytesPerToken; });
+  small.Run();
+  EXPECT_EQ(ReasonOf(small.Create("big", 2100)), "KV_CAPACITY");
+  small.CreateReady("a", 1500);
+  const size_t before = small.rank(0).executed.size();
+  EXPECT_EQ(ReasonOf(small.Generate("a", 300, 300).status()), "KV_CAPACITY");
+  ASSERT_TRUE(small.Create("b", 200).ok());
+  const auto answer = *small.Generate("a", 100, 130);
+  EXPECT_EQ(ReasonOf(small.Prefill("b").status()), "KV_CAPACITY");
+  EXPECT_EQ(small.rank(0).executed.size(), before);
+  small.Run();
+  EXPECT_TRUE(small.Prefill("b").ok());
+  small.Run();
+  small.ExpectConsistent();
+}
+
+TEST_F(CoreTest, QueueIsBounded) {
+  simulation_.CreateReady("a", 100);
+  std::vector<std::shared_ptr<GenerateJob>> jobs;
+  for (int64_t i = 0; i < kMaxQueuedJobs; ++i) {
+    const auto job = simulation_.Generate("a", 0, 1);
+    ASSERT_TRUE(job.ok());
+    jobs.push_back(*job);
+  }
+  EXPECT_EQ(ReasonOf(simulation_.Generate("a", 0, 1).status()), "QUEUE_FULL");
+  simulation_.Run();
+  for (const auto& job : jobs) EXPECT_TRUE(job->status().ok());
+  EXPECT_TRUE(simulation_.Generate("a", 0, 1).ok());
+  simulation_.Run();
+  simulation_.ExpectConsistent();
+}
+
+TEST_F(CoreTest, RejectedRequestsLeaveNoTrace) {
+  for (int i = 0; i < 100'000; ++i) {
+    (void)simulation_.Generate("absent", 1, 1);
+    (void)simulation_.Prefill("absent");
+  }
+  EXPECT_EQ(simulation_.core().jobs(), 0);
+  simulation_.ExpectConsistent();
+}
+
+}  // namespace
+}  // namespace refocus

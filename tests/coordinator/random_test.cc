@@ -1,0 +1,105 @@
+// Seeded random interleavings of everything: requests, cancels, deletes, answers in any order across ranks, lost ranks, new
+// launches, time. Whatever happens: every job ends with one status, and nothing is left behind anywhere.
+#include "tests/coordinator/simulation.h"
+
+namespace refocus {
+namespace {
+
+constexpr uint64_t kSeeds = 300;
+constexpr int kEvents = 400;
+
+class Chaos {
+ public:
+  explicit Chaos(uint64_t seed) : random_(seed), simulation_(seed * 31 + 7) { simulation_.Launch(Ranks()); }
+
+  void Run() {
+    for (int i = 0; i < kEvents; ++i) Event();
+    Settle();
+  }
+
+ private:
+  uint64_t Below(uint64_t n) { return random_.Below(n); }
+  int32_t Ranks() { return 1 + static_cast<int32_t>(Below(4)); }
+  std::string AnyId() { return std::string(1, 'c').append(std::to_string(Below(4))); }
+  template <typename JobPointer>
+  void Keep(const StatusOr<JobPointer>& job) {
+    if (job.ok() && *job != nullptr) jobs_.push_back(*job);
+  }
+
+  void Event() {
+    const uint64_t draw = Below(100);
+    if (draw < 40) return AnyRank();
+    if (draw < 75) return AnyAnswer();
+    if (draw < 80) return (void)simulation_.Create(AnyId(), 1 + static_cast<int64_t>(Below(5000)));
+    if (draw < 84) return Keep(simulation_.Prefill(AnyId()));
+    if (draw < 87) return AdaptSome();
+    if (draw < 92) return Keep(simulation_.Generate(AnyId(), Below(600), 1 + Below(40), Below(3) == 0 ? "default" : ""));
+    if (draw < 94) return ScoreSome();
+    if (draw < 96 && !jobs_.empty()) return simulation_.Stop(*jobs_[Below(jobs_.size())]);
+    if (draw < 97) return DeleteSome();
+    if (draw < 98) return simulation_.Advance(0.5);
+    if (draw < 99 && Below(4) == 0 && !simulation_.links().empty()) return Lose();
+    simulation_.DeliverCancels();
+  }
+
+  void AnyRank() {
+    if (simulation_.links().empty()) return;
+    auto& link = simulation_.links()[Below(simulation_.links().size())];
+    if (simulation_.CanStepRank(link)) simulation_.StepRank(link);
+  }
+  void AnyAnswer() {
+    if (simulation_.links().empty()) return;
+    auto& link = simulation_.links()[Below(simulation_.links().size())];
+    if (!link.outbox.empty()) simulation_.StepAnswer(link);
+  }
+  void AdaptSome() {
+    api::AdaptContextRequest request = Simulation::AdaptRequest(AnyId(), 1 + static_cast<int64_t>(Below(5)));
+    request.set_spans_per_step(1 + static_cast<int64_t>(Below(3)));
+    request.set_continue_adapter(Below(2) == 0);
+    Keep(simulation_.Adapt(request));
+  }
+  void ScoreSome() {
+    api::ScoreRequest request;
+    request.set_name("contexts/" + AnyId());
+    auto job = simulation_.core().Score(request, std::vector<int32_t>(Below(5), 1), {7, 8, 9});
+    simulation_.Collect();
+    Keep(job);
+  }
+  void DeleteSome() {
+    api::DeleteContextRequest request;
+    request.set_name("contexts/" + AnyId());
+    request.set_force(Below(2) == 0);
+    (void)simulation_.core().DeleteContext(request);
+    simulation_.Collect();
+  }
+  void Lose() {
+    simulation_.Kill(static_cast<int32_t>(Below(simulation_.links().size())));
+    simulation_.Launch(Ranks());
+  }
+  void Settle() {
+    simulation_.DeliverCancels();
+    simulation_.Run();
+    for (const auto& job : jobs_) {
+      EXPECT_TRUE(job->ended());
+      const auto code = job->status().code();
+      EXPECT_TRUE(code == StatusCode::kOk || code == StatusCode::kCancelled || code == StatusCode::kUnavailable) << job->status();
+    }
+    simulation_.ExpectConsistent();
+    EXPECT_TRUE(simulation_.core().serving());
+  }
+
+  SplitMix64 random_;
+  Simulation simulation_;
+  std::vector<std::shared_ptr<Job>> jobs_;
+};
+
+TEST(RandomTest, EveryInterleavingEndsClean) {
+  for (uint64_t seed = 1; seed <= kSeeds; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    Chaos(seed).Run();
+    if (HasFailure()) return;
+  }
+}
+
+}  // namespace
+}  // namespace refocus
