@@ -1,7 +1,9 @@
-// A streaming RPC as a plain function on a thread of its own, over gRPC's callback API: reads and writes never block it, so that it
-// can give up waiting for a slow or silent peer, notice a disconnect at once, and always end with its own status.
+// A streaming RPC as a plain function on a thread of its own, over gRPC's callback API: reads and writes never block
+// it, so that it can give up waiting for a slow or silent peer, notice a disconnect at once, and always end with its
+// own status.
 //
-//   Status Body(call): while (...) { if (call.Take(&request)) ...; if (call.CanWrite()) call.Write(...); call.Wait(seconds); }
+//   Status Body(call): while (...) { if (call.Take(&request)) ...; if (call.CanWrite()) call.Write(...);
+//   call.Wait(seconds); }
 //
 // The body runs on one thread; Wakeup::Notify may be called from any.
 #pragma once
@@ -11,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -54,13 +57,16 @@ class CallPool {
       if (running_ >= most_) return false;
       ++running_;
     }
-    std::thread([this, body = std::move(body)]() mutable {
-      body();
-      body = nullptr;  // what it holds must be gone before the pool may be
-      const std::lock_guard<std::mutex> lock(mutex_);
-      --running_;
-      empty_.notify_all();
-    }).detach();
+    try {
+      std::thread([this, body = std::move(body)]() mutable {
+        body();
+        body = nullptr;  // what it holds must be gone before the pool may be
+        Leave();
+      }).detach();
+    } catch (const std::system_error&) {  // the system has no thread to give
+      Leave();
+      return false;
+    }
     return true;
   }
   void WaitUntilEmpty() {
@@ -73,6 +79,12 @@ class CallPool {
   }
 
  private:
+  void Leave() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    --running_;
+    empty_.notify_all();
+  }
+
   const int most_;
   std::mutex mutex_;
   std::condition_variable empty_;
@@ -223,8 +235,7 @@ class WriteCall : public WithWrites<Call<grpc::ServerWriteReactor<Response>>, Re
 };
 
 template <typename Request, typename Response>
-class BidiCall
-    : public WithWrites<WithReads<Call<grpc::ServerBidiReactor<Request, Response>>, Request>, Response> {
+class BidiCall : public WithWrites<WithReads<Call<grpc::ServerBidiReactor<Request, Response>>, Request>, Response> {
  public:
   template <typename Body>
   static grpc::ServerBidiReactor<Request, Response>* Start(CallPool& pool, Body body) {

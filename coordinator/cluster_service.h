@@ -8,7 +8,8 @@ namespace refocus {
 class ClusterService : public api::ClusterService::Service {
  public:
   explicit ClusterService(Hub& hub) : hub_(hub) {}
-  grpc::Status GetCluster(grpc::ServerContext*, const api::GetClusterRequest*, api::GetClusterResponse* response) override;
+  grpc::Status GetCluster(grpc::ServerContext*, const api::GetClusterRequest*,
+                          api::GetClusterResponse* response) override;
   grpc::Status GetModel(grpc::ServerContext*, const api::GetModelRequest*, api::Model* response) override;
 
  private:

@@ -71,7 +71,8 @@ Status ContextService::Create(CreateCall& call, api::Context* response) {
   UploadHold hold(hub_, upload_bytes_);
   api::CreateContextRequest message;
   Status next = NextMessage(call, upload_stall_seconds_, &message);
-  if (HalfClosed(next) || (next.ok() && !message.has_header())) return FieldError("message", "no header", "header first");
+  if (HalfClosed(next) || (next.ok() && !message.has_header()))
+    return FieldError("message", "no header", "header first");
   REFOCUS_RETURN_IF_ERROR(next);
   const api::CreateContextRequest::Header header = message.header();
   REFOCUS_ASSIGN_OR_RETURN(hold.ticket, hub_.With([&](Coordinator& core) { return core.BeginUpload(header); }));
@@ -85,13 +86,15 @@ Status ContextService::Create(CreateCall& call, api::Context* response) {
     }
     REFOCUS_RETURN_IF_ERROR(next);
     if (message.has_finish()) break;
-    if (!message.has_chunk()) return FieldError("message", message.has_header() ? "a second header" : "nothing", "chunk or finish");
+    if (!message.has_chunk())
+      return FieldError("message", message.has_header() ? "a second header" : "nothing", "chunk or finish");
     REFOCUS_RETURN_IF_ERROR(upload.Add(message.chunk()));
     REFOCUS_RETURN_IF_ERROR(hold.Grow(upload.held_bytes()));
   }
   REFOCUS_ASSIGN_OR_RETURN(TokenIds tokens, upload.Finish(header, message.finish()));
   next = NextMessage(call, upload_stall_seconds_, &message);
-  if (next.ok()) return Error(StatusCode::kFailedPrecondition, "UPLOAD_FINISHED", "message: got one after finish, allowed none");
+  if (next.ok())
+    return Error(StatusCode::kFailedPrecondition, "UPLOAD_FINISHED", "message: got one after finish, allowed none");
   if (!HalfClosed(next)) return next;
   REFOCUS_ASSIGN_OR_RETURN(*response, hub_.With([&](Coordinator& core) {
     const Coordinator::UploadTicket ticket = std::exchange(hold.ticket, {});

@@ -1,5 +1,5 @@
-// Contexts: upload.h takes an upload apart, core/requests.cc decides, core/prefill.h and core/adapt.h work; here their progress
-// becomes streams.
+// Contexts: upload.h takes an upload apart, core/requests.cc decides, core/prefill.h and core/adapt.h work; here their
+// progress becomes streams.
 #pragma once
 
 #include <atomic>
@@ -10,8 +10,8 @@
 
 namespace refocus {
 
-using ContextServiceBase = api::ContextService::WithCallbackMethod_CreateContext<
-    api::ContextService::WithCallbackMethod_PrefillContext<
+using ContextServiceBase =
+    api::ContextService::WithCallbackMethod_CreateContext<api::ContextService::WithCallbackMethod_PrefillContext<
         api::ContextService::WithCallbackMethod_AdaptContext<api::ContextService::Service>>>;
 
 class ContextService : public ContextServiceBase {

@@ -1,5 +1,5 @@
-// The lock around the state machine, and its connection to the world: outgoing messages go to the workers' streams, news of
-// jobs wake the calls that watch them, time passes.
+// The lock around the state machine, and its connection to the world: outgoing messages go to the workers' streams,
+// news of jobs wake the calls that watch them, time passes.
 #pragma once
 
 #include <condition_variable>

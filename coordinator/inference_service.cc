@@ -82,7 +82,7 @@ StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest
 
 Status StreamScores(ScoreCall& call, Hub& hub) {
   std::deque<std::unique_ptr<Owned<ScoreJob>>> window;  // in the order of the targets
-  Status refused;  // of a target: those before it are still answered
+  Status refused;                                       // of a target: those before it are still answered
   api::ScoreRequest request;
   int64_t targets = 0;
   double last_read = 0;
@@ -136,7 +136,8 @@ Status Tokenized(Hub& hub, const api::TokenizeRequest& request, api::TokenizeRes
   REFOCUS_RETURN_IF_ERROR(hub.With([](Coordinator& core) { return core.Admit(); }));
   const Tokenizer* tokenizer = hub.tokenizer();
   if (tokenizer == nullptr) return NoTokenizer();
-  REFOCUS_ASSIGN_OR_RETURN(const auto ids, tokenizer->Encode(request.text(), request.allow_special(), kMaxContextTokens));
+  REFOCUS_ASSIGN_OR_RETURN(const auto ids,
+                           tokenizer->Encode(request.text(), request.allow_special(), kMaxContextTokens));
   response->mutable_ids()->Reserve(static_cast<int>(ids.size()) + 1);
   if (request.add_bos() && tokenizer->adds_bos() && tokenizer->bos_token()) {
     response->add_ids(static_cast<uint32_t>(*tokenizer->bos_token()));

@@ -16,7 +16,8 @@ class InferenceService : public InferenceServiceBase {
   grpc::ServerWriteReactor<api::GenerateEvent>* Generate(grpc::CallbackServerContext*,
                                                          const api::GenerateRequest* request) override;
   grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* Score(grpc::CallbackServerContext*) override;
-  grpc::Status Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request, api::TokenizeResponse* response) override;
+  grpc::Status Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request,
+                        api::TokenizeResponse* response) override;
   grpc::Status Detokenize(grpc::ServerContext*, const api::DetokenizeRequest* request,
                           api::DetokenizeResponse* response) override;
 

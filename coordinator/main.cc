@@ -1,4 +1,5 @@
-// refocus-coordinator: public API, tokenizer, admission, scheduling. Exit codes: 0 planned stop, 2 configuration, 3 weights.
+// refocus-coordinator: public API, tokenizer, admission, scheduling. Exit codes: 0 planned stop, 2 configuration, 3
+// weights.
 #include <pthread.h>
 #include <signal.h>
 
@@ -52,7 +53,9 @@ bool IsLoopback(const std::string& address) {
   return host == "localhost" || host == "[::1]" || host.rfind("127.", 0) == 0 || host.rfind("unix", 0) == 0;
 }
 
-Status ConfigError(const std::string& message) { return Error(StatusCode::kInvalidArgument, "CONFIG_INVALID", message); }
+Status ConfigError(const std::string& message) {
+  return Error(StatusCode::kInvalidArgument, "CONFIG_INVALID", message);
+}
 
 Status CheckAddress(const char* flag, const std::string& address, bool insecure) {
   const size_t colon = address.rfind(':');
@@ -63,8 +66,9 @@ Status CheckAddress(const char* flag, const std::string& address, bool insecure)
   }
   if (IsLoopback(address)) return absl::OkStatus();
   if (!insecure) {
-    return ConfigError(std::string(flag) + ": got " + address +
-                       ", allowed a loopback address; nothing is encrypted or authenticated, so other machines need --insecure");
+    return ConfigError(
+        std::string(flag) + ": got " + address +
+        ", allowed a loopback address; nothing is encrypted or authenticated, so other machines need --insecure");
   }
   LogWarning(std::string(flag) + " " + address + ": anyone who can reach it can use it; nothing is encrypted");
   return absl::OkStatus();
@@ -76,8 +80,8 @@ StatusOr<std::unique_ptr<Server>> StartServer(Flags& flags) {
   REFOCUS_ASSIGN_OR_RETURN(ModelConfig model, LoadModelConfig(flags.model));
   REFOCUS_ASSIGN_OR_RETURN(std::shared_ptr<const Tokenizer> tokenizer, Tokenizer::Load(flags.model));
   if (tokenizer != nullptr && tokenizer->vocab_size() > model.vocab) {
-    return ConfigError(flags.model + ": vocab_size: got " + std::to_string(model.vocab) + ", but the tokenizer has ids up to " +
-                       std::to_string(tokenizer->vocab_size() - 1));
+    return ConfigError(flags.model + ": vocab_size: got " + std::to_string(model.vocab) +
+                       ", but the tokenizer has ids up to " + std::to_string(tokenizer->vocab_size() - 1));
   }
   LogInfo("model " + model.name + ", " + FamilyName(model.family) + ", " + std::to_string(model.parameters()) +
           " parameters, window " + std::to_string(model.max_positions) + ", " +

@@ -25,8 +25,8 @@ namespace refocus {
 namespace {
 
 constexpr int64_t kMiB = int64_t{1} << 20;
-const char* const kHealthNames[] = {"refocus.v1.ContextService", "refocus.v1.InferenceService", "refocus.v1.ClusterService",
-                                    "readiness"};
+const char* const kHealthNames[] = {"refocus.v1.ContextService", "refocus.v1.InferenceService",
+                                    "refocus.v1.ClusterService", "readiness"};
 
 // gRPC adds reflection to every server of a process that links it; this takes it out again.
 class WithoutReflection : public grpc::ServerBuilderOption {
@@ -52,9 +52,7 @@ void AddPublicSettings(grpc::ServerBuilder& builder, const ServerOptions& option
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 64);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
-  if (!options.enable_fast_pings) {
-    builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 20'000);
-  }
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 20'000);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_MS, 30 * 60'000);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_AGE_GRACE_MS, 60 * 60'000);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONNECTION_IDLE_MS, 5 * 60'000);

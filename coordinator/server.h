@@ -14,7 +14,6 @@ struct ServerOptions {
   std::string listen = "127.0.0.1:7070";         // clients; port 0: any
   std::string worker_listen = "127.0.0.1:7071";  // ranks
   bool enable_reflection = false;
-  bool enable_fast_pings = false;  // tests only: no keepalive policing
   double upload_stall_seconds = 120;
 };
 
@@ -28,8 +27,8 @@ class Server {
   virtual std::string public_address() const = 0;  // HOST:PORT with the chosen port
   virtual std::string worker_address() const = 0;
 
-  // Health turns to NOT_SERVING and new RPCs are refused at once; running ones get `seconds`, or less when `hurry` (asked many
-  // times a second) says so; then they fail, the ranks are told to leave, and both ports close. Once.
+  // Health turns to NOT_SERVING and new RPCs are refused at once; running ones get `seconds`, or less when `hurry`
+  // (asked many times a second) says so; then they fail, the ranks are told to leave, and both ports close. Once.
   virtual void Drain(double seconds, const std::function<bool()>& hurry) = 0;
 
   virtual class Hub& hub() = 0;

@@ -37,7 +37,8 @@ refocus() { "$bin/refocus" "$@"; }
 headline() { printf '\n== %s\n' "$*"; }
 
 headline "Starting a coordinator and $ranks workers: SmolLM2-135M-Instruct on the CPU"
-refocus serve --model "$model" --ranks $ranks --listen 127.0.0.1:0 --log-level warning >"$work/serve.out" 2>"$work/serve.err" &
+# Not through the function: $! would be a subshell that dies without its server.
+"$bin/refocus" serve --model "$model" --ranks $ranks --listen 127.0.0.1:0 --log-level warning >"$work/serve.out" 2>"$work/serve.err" &
 server=$!
 while ! grep -q '^Ready' "$work/serve.out"; do
   kill -0 "$server" 2>/dev/null || { cat "$work/serve.out" "$work/serve.err" >&2; echo "demo: the server did not start" >&2; exit 1; }
@@ -91,8 +92,11 @@ cluster = json.loads(read("status").splitlines()[0])
 print("memory per rank " + ", ".join(f"{int(rank['resident_bytes']) / 2**20:,.0f} MiB" for rank in cluster["ranks"]))
 gain = loss["base"] - loss["adapted"]
 print(f"\nunseen pages: {loss['base']:.4f} nats per token before adapting, {loss['adapted']:.4f} after")
-if gain > 0.005:
-    print(f"Adapting helped this model on this text: {gain:.4f} nats per token less on pages that it had not read.")
+change = f"{-gain:+.4f} nats per token on pages that it had not read"
+if gain > 0.02:
+    print(f"Adapting helped this model on this text: {change}.")
+elif gain > -0.02:
+    print(f"Adapting made little difference to this model on this text: {change}.")
 else:
-    print(f"Adapting did not help this model on this text: the loss on unseen pages changed by {-gain:+.4f} nats per token.")
+    print(f"Adapting did not help this model on this text: {change}.")
 PYTHON

@@ -59,8 +59,7 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       phase_ = Phase::kAllSent;
       return true;
     }
-    case Phase::kAllSent:
-      return false;
+    case Phase::kAllSent: return false;
   }
   command->set_job(id());
   return true;
@@ -139,8 +138,8 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
 
 void AdaptJob::OnStep(const wire::AdaptStep& step, const wire::Result& result, double now) {
   if (!std::isfinite(result.loss()) || !std::isfinite(result.grad_norm())) {
-    RollBack("NON_FINITE_LOSS", "loss or gradient of step " + std::to_string(step.step()) + " is not finite", step.step(),
-             now);
+    RollBack("NON_FINITE_LOSS", "loss or gradient of step " + std::to_string(step.step()) + " is not finite",
+             step.step(), now);
     return;
   }
   if (step.step() == 1) adapter_.set_first_loss(result.loss());

@@ -1,6 +1,6 @@
-// Adaptation: BeginAdapt, probe loss before, gradient steps with two on the way, probe loss after (and the delta's hash), then
-// commit, or roll back when something was not finite, diverged, failed, or was cancelled. The adapter is at its old revision
-// or at the next one, on all ranks, whatever happens.
+// Adaptation: BeginAdapt, probe loss before, gradient steps with two on the way, probe loss after (and the delta's
+// hash), then commit, or roll back when something was not finite, diverged, failed, or was cancelled. The adapter is at
+// its old revision or at the next one, on all ranks, whatever happens.
 #pragma once
 
 #include <memory>
@@ -22,8 +22,8 @@ struct AdaptPlan {
   std::vector<SpanRange> explicit_spans;  // empty: uniform
   bool from_committed = false;
   uint64_t adapter_uid = 0;
-  int64_t kept_revision = 0;   // of the adapter now; 0: a new one
-  int64_t earlier_steps = 0;   // behind the delta that it starts from
+  int64_t kept_revision = 0;  // of the adapter now; 0: a new one
+  int64_t earlier_steps = 0;  // behind the delta that it starts from
   std::string public_uid;
 };
 
@@ -60,11 +60,11 @@ class AdaptJob : public Job {
   JobTools* const tools_;
   std::unique_ptr<SpanPolicy> spans_;
   Phase phase_ = Phase::kBegin;
-  bool begun_ = false;       // the ranks hold a delta under adaptation
+  bool begun_ = false;  // the ranks hold a delta under adaptation
   int64_t steps_sent_ = 0;
   int64_t rows_done_ = 0;
   bool measured_after_ = false;
-  api::Adapter adapter_;     // as it will be
+  api::Adapter adapter_;  // as it will be
   std::optional<api::Adapter> committed_;
   std::vector<api::AdaptEvent> events_;
 };

@@ -1,4 +1,5 @@
-// From tokens to the text a caller sees: whole UTF-8 characters only, and nothing that may turn out to be part of a stop string.
+// From tokens to the text a caller sees: whole UTF-8 characters only, and nothing that may turn out to be part of a
+// stop string.
 #pragma once
 
 #include <string>

@@ -89,7 +89,8 @@ StatusOr<std::vector<std::shared_ptr<Session>>> Catalog::Page(const std::string&
     const size_t dot = page_token.find('.');
     const std::string name = dot == std::string::npos ? "" : page_token.substr(dot + 1);
     if (name.empty() || page_token != PageToken(name)) {
-      return FieldError("page_token", "one that this server did not make", "next_page_token of an earlier answer, or empty");
+      return FieldError("page_token", "one that this server did not make",
+                        "next_page_token of an earlier answer, or empty");
     }
     next = sessions_.upper_bound(name);
   }

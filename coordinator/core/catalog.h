@@ -23,10 +23,12 @@ struct AdaptOutcome {
 };
 using RequestOutcome = std::variant<api::Context, std::shared_ptr<AdaptJob>, AdaptOutcome>;
 
-// Request id -> hash of the body and what came of it. Only successes and running work are kept: a failed call may be repeated.
+// Request id -> hash of the body and what came of it. Only successes and running work are kept: a failed call may be
+// repeated.
 class RequestTable {
  public:
-  // nullptr: not seen. INVALID_ARGUMENT REQUEST_ID_REUSED when it was used with another body. An empty id is never seen.
+  // nullptr: not seen. INVALID_ARGUMENT REQUEST_ID_REUSED when it was used with another body. An empty id is never
+  // seen.
   StatusOr<const RequestOutcome*> Find(const std::string& key, const std::string& body_hash);
   // The oldest finished entry goes when there are too many.
   void Put(const std::string& key, const std::string& body_hash, RequestOutcome outcome);
@@ -47,9 +49,10 @@ class Catalog {
  public:
   explicit Catalog(uint64_t token_key) : token_key_(token_key) {}
 
-  // A name that is being uploaded: ABORTED CONTEXT_BUSY for a second upload, ALREADY_EXISTS CONTEXT_EXISTS when it is there,
-  // RESOURCE_EXHAUSTED CONTEXT_COUNT when there are too many.
+  // A name that is being uploaded: ABORTED CONTEXT_BUSY for a second upload, ALREADY_EXISTS CONTEXT_EXISTS when it is
+  // there, RESOURCE_EXHAUSTED CONTEXT_COUNT when there are too many.
   Status Claim(const std::string& name);
+  bool Claimed(const std::string& name) const { return claimed_.count(name) != 0; }
   void Unclaim(const std::string& name) { claimed_.erase(name); }
 
   void Put(std::shared_ptr<Session> session);
@@ -66,7 +69,6 @@ class Catalog {
   std::string PageToken(const std::string& last_name) const;
 
  private:
-
   const uint64_t token_key_;
   std::map<std::string, std::shared_ptr<Session>> sessions_;
   std::set<std::string> claimed_;

@@ -1,5 +1,5 @@
-// How long rows take, learned from the chunks that ran: time of a row ~ a + b * position (linear layers, and attention over
-// what came before). Chunk sizes and ETAs come from it.
+// How long rows take, learned from the chunks that ran: time of a row ~ a + b * position (linear layers, and attention
+// over what came before). Chunk sizes and ETAs come from it.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +10,8 @@ class ChunkClock {
  public:
   void Measured(int64_t first_pos, int64_t rows, double seconds);
 
-  // Rows of the next chunk at first_pos, at most `left`: a multiple of `unit` (except when fewer are left) that should take
-  // at most kChunkSeconds, at least one unit, never above kMaxChunkRows.
+  // Rows of the next chunk at first_pos, at most `left`: a multiple of `unit` (except when fewer are left) that should
+  // take at most kChunkSeconds, at least one unit, never above kMaxChunkRows.
   int64_t NextRows(int64_t first_pos, int64_t left, int64_t unit) const;
 
   // Predicted seconds of the rows [first_pos, end_pos); 0 before anything was measured.

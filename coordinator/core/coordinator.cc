@@ -34,12 +34,14 @@ class OneCommand : public Job {
 
 Status WorkerLost(const std::string& cause) {
   return Error(StatusCode::kUnavailable, "WORKER_LOST",
-               "the worker group was lost: " + cause + "; uploaded contexts are kept, prefill them again", {{"cause", cause}});
+               "the worker group was lost: " + cause + "; uploaded contexts are kept, prefill them again",
+               {{"cause", cause}});
 }
 
 }  // namespace
 
-Coordinator::Coordinator(CoordinatorOptions options, std::shared_ptr<const Tokenizer> tokenizer, Environment environment)
+Coordinator::Coordinator(CoordinatorOptions options, std::shared_ptr<const Tokenizer> tokenizer,
+                         Environment environment)
     : options_(std::move(options)),
       tokenizer_(std::move(tokenizer)),
       environment_(std::move(environment)),
@@ -102,9 +104,12 @@ void Coordinator::Tick() {
   Handle(events);
   for (const Tracked& tracked : tracked_) {
     auto* generate = dynamic_cast<GenerateJob*>(tracked.job.get());
-    if (generate == nullptr || generate->full_since() < 0 || now() - generate->full_since() < kSlowReaderSeconds) continue;
-    scheduler_.Stop(*generate, Error(StatusCode::kResourceExhausted, "SLOW_READER",
-                                     "the answer was not read for 30 s while 1024 events waited"), now());
+    if (generate == nullptr || generate->full_since() < 0 || now() - generate->full_since() < kSlowReaderSeconds)
+      continue;
+    scheduler_.Stop(*generate,
+                    Error(StatusCode::kResourceExhausted, "SLOW_READER",
+                          "the answer was not read for 30 s while 1024 events waited"),
+                    now());
   }
   for (const auto& [name, session] : catalog_.sessions()) {
     if (session->Expired(now())) session->deleting = true;
@@ -219,7 +224,8 @@ void Coordinator::Stop(Job& job, const Status& why) {
 
 Status Coordinator::Admit() const {
   if (!draining_) return absl::OkStatus();
-  return Error(StatusCode::kUnavailable, "DRAINING", "the server is stopping; use another one, or retry after its restart");
+  return Error(StatusCode::kUnavailable, "DRAINING",
+               "the server is stopping; use another one, or retry after its restart");
 }
 
 Status Coordinator::CheckServing() const {

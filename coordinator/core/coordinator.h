@@ -1,8 +1,8 @@
-// The coordinator as a pure state machine: requests and worker messages in, messages to workers and job progress out. No
-// threads, no I/O, no clock of its own; the service (coordinator/hub.h) holds one lock around it and does the rest.
+// The coordinator as a pure state machine: requests and worker messages in, messages to workers and job progress out.
+// No threads, no I/O, no clock of its own; the service (coordinator/hub.h) holds one lock around it and does the rest.
 //
-// A request becomes a Job on a Session (prefill.h, adapt.h, generate.h, score.h); the Scheduler orders the jobs' commands; the
-// Group says which ranks there are; the KvLedger admits; the Catalog names.
+// A request becomes a Job on a Session (prefill.h, adapt.h, generate.h, score.h); the Scheduler orders the jobs'
+// commands; the Group says which ranks there are; the KvLedger admits; the Catalog names.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,9 @@ namespace refocus {
 struct CoordinatorOptions {
   ModelConfig model;
   GroupOptions group;
-  std::string version;              // of the product
+  std::string version;  // of the product
   double default_ttl_seconds = 3600;
-  int64_t max_kv_bytes = 0;         // on each rank, below what it offers; 0: no further limit
+  int64_t max_kv_bytes = 0;                      // on each rank, below what it offers; 0: no further limit
   int64_t max_stored_tokens = int64_t{1} << 28;  // of all contexts together, in this process
 };
 
@@ -68,7 +68,8 @@ class Coordinator {
 
   StatusOr<api::Context> GetContext(const std::string& name);
   StatusOr<api::ListContextsResponse> ListContexts(const api::ListContextsRequest& request);
-  // The session may live on until its work has stopped: wait for !Exists(session). nullptr: there was none, and that is fine.
+  // The session may live on until its work has stopped: wait for !Exists(session). nullptr: there was none, and that is
+  // fine.
   StatusOr<std::shared_ptr<Session>> DeleteContext(const api::DeleteContextRequest& request);
   bool Exists(const std::shared_ptr<Session>& session) const { return catalog_.Find(session->name()) == session; }
   Status DeleteAdapter(const api::DeleteAdapterRequest& request);
@@ -82,8 +83,8 @@ class Coordinator {
   api::PrefillEvent PrefillResult(const Session& session) const;  // of a READY one
 
   struct AdaptStart {
-    std::shared_ptr<AdaptJob> job;             // nullptr: see events
-    std::vector<api::AdaptEvent> events;       // the answer to validate_only or to a request id that was done before
+    std::shared_ptr<AdaptJob> job;        // nullptr: see events
+    std::vector<api::AdaptEvent> events;  // the answer to validate_only or to a request id that was done before
   };
   StatusOr<AdaptStart> Adapt(const api::AdaptContextRequest& request);
 
@@ -95,7 +96,8 @@ class Coordinator {
   // The caller of an attached job went away; the last one takes the work with it when it wants that.
   template <typename AttachedJob>
   void Detach(AttachedJob& job, bool gone, api::OnDisconnect on_disconnect) {
-    if (--job.watchers == 0 && gone && on_disconnect == api::CANCEL) Stop(job, absl::CancelledError("cancelled by the caller"));
+    if (--job.watchers == 0 && gone && on_disconnect == api::CANCEL)
+      Stop(job, absl::CancelledError("cancelled by the caller"));
   }
 
   // ---- The whole.
@@ -105,7 +107,7 @@ class Coordinator {
   Status Admit() const;  // UNAVAILABLE DRAINING
   void BeginDrain() { draining_ = true; }
   bool drained() const { return scheduler_.jobs() == 0; }
-  void FinishDrain();    // what still runs fails; ranks are told to leave
+  void FinishDrain();  // what still runs fails; ranks are told to leave
 
   // ---- For tests: nothing may be left behind.
   int64_t kv_used_bytes() const { return ledger_.used_bytes(); }
@@ -147,8 +149,8 @@ class Coordinator {
   Catalog catalog_;
   RequestTable requests_;
   JobTools tools_;
-  std::vector<Tracked> tracked_;                                         // jobs that have not ended
-  std::map<std::string, std::shared_ptr<PrefillJob>> prefills_;          // running, by context name
+  std::vector<Tracked> tracked_;                                          // jobs that have not ended
+  std::map<std::string, std::shared_ptr<PrefillJob>> prefills_;           // running, by context name
   std::map<const Job*, std::pair<std::string, std::string>> adapt_keys_;  // running: request key, body hash
   std::vector<Outgoing> outgoing_;
   uint64_t next_id_ = 1;  // jobs, sequences, contexts and adapters on the ranks

@@ -24,9 +24,9 @@ void Sha256::Update(const void* data, size_t bytes) {
 std::string Sha256::Finish() {
   std::string out(32, '\0');
   unsigned int size = 0;
-  REFOCUS_CHECK_EQ(EVP_DigestFinal_ex(static_cast<EVP_MD_CTX*>(context_.get()),
-                                      reinterpret_cast<unsigned char*>(out.data()), &size),
-                   1);
+  REFOCUS_CHECK_EQ(
+      EVP_DigestFinal_ex(static_cast<EVP_MD_CTX*>(context_.get()), reinterpret_cast<unsigned char*>(out.data()), &size),
+      1);
   REFOCUS_CHECK_EQ(size, 32u);
   return out;
 }

@@ -24,7 +24,7 @@ class Sha256 {
   std::unique_ptr<void, Free> context_;
 };
 
-std::string Digest(std::string_view data);                        // 64 hex digits
+std::string Digest(std::string_view data);                            // 64 hex digits
 std::string MessageDigest(const google::protobuf::Message& message);  // of its bytes, maps in the order of their keys
 
 }  // namespace refocus

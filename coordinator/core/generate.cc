@@ -166,7 +166,8 @@ void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, do
 }
 
 std::vector<api::GenerateEvent> GenerateJob::TakeEvents() {
-  std::vector<api::GenerateEvent> events(std::make_move_iterator(queue_.begin()), std::make_move_iterator(queue_.end()));
+  std::vector<api::GenerateEvent> events(std::make_move_iterator(queue_.begin()),
+                                         std::make_move_iterator(queue_.end()));
   queue_.clear();
   full_since_ = -1;
   return events;

@@ -1,6 +1,6 @@
-// Generate: a sequence of its own after the context. The prompt's rows start with the context's last token, queried again, so
-// that there is a row to predict from; then a few decode steps a command, two commands on the way. A stop token or string,
-// max_tokens, a cancel or a failure ends it; the sequence is closed on the ranks in every case.
+// Generate: a sequence of its own after the context. The prompt's rows start with the context's last token, queried
+// again, so that there is a row to predict from; then a few decode steps a command, two commands on the way. A stop
+// token or string, max_tokens, a cancel or a failure ends it; the sequence is closed on the ranks in every case.
 #pragma once
 
 #include <deque>
@@ -20,7 +20,7 @@ namespace refocus {
 
 // A sequence on the ranks: which context, which queries.
 struct SequencePlan {
-  std::string adapter_id;    // empty: base queries
+  std::string adapter_id;  // empty: base queries
   uint64_t adapter_uid = 0;
   int64_t revision = 0;
   std::vector<int32_t> prompt;  // may be empty
@@ -76,11 +76,11 @@ class GenerateJob : public Job {
   AnswerText text_;
   bool open_sent_ = false;
   bool opened_ = false;
-  int64_t rows_sent_ = 0;       // of 1 + prompt
-  int64_t tokens_asked_ = 0;    // in commands
-  int64_t tokens_ = 0;          // sampled, the end token included
-  int64_t answer_tokens_ = 0;   // without the end token
-  double step_seconds_ = 0;     // of a token, newest measurement
+  int64_t rows_sent_ = 0;      // of 1 + prompt
+  int64_t tokens_asked_ = 0;   // in commands
+  int64_t tokens_ = 0;         // sampled, the end token included
+  int64_t answer_tokens_ = 0;  // without the end token
+  double step_seconds_ = 0;    // of a token, newest measurement
   double started_ = -1;
   double first_token_ = -1;
   double last_token_ = -1;

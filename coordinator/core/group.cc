@@ -67,7 +67,8 @@ Status Group::Hello(uint64_t link, const wire::Hello& hello, double now, Events*
                       std::to_string(first.kv_bytes_per_token()));
     }
     if (ranks_.count(hello.rank()) != 0) {
-      return Error(StatusCode::kAlreadyExists, "RANK_TAKEN", "rank " + std::to_string(hello.rank()) + " is there already");
+      return Error(StatusCode::kAlreadyExists, "RANK_TAKEN",
+                   "rank " + std::to_string(hello.rank()) + " is there already");
     }
   }
   Rank& rank = ranks_[hello.rank()];
@@ -117,7 +118,8 @@ void Group::Tick(double now, const std::vector<bool>& working, Events* events) {
   std::string missing;
   for (auto& [index, rank] : ranks_) {
     const double silent = now - rank.last_heartbeat;
-    if (silent > options_.dead_seconds) return Lose(Describe(index) + " sent no heartbeat for " + Seconds(silent), events);
+    if (silent > options_.dead_seconds)
+      return Lose(Describe(index) + " sent no heartbeat for " + Seconds(silent), events);
     if (!rank.ready) missing += (missing.empty() ? "" : ", ") + Describe(index);
     const bool busy = static_cast<size_t>(index) < working.size() && working[index];
     if (!busy) rank.last_progress = now;

@@ -2,8 +2,9 @@
 //
 //   WAITING --all hellos of one launch--> FORMING --all ready--> SERVING --any rank lost--> WAITING (epoch + 1)
 //
-// Three faults, three detectors: a stream that ends (death), no heartbeat (host or link), heartbeats without progress while a
-// command runs (hang). One lost rank loses the group: the others are told to leave, and a new launch must dial in.
+// Three faults, three detectors: a stream that ends (death), no heartbeat (host or link), heartbeats without progress
+// while a command runs (hang). One lost rank loses the group: the others are told to leave, and a new launch must dial
+// in.
 #pragma once
 
 #include <cstdint>
@@ -47,7 +48,8 @@ class Group {
   explicit Group(GroupOptions options) : options_(std::move(options)) {}
 
   // Refuses (the stream is then ended with the status): FAILED_PRECONDITION VERSION_SKEW, MODEL_MISMATCH, GROUP_SIZE;
-  // ALREADY_EXISTS RANK_TAKEN; UNAVAILABLE GROUP_TAKEN while another launch is there; INVALID_ARGUMENT FIELD_OUT_OF_RANGE.
+  // ALREADY_EXISTS RANK_TAKEN; UNAVAILABLE GROUP_TAKEN while another launch is there; INVALID_ARGUMENT
+  // FIELD_OUT_OF_RANGE.
   Status Hello(uint64_t link, const wire::Hello& hello, double now, Events* events);
   void Ready(uint64_t link, const wire::GroupReady& ready, double now, Events* events);
   void Beat(uint64_t link, const wire::Heartbeat& heartbeat, double now);

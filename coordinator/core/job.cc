@@ -58,7 +58,7 @@ void Job::Lose(const Status& why, double now) {
   if (!stopping_) {
     stopping_ = true;
     status_ = why;
-    }
+  }
   ended_ = true;
   Changed();
   OnEnd(now);

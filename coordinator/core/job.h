@@ -1,8 +1,9 @@
-// One piece of work on the group: a source of commands and a consumer of their results. The scheduler pulls; a job never
-// pushes. Prefill, adapt, generate and score are jobs; each has a file of its own.
+// One piece of work on the group: a source of commands and a consumer of their results. The scheduler pulls; a job
+// never pushes. Prefill, adapt, generate and score are jobs; each has a file of its own.
 //
-// Life: running -> stopping (finished, failed, or stopped; the first reason counts) -> its commands in flight come back ->
-// clean-up commands, one after the other -> ended. When the group is lost a job ends at once: there is nothing to clean.
+// Life: running -> stopping (finished, failed, or stopped; the first reason counts) -> its commands in flight come back
+// -> clean-up commands, one after the other -> ended. When the group is lost a job ends at once: there is nothing to
+// clean.
 #pragma once
 
 #include <cstdint>
@@ -46,8 +47,8 @@ class Job {
   double run_seconds() const { return first_command_ < 0 ? 0 : last_result_ - first_command_; }
 
  protected:
-  // While running. May be called with commands in flight: jobs pipeline. A command with job = id() can be cancelled; set-up
-  // and clean-up commands carry 0, because exactly what they built must be taken down.
+  // While running. May be called with commands in flight: jobs pipeline. A command with job = id() can be cancelled;
+  // set-up and clean-up commands carry 0, because exactly what they built must be taken down.
   virtual bool NextCommand(wire::Command* command, double now) = 0;
   // While stopping, with nothing in flight.
   virtual bool HasCleanup() const { return false; }

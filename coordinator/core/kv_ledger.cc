@@ -40,8 +40,8 @@ Status KvLedger::Check(int64_t first_pos, int64_t tokens) const {
     const std::string need_bytes = std::to_string(Sum(need));
     const std::string free_bytes = std::to_string(capacity_bytes() - used_bytes());
     return Error(StatusCode::kResourceExhausted, "KV_CAPACITY",
-                 "K/V memory: got " + std::to_string(tokens) + " tokens of " + need_bytes + " bytes, free " + free_bytes +
-                     " bytes; delete or shorten a context, or start more ranks",
+                 "K/V memory: got " + std::to_string(tokens) + " tokens of " + need_bytes + " bytes, free " +
+                     free_bytes + " bytes; delete or shorten a context, or start more ranks",
                  {{"need_bytes", need_bytes},
                   {"free_bytes", free_bytes},
                   {"rank", std::to_string(rank)},

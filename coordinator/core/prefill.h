@@ -1,5 +1,5 @@
-// Prefill: OpenContext reserves the extents, then chunks in order, two on the way. A failure or a cancel closes the context
-// on the ranks and leaves it CREATED.
+// Prefill: OpenContext reserves the extents, then chunks in order, two on the way. A failure or a cancel closes the
+// context on the ranks and leaves it CREATED.
 #pragma once
 
 #include <functional>
@@ -26,7 +26,7 @@ class PrefillJob : public Job {
   // `session` was just moved to PREFILLING. `tools` outlives the job.
   PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, JobTools* tools);
 
-  bool answered() const override { return ended(); }  // a context that can be prefilled again, or is READY
+  bool answered() const override { return ended(); }         // a context that can be prefilled again, or is READY
   const api::PrefillEvent& event() const { return event_; }  // newest progress
   const std::shared_ptr<Session>& session() const { return session_; }
   int watchers = 0;  // callers attached

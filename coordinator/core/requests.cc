@@ -179,7 +179,8 @@ StatusOr<Coordinator::PrefillStart> Coordinator::Prefill(const api::PrefillConte
   if (session->has_cache()) return PrefillStart{nullptr, session};
   if (session->state() == api::Context::PREFILLING) {
     const std::shared_ptr<PrefillJob> job = prefills_.at(request.name());
-    if (job->stopping()) return Busy(StatusCode::kFailedPrecondition, request.name(), "its prefill is being cancelled; retry");
+    if (job->stopping())
+      return Busy(StatusCode::kFailedPrecondition, request.name(), "its prefill is being cancelled; retry");
     ++job->watchers;
     return PrefillStart{job, session};
   }
@@ -203,7 +204,8 @@ api::PrefillEvent Coordinator::PrefillResult(const Session& session) const {
 StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& request, Session& session) {
   // A request id without a seed gets the same one again: a repeated call repeats the work.
   uint64_t seed = environment_.random();
-  if (!request.request_id().empty()) seed = std::stoull(Digest("seed/" + request.request_id()).substr(0, 16), nullptr, 16);
+  if (!request.request_id().empty())
+    seed = std::stoull(Digest("seed/" + request.request_id()).substr(0, 16), nullptr, 16);
   REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, session.token_count(), seed));
   const Session::Adapter* adapter = session.FindAdapter(plan.adapter_id);
   if (adapter == nullptr && plan.from_committed) return AdapterNotFound(session, plan.adapter_id);
@@ -241,7 +243,8 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
     REFOCUS_RETURN_IF_ERROR(CheckServing());
     return NotReady(*session);
   }
-  if (session->adapting()) return Busy(StatusCode::kAborted, request.name(), "another adaptation runs; wait for its end");
+  if (session->adapting())
+    return Busy(StatusCode::kAborted, request.name(), "another adaptation runs; wait for its end");
   if (request.validate_only()) {
     AdaptStart start;
     *start.events.emplace_back().mutable_effective() = plan.effective;

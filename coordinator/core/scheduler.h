@@ -1,8 +1,8 @@
 // Puts the commands of many jobs into the one order that every rank executes.
 //
-// Jobs take turns, one command each. At most kCommandsInFlight are out, so that no step waits for a round trip and a new
-// job waits for no more than two. A command counts as answered when every rank has sent its final Result; then the codes
-// must be equal, and so must the hashes of what has to be equal (`agree`).
+// Jobs take turns, one command each. At most kCommandsInFlight are out, so that no step waits for a round trip and a
+// new job waits for no more than two. A command counts as answered when every rank has sent its final Result; then the
+// codes must be equal, and so must the hashes of what has to be equal (`agree`).
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ class Scheduler {
   // Commands to send to every rank, in order, and cancels; call after every event.
   void Pump(double now, std::vector<wire::CoordinatorMessage>* out);
 
-  // An answer. Not OK: the ranks disagree about what happened or break the order, nothing they hold can be trusted, and the
-  // group must be ended with this status.
+  // An answer. Not OK: the ranks disagree about what happened or break the order, nothing they hold can be trusted, and
+  // the group must be ended with this status.
   Status OnResult(int32_t rank, const wire::Result& result, double now);
 
   // The group is gone: every job ends with `why`.

@@ -1,5 +1,5 @@
-// Score: log-probabilities of a given continuation. One sequence a target; its rows are the context's last token, the prompt and
-// the target but its last token; the commands follow from the start, so the whole of it is pipelined.
+// Score: log-probabilities of a given continuation. One sequence a target; its rows are the context's last token, the
+// prompt and the target but its last token; the commands follow from the start, so the whole of it is pipelined.
 #pragma once
 
 #include <memory>

@@ -3,9 +3,9 @@
 //   CREATED --StartPrefill--> PREFILLING --FinishPrefill--> READY <--FinishAdapt / StartAdapt--> ADAPTING
 //      ^------------------------- DropCache (failed, cancelled, group lost) -------------------------'
 //
-// A session holds what outlives the worker group (name, tokens, labels, times) and what does not (K/V reservation, adapters).
-// Jobs drive it: prefill.h computes its K/V, adapt.h its adapters, generate.h and score.h answer from it. Every transition is
-// checked: an illegal one is a bug, not bad input; callers ask state() first.
+// A session holds what outlives the worker group (name, tokens, labels, times) and what does not (K/V reservation,
+// adapters). Jobs drive it: prefill.h computes its K/V, adapt.h its adapters, generate.h and score.h answer from it.
+// Every transition is checked: an illegal one is a bug, not bad input; callers ask state() first.
 #pragma once
 
 #include <cstdint>

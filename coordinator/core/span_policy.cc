@@ -15,8 +15,7 @@ struct StartRange {
 
 // The starts of spans of `rows` rows that intersect no held-out span, as disjoint rising ranges.
 std::vector<StartRange> AllowedStarts(int64_t token_count, int64_t rows, std::vector<SpanRange> held_out) {
-  std::sort(held_out.begin(), held_out.end(),
-            [](const SpanRange& a, const SpanRange& b) { return a.start < b.start; });
+  std::sort(held_out.begin(), held_out.end(), [](const SpanRange& a, const SpanRange& b) { return a.start < b.start; });
   std::vector<StartRange> allowed;
   int64_t next = 0;
   for (const SpanRange& probe : held_out) {

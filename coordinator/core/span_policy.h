@@ -1,7 +1,7 @@
 // Which spans an adaptation step trains on. Pure: the same arguments give the same spans on every platform.
 //
-// A span of `rows` rows starting at `start` reads tokens [start, start + rows]: row i predicts token i + 1, so the last row
-// needs one token more. Two spans therefore intersect iff their closed intervals [start, start + rows] do.
+// A span of `rows` rows starting at `start` reads tokens [start, start + rows]: row i predicts token i + 1, so the last
+// row needs one token more. Two spans therefore intersect iff their closed intervals [start, start + rows] do.
 #pragma once
 
 #include <cstdint>
@@ -21,16 +21,16 @@ class SpanPolicy {
   virtual SpanRange Next() = 0;  // the next span of the next step; steps take spans_per_step of them
 };
 
-// Spans of `rows` rows, starts uniform over all that intersect no span of `held_out` (which must leave at least one; see
-// ProbeSpans). With replacement. Seeded by SplitMix64; a draw below n takes the high bits by rejection.
+// Spans of `rows` rows, starts uniform over all that intersect no span of `held_out` (which must leave at least one;
+// see ProbeSpans). With replacement. Seeded by SplitMix64; a draw below n takes the high bits by rejection.
 std::unique_ptr<SpanPolicy> MakeUniformSpans(int64_t token_count, int64_t rows, const std::vector<SpanRange>& held_out,
                                              uint64_t seed);
 
 // `spans` in order, again and again. Not empty.
 std::unique_ptr<SpanPolicy> MakeExplicitSpans(std::vector<SpanRange> spans);
 
-// At most `count` disjoint spans, spread evenly over the text. Fewer, or none, when holding them out would leave less than a
-// quarter of the starts for training.
+// At most `count` disjoint spans, spread evenly over the text. Fewer, or none, when holding them out would leave less
+// than a quarter of the starts for training.
 std::vector<SpanRange> ProbeSpans(int64_t token_count, int64_t rows, int64_t count);
 
 // The generator behind MakeUniformSpans.

@@ -63,7 +63,8 @@ Status Upload::AddIds(const api::TokenIds& message) {
 StatusOr<TokenIds> Upload::Finish(const api::CreateContextRequest::Header& header,
                                   const api::CreateContextRequest::Finish& finish) {
   if (finish.has_total() && finish.total() != received_) {
-    return FieldError("finish.total", std::to_string(finish.total()), std::to_string(received_) + ", which was received");
+    return FieldError("finish.total", std::to_string(finish.total()),
+                      std::to_string(received_) + ", which was received");
   }
   const std::string hash = hash_.Finish();
   if (!finish.sha256().empty() && finish.sha256() != hash) {

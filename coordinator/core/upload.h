@@ -1,5 +1,5 @@
-// One upload while it streams in: offsets, sizes and ids are checked chunk by chunk, so that a bad upload ends early and a good
-// one is tokenized once, as a whole. Pure; holds the text or the ids, nothing else.
+// One upload while it streams in: offsets, sizes and ids are checked chunk by chunk, so that a bad upload ends early
+// and a good one is tokenized once, as a whole. Pure; holds the text or the ids, nothing else.
 #pragma once
 
 #include <cstdint>
@@ -22,14 +22,18 @@ class Upload {
   Upload(const ModelConfig& model, const Tokenizer* tokenizer, int64_t max_tokens)
       : model_(model), tokenizer_(tokenizer), max_tokens_(max_tokens) {}
 
-  // OUT_OF_RANGE UPLOAD_OFFSET_MISMATCH, INVALID_ARGUMENT, FAILED_PRECONDITION NO_TOKENIZER, RESOURCE_EXHAUSTED TOO_MANY_CHUNKS.
+  // OUT_OF_RANGE UPLOAD_OFFSET_MISMATCH, INVALID_ARGUMENT, FAILED_PRECONDITION NO_TOKENIZER, RESOURCE_EXHAUSTED
+  // TOO_MANY_CHUNKS.
   Status Add(const api::CreateContextRequest::Chunk& chunk);
 
   // Checks total and hash, tokenizes. DATA_LOSS CHECKSUM_MISMATCH, INVALID_ARGUMENT, as Encode. May take seconds.
-  StatusOr<TokenIds> Finish(const api::CreateContextRequest::Header& header, const api::CreateContextRequest::Finish& finish);
+  StatusOr<TokenIds> Finish(const api::CreateContextRequest::Header& header,
+                            const api::CreateContextRequest::Finish& finish);
 
   int64_t held_bytes() const { return static_cast<int64_t>(text_.capacity() + ids_.capacity() * sizeof(int32_t)); }
-  const std::string& content_hash() const { return content_hash_; }  // after Finish: equal iff kind and content are equal
+  const std::string& content_hash() const {
+    return content_hash_;
+  }  // after Finish: equal iff kind and content are equal
 
  private:
   enum class Kind { kUnknown, kText, kIds };

@@ -134,7 +134,8 @@ Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t wind
   if (context + prompt + answer <= window) return absl::OkStatus();
   return Error(StatusCode::kInvalidArgument, "CONTEXT_TOO_LONG",
                "context + prompt + answer: got " + std::to_string(context) + " + " + std::to_string(prompt) + " + " +
-                   std::to_string(answer) + " tokens, allowed " + std::to_string(window) + "; lower max_tokens or shorten",
+                   std::to_string(answer) + " tokens, allowed " + std::to_string(window) +
+                   "; lower max_tokens or shorten",
                {{"context_tokens", std::to_string(context)},
                 {"prompt_tokens", std::to_string(prompt)},
                 {"answer_tokens", std::to_string(answer)},
@@ -148,7 +149,8 @@ Status PlanExplicitSpans(const api::AdaptContextRequest::ExplicitSpans& spans, i
   for (int i = 0; i < spans.spans_size(); ++i) {
     const auto& span = spans.spans(i);
     const std::string field = "explicit_spans[" + std::to_string(i) + "]";
-    REFOCUS_RETURN_IF_ERROR(CheckInt((field + ".length").c_str(), span.length(), 1, std::min(kMaxSpanTokens, token_count - 1)));
+    REFOCUS_RETURN_IF_ERROR(
+        CheckInt((field + ".length").c_str(), span.length(), 1, std::min(kMaxSpanTokens, token_count - 1)));
     REFOCUS_RETURN_IF_ERROR(CheckInt((field + ".start").c_str(), span.start(), 0, token_count - 1 - span.length()));
     plan->explicit_spans.push_back({span.start(), span.length()});
   }

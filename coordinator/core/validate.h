@@ -1,5 +1,5 @@
-// Everything a request says is checked here, before anything is allocated or sent: each function refuses with INVALID_ARGUMENT
-// that names field, value and limit, or returns what to do with every default filled in. Pure.
+// Everything a request says is checked here, before anything is allocated or sent: each function refuses with
+// INVALID_ARGUMENT that names field, value and limit, or returns what to do with every default filled in. Pure.
 #pragma once
 
 #include <cstdint>
@@ -18,9 +18,9 @@ namespace refocus {
 // "contexts/{id}", id as in CreateContextRequest.
 Status CheckContextName(const std::string& name);
 Status CheckContextId(const std::string& id);
-Status CheckAdapterId(const std::string& id);    // 1 to 63 of [a-z0-9-]
-Status CheckRequestId(const std::string& id);    // may be empty
-Status CheckOnDisconnect(int value);               // an enum value that this build does not know is refused
+Status CheckAdapterId(const std::string& id);  // 1 to 63 of [a-z0-9-]
+Status CheckRequestId(const std::string& id);  // may be empty
+Status CheckOnDisconnect(int value);           // an enum value that this build does not know is refused
 Status CheckHeader(const api::CreateContextRequest::Header& header);
 double TtlSeconds(const api::CreateContextRequest::Header& header, double default_seconds);
 
@@ -39,7 +39,7 @@ Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t wind
 StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, int64_t token_count, uint64_t seed);
 
 // Everything but the sequence.
-StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& request, const ModelConfig& model, const Tokenizer* tokenizer,
-                                    uint64_t seed);
+StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& request, const ModelConfig& model,
+                                    const Tokenizer* tokenizer, uint64_t seed);
 
 }  // namespace refocus

@@ -104,7 +104,8 @@ std::vector<wire::Result> FakeRank::Execute(const wire::Command& command) {
   if (rank_ == 0) agreed.cancelled = IsCancelled(command.job());
   if (command.seq() == refuse_seq) {
     Fail(StatusCode::kResourceExhausted, "REFUSED", "as the test wants", &out.back());
-  } else if (!agreed.cancelled || (rank_ != 0 && agreed.tokens > 0)) Do(command, &out);
+  } else if (!agreed.cancelled || (rank_ != 0 && agreed.tokens > 0))
+    Do(command, &out);
   out.back().set_cancelled(agreed.cancelled);
   out.back().set_final(true);
   out.back().set_seconds(command_seconds);
@@ -248,7 +249,8 @@ void FakeRank::Extend(const wire::ExtendSequence& extend, wire::Result* result) 
   if (!again && extend.first_pos() != sequence.end) return OutOfPlace("first_pos", result);
   if (again && extend.ids(0) != context.tokens.back()) return OutOfPlace("last context token", result);
   sequence.end = extend.first_pos() + extend.ids_size();
-  if (sequence.end > length + sequence.capacity || extend.ids_size() > kMaxChunkRows) return OutOfPlace("capacity", result);
+  if (sequence.end > length + sequence.capacity || extend.ids_size() > kMaxChunkRows)
+    return OutOfPlace("capacity", result);
   const int first_scored = extend.ids_size() - extend.score_ids_size();
   for (int i = 0; i < extend.score_ids_size(); ++i) {
     result->add_score_logprobs(-static_cast<float>(extend.score_ids(i) % 7) - 0.5f);

@@ -1,5 +1,5 @@
-// Ranks without a model, for tests of the coordinator: they obey commands as strictly as real ones and keep the same books (contexts,
-// adapters, sequences), but "compute" by simple rules that a test can predict.
+// Ranks without a model, for tests of the coordinator: they obey commands as strictly as real ones and keep the same
+// books (contexts, adapters, sequences), but "compute" by simple rules that a test can predict.
 //
 //   next token = last token + 1 + revision of the adapter (base: 0), modulo 256; after 255 comes the end token 256
 //   loss of a step = 1 / step; probe loss = 2 before, and 2 - 0.01 * steps after
@@ -87,10 +87,10 @@ class FakeRank {
 
   // Faults and pace.
   int64_t kv_capacity_bytes = int64_t{1} << 30;
-  int64_t refuse_seq = 0;  // this command fails and changes nothing
+  int64_t refuse_seq = 0;                                           // this command fails and changes nothing
   std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
-  std::function<void(const wire::Command&, int64_t token)> pause;   // before a command (token -1) and each decoded token
-  double command_seconds = 1e-3;                                    // as reported
+  std::function<void(const wire::Command&, int64_t token)> pause;  // before a command (token -1) and each decoded token
+  double command_seconds = 1e-3;                                   // as reported
 
  private:
   void Do(const wire::Command& command, std::vector<wire::Result>* out);

@@ -89,7 +89,8 @@ TEST_F(JobsTest, JobsTakeTurns) {
   const auto third = *simulation_.Generate("a", 0, 30);
   std::vector<uint64_t> turns;
   for (int i = 0; i < 60; ++i) {
-    if (i >= 12 && !Waiting().empty()) turns.push_back(Waiting()[0].decode_steps().sequence());  // all three are decoding
+    if (i >= 12 && !Waiting().empty())
+      turns.push_back(Waiting()[0].decode_steps().sequence());  // all three are decoding
     Step();
   }
   // Whatever three neighbours in the order of commands: three jobs, while all of them have work.
@@ -319,7 +320,8 @@ TEST_F(JobsTest, LossOfTheGroupAtAnyPointEndsEveryJob) {
       }
     }
     simulation.Kill(2);
-    for (const Job* job : {static_cast<Job*>(adapt.get()), static_cast<Job*>(generate.get()), static_cast<Job*>(prefill.get())}) {
+    for (const Job* job :
+         {static_cast<Job*>(adapt.get()), static_cast<Job*>(generate.get()), static_cast<Job*>(prefill.get())}) {
       EXPECT_TRUE(job->ended()) << steps;
       if (!job->status().ok()) {
         EXPECT_EQ(job->status().code(), StatusCode::kUnavailable);

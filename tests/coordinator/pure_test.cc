@@ -139,7 +139,8 @@ TEST(ChunkClockTest, FitsALineAndPredicts) {
     pos += rows;
   }
   const double to = 1 << 20, from = static_cast<double>(pos);
-  EXPECT_NEAR(clock.Seconds(pos, 1 << 20), a * (to - from) + b * (to * to - from * from) / 2, 0.02 * clock.Seconds(pos, 1 << 20));
+  EXPECT_NEAR(clock.Seconds(pos, 1 << 20), a * (to - from) + b * (to * to - from * from) / 2,
+              0.02 * clock.Seconds(pos, 1 << 20));
   ChunkClock slow;
   slow.Measured(0, 512, 1000);
   EXPECT_EQ(slow.NextRows(512, 10'000, 512), 512);  // never below one unit
@@ -182,6 +183,16 @@ TEST(UploadTest, AnyCutGivesTheSame) {
     EXPECT_EQ((*ids)->size(), text.size());
     EXPECT_EQ(upload.content_hash(), "text:" + Sha(text));
   }
+}
+
+TEST(UploadTest, ChunksAreCapped) {
+  const ModelConfig model = FakeModel(10);
+  Upload upload(model, nullptr, 10);
+  api::CreateContextRequest::Chunk chunk;
+  chunk.mutable_ids();
+  for (int64_t i = 0; i < kMaxUploadChunks; ++i) ASSERT_TRUE(upload.Add(chunk).ok());
+  EXPECT_EQ(ReasonOf(upload.Add(chunk)), "TOO_MANY_CHUNKS");
+  EXPECT_LT(upload.held_bytes(), 1024);
 }
 
 TEST(UploadTest, BeginToken) {

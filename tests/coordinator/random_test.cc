@@ -1,5 +1,5 @@
-// Seeded random interleavings of everything: requests, cancels, deletes, answers in any order across ranks, lost ranks, new
-// launches, time. Whatever happens: every job ends with one status, and nothing is left behind anywhere.
+// Seeded random interleavings of everything: requests, cancels, deletes, answers in any order across ranks, lost ranks,
+// new launches, time. Whatever happens: every job ends with one status, and nothing is left behind anywhere.
 #include "tests/coordinator/simulation.h"
 
 namespace refocus {
@@ -33,7 +33,8 @@ class Chaos {
     if (draw < 80) return (void)simulation_.Create(AnyId(), 1 + static_cast<int64_t>(Below(5000)));
     if (draw < 84) return Keep(simulation_.Prefill(AnyId()));
     if (draw < 87) return AdaptSome();
-    if (draw < 92) return Keep(simulation_.Generate(AnyId(), Below(600), 1 + Below(40), Below(3) == 0 ? "default" : ""));
+    if (draw < 92)
+      return Keep(simulation_.Generate(AnyId(), Below(600), 1 + Below(40), Below(3) == 0 ? "default" : ""));
     if (draw < 94) return ScoreSome();
     if (draw < 96 && !jobs_.empty()) return simulation_.Stop(*jobs_[Below(jobs_.size())]);
     if (draw < 97) return DeleteSome();
@@ -82,7 +83,8 @@ class Chaos {
     for (const auto& job : jobs_) {
       EXPECT_TRUE(job->ended());
       const auto code = job->status().code();
-      EXPECT_TRUE(code == StatusCode::kOk || code == StatusCode::kCancelled || code == StatusCode::kUnavailable) << job->status();
+      EXPECT_TRUE(code == StatusCode::kOk || code == StatusCode::kCancelled || code == StatusCode::kUnavailable)
+          << job->status();
     }
     simulation_.ExpectConsistent();
     EXPECT_TRUE(simulation_.core().serving());

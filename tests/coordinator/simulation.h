@@ -29,9 +29,9 @@ class Simulation {
   };
 
   explicit Simulation(uint64_t seed = 1, CoordinatorOptions options = DefaultOptions())
-      : random_(seed), core_(std::move(options), FakeTokenizer(), Environment{[this] { return now_; },
-                                                                              [this] { return 1e9 + now_; },
-                                                                              [this] { return random_.Next(); }}) {}
+      : random_(seed),
+        core_(std::move(options), FakeTokenizer(),
+              Environment{[this] { return now_; }, [this] { return 1e9 + now_; }, [this] { return random_.Next(); }}) {}
 
   static CoordinatorOptions DefaultOptions() {
     CoordinatorOptions options;
@@ -222,7 +222,8 @@ class Simulation {
       EXPECT_EQ(link.rank->adapters.size(), adapters);
       EXPECT_TRUE(link.rank->sequences.empty());
       for (const auto& [uid, adapter] : link.rank->adapters) EXPECT_FALSE(adapter.work.has_value());
-      for (size_t i = 0; i < link.rank->executed.size(); ++i) EXPECT_EQ(link.rank->executed[i], static_cast<int64_t>(i) + 1);
+      for (size_t i = 0; i < link.rank->executed.size(); ++i)
+        EXPECT_EQ(link.rank->executed[i], static_cast<int64_t>(i) + 1);
     }
   }
 

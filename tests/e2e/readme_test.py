@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import unittest
 
 import harness
@@ -42,18 +43,30 @@ class Readme(unittest.TestCase):
         environment = {**os.environ, "REFOCUS_ADDRESS": address, "REFOCUS_LISTEN": address,
                        "PATH": f"{BIN}:{os.environ['PATH']}"}
         script = "set -euo pipefail\n" + "\n".join(here) + "\n"
-        script = script.replace("build/release/bin", str(BIN))
-        process = subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        try:
-            out, _ = process.communicate(timeout=240)
-        finally:
-            for pid in harness.descendants(os.getpid()):
-                if harness.command_name(pid) == "refocus":
+        script = script.replace("$PWD/build/release/bin", str(BIN))
+        with tempfile.TemporaryFile("w+") as output:  # not a pipe: the server in the background would hold it open
+            process = subprocess.Popen(["bash", "-c", script], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+                                       stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+            try:
+                process.wait(timeout=240)
+            finally:
+                servers = [pid for pid in self.of_session(process.pid) if harness.command_name(pid) == "refocus"]
+                for pid in servers:
                     os.kill(pid, signal.SIGTERM)
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-        self.assertEqual(0, process.returncode, out)
+                harness.wait_until("end of the server", lambda: not any(map(harness.alive, servers)), 60)
+            output.seek(0)
+            self.assertEqual(0, process.returncode, output.read())
+
+    def of_session(self, session):
+        found = []
+        for entry in pathlib.Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    if os.getsid(int(entry.name)) == session:
+                        found.append(int(entry.name))
+                except OSError:
+                    continue
+        return found
 
     def test_verbs_and_exit_codes_are_described(self):
         for verb in ("serve", "context create", "context list", "context show", "context rm", "prefill", "adapt", "ask", "score",

@@ -22,9 +22,10 @@ class RealModel(unittest.TestCase):
             self.assertRegex(created, r"(?m)^prefill +\d+ +[\d.]+ +[\d.,]+")
             score = ["score", "novel", "--target-file", TEXT, "--skip-bytes", "2600", "--max-bytes", "600"]
             base, = service.events(*score, "--base")
-            # Far from uniform over the vocabulary (10.8 nats): weights, tokenizer and positions are right.
-            loss = -base["sum_logprob"] / int(base["token_count"])
-            self.assertLess(loss, 3.6)
+            # What transformers 5.23 gives in fp32 for the same file, opening and lines.
+            self.assertIn("706 tokens", created)
+            self.assertEqual("147", base["token_count"])
+            self.assertAlmostEqual(-541.228, base["sum_logprob"], delta=0.02)
 
             events = service.events("adapt", "novel", "--steps", 4, "--span-tokens", 64, "--learning-rate", 3e-4, "--seed", 3)
             steps = [event["step"] for event in events if "step" in event]

@@ -57,7 +57,8 @@ class BadRequestTest : public ServiceTest {
 };
 
 TEST_F(BadRequestTest, Row65Steps) {
-  ExpectBadAdapt([](auto& r) { r.set_steps(0); }, [](auto& r) { r.set_steps(-1); }, [](auto& r) { r.set_steps(1'000'000'000); });
+  ExpectBadAdapt([](auto& r) { r.set_steps(0); }, [](auto& r) { r.set_steps(-1); },
+                 [](auto& r) { r.set_steps(1'000'000'000); });
 }
 
 TEST_F(BadRequestTest, Row66LearningRate) {
@@ -67,11 +68,11 @@ TEST_F(BadRequestTest, Row66LearningRate) {
 }
 
 TEST_F(BadRequestTest, Row67ClipBetaDecay) {
-  ExpectBadAdapt([](auto& r) { r.set_clip_norm(0); }, [](auto& r) { r.set_clip_norm(kNan); }, [](auto& r) { r.set_beta1(1.0); },
-                 [](auto& r) { r.set_beta2(1.0); }, [](auto& r) { r.set_beta2(0.99999999999); },
-                 [](auto& r) { r.set_weight_decay(kNan); }, [](auto& r) { r.set_epsilon(0); },
-                 [](auto& r) { r.set_epsilon(kDenormal); }, [](auto& r) { r.set_max_probe_rise(kNan); },
-                 [](auto& r) { r.set_max_probe_rise(-0.1); });
+  ExpectBadAdapt([](auto& r) { r.set_clip_norm(0); }, [](auto& r) { r.set_clip_norm(kNan); },
+                 [](auto& r) { r.set_beta1(1.0); }, [](auto& r) { r.set_beta2(1.0); },
+                 [](auto& r) { r.set_beta2(0.99999999999); }, [](auto& r) { r.set_weight_decay(kNan); },
+                 [](auto& r) { r.set_epsilon(0); }, [](auto& r) { r.set_epsilon(kDenormal); },
+                 [](auto& r) { r.set_max_probe_rise(kNan); }, [](auto& r) { r.set_max_probe_rise(-0.1); });
 }
 
 TEST_F(BadRequestTest, Row68Spans) {
@@ -142,7 +143,8 @@ TEST_F(BadRequestTest, Row75Temperature) {
 }
 
 TEST_F(BadRequestTest, Row77Logprobs) {
-  ExpectBadGenerate([](auto& r) { r.set_logprobs(-1); }, [](auto& r) { r.set_logprobs(21); }, [](auto& r) { r.set_logprobs(300); });
+  ExpectBadGenerate([](auto& r) { r.set_logprobs(-1); }, [](auto& r) { r.set_logprobs(21); },
+                    [](auto& r) { r.set_logprobs(300); });
   api::GenerateRequest request = GenerateRequest("a", "a", 2);
   request.set_logprobs(20);
   const Answer answer = Generate(request);
@@ -164,9 +166,14 @@ TEST_F(BadRequestTest, Row78MaxTokens) {
 }
 
 TEST_F(BadRequestTest, Row80StopStrings) {
-  ExpectBadGenerate([](auto& r) { for (int i = 0; i < 10'000; ++i) r.add_stop("s"); }, [](auto& r) { r.add_stop(""); },
-                    [](auto& r) { r.add_stop(std::string(1'000'000, 's')); },
-                    [](auto& r) { for (int i = 0; i < 65; ++i) r.add_stop_token_ids(1); });
+  ExpectBadGenerate(
+      [](auto& r) {
+        for (int i = 0; i < 10'000; ++i) r.add_stop("s");
+      },
+      [](auto& r) { r.add_stop(""); }, [](auto& r) { r.add_stop(std::string(1'000'000, 's')); },
+      [](auto& r) {
+        for (int i = 0; i < 65; ++i) r.add_stop_token_ids(1);
+      });
   api::GenerateRequest request = GenerateRequest("a", "x", 4);
   request.add_stop_token_ids(300);
   EXPECT_FAILS(Generate(request).status, INVALID_ARGUMENT, "TOKEN_ID_OUT_OF_RANGE");
@@ -181,8 +188,8 @@ TEST_F(BadRequestTest, Row82Row83Score) {
   EXPECT_FAILS(Score({ids}), INVALID_ARGUMENT, "TOKEN_ID_OUT_OF_RANGE");
   // Targets before the bad one are answered.
   std::vector<api::ScoreEvent> events;
-  EXPECT_FAILS(Score({ScoreRequest("p", "q"), ScoreRequest("", "q"), ids, ScoreRequest("p", "q")}, &events), INVALID_ARGUMENT,
-               "TOKEN_ID_OUT_OF_RANGE");
+  EXPECT_FAILS(Score({ScoreRequest("p", "q"), ScoreRequest("", "q"), ids, ScoreRequest("p", "q")}, &events),
+               INVALID_ARGUMENT, "TOKEN_ID_OUT_OF_RANGE");
   EXPECT_EQ(events.size(), 2u);
 }
 
@@ -198,7 +205,8 @@ TEST_F(BadRequestTest, BadPrompts) {
                  api::GenerateRequest r = GenerateRequest("a", "", 2);
                  r.mutable_prompt()->mutable_ids()->add_ids(300);
                  return r;
-               }()).status,
+               }())
+                   .status,
                INVALID_ARGUMENT, "TOKEN_ID_OUT_OF_RANGE");
 }
 

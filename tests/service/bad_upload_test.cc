@@ -1,5 +1,5 @@
-// Bad names and bad uploads: the status that is promised, and nobody else notices. Numbers in the test names are rows of the list of
-// bad inputs that this service answers for.
+// Bad names and bad uploads: the status that is promised, and nobody else notices. Numbers in the test names are rows
+// of the list of bad inputs that this service answers for.
 #include <algorithm>
 
 #include "base/limits.h"
@@ -28,6 +28,9 @@ class BadUploadTest : public ServiceTest {
     api::DeleteContextResponse response;
     return contexts_->DeleteContext(&call, request, &response);
   }
+  bool Claimed(const std::string& id) {
+    return server_->hub().With([&](Coordinator& core) { return core.catalog().Claimed("contexts/" + id); });
+  }
   grpc::Status List(int32_t page_size, const std::string& token, api::ListContextsResponse* response) {
     grpc::ClientContext call;
     api::ListContextsRequest request;
@@ -38,9 +41,22 @@ class BadUploadTest : public ServiceTest {
 };
 
 TEST_F(BadUploadTest, Row39Names) {
-  const std::string bad[] = {"contexts/../../etc", "contexts/", "contexts", "", std::string(300, 'a'), "contexts/" + std::string(64, 'a'),
-                             "contexts/UPPER", "contexts/a/b", "contexts/a\n", std::string("contexts/a\0b", 12),
-                             "contexts/\xe2\x80\xae" "a", "contexts/a\xe2\x80\x8b", "contexts/-a", "contexts/a-", "other/a"};
+  const std::string bad[] = {"contexts/../../etc",
+                             "contexts/",
+                             "contexts",
+                             "",
+                             std::string(300, 'a'),
+                             "contexts/" + std::string(64, 'a'),
+                             "contexts/UPPER",
+                             "contexts/a/b",
+                             "contexts/a\n",
+                             std::string("contexts/a\0b", 12),
+                             "contexts/\xe2\x80\xae"
+                             "a",
+                             "contexts/a\xe2\x80\x8b",
+                             "contexts/-a",
+                             "contexts/a-",
+                             "other/a"};
   for (const std::string& name : bad) {
     grpc::ClientContext call;
     api::GetContextRequest request;
@@ -54,7 +70,8 @@ TEST_F(BadUploadTest, Row39Names) {
                    api::GenerateRequest generate;
                    generate.set_name(name);
                    return generate;
-                 }()).status,
+                 }())
+                     .status,
                  INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
   }
   for (const std::string id : {"../x", "A", "a b", "-", "\xe2\x80\xae"}) {
@@ -118,7 +135,8 @@ TEST_F(BadUploadTest, Row51NoTokens) {
 }
 
 TEST_F(BadUploadTest, Row52TokenIds) {
-  const grpc::Status status = Upload({HeaderMessage("a"), IdsMessage(0, {1, 2}), IdsMessage(2, {3, 300}), FinishMessage()});
+  const grpc::Status status =
+      Upload({HeaderMessage("a"), IdsMessage(0, {1, 2}), IdsMessage(2, {3, 300}), FinishMessage()});
   EXPECT_FAILS(status, INVALID_ARGUMENT, "TOKEN_ID_OUT_OF_RANGE");
   EXPECT_EQ(FailureOf(status).metadata["index"], "3");
   EXPECT_EQ(FailureOf(status).metadata["got"], "300");
@@ -141,17 +159,18 @@ TEST_F(BadUploadTest, Row54AboveTheMemory) {
 
 TEST_F(BadUploadTest, Row55Offsets) {
   for (const int64_t offset : {-1, 0, 3, 5, 1 << 30}) {
-    const grpc::Status status = Upload({HeaderMessage("a"), TextMessage(0, "text"), TextMessage(offset, "more"), FinishMessage()});
+    const grpc::Status status =
+        Upload({HeaderMessage("a"), TextMessage(0, "text"), TextMessage(offset, "more"), FinishMessage()});
     EXPECT_FAILS(status, OUT_OF_RANGE, "UPLOAD_OFFSET_MISMATCH");
     EXPECT_EQ(FailureOf(status).metadata["expected_offset"], "4");
   }
 }
 
 TEST_F(BadUploadTest, Row56DataAfterFinish) {
-  EXPECT_FAILS(Upload({HeaderMessage("a"), TextMessage(0, "text"), FinishMessage(), TextMessage(4, "more")}), FAILED_PRECONDITION,
-               "UPLOAD_FINISHED");
-  EXPECT_FAILS(Upload({HeaderMessage("a"), TextMessage(0, "text"), FinishMessage(), FinishMessage()}), FAILED_PRECONDITION,
-               "UPLOAD_FINISHED");
+  EXPECT_FAILS(Upload({HeaderMessage("a"), TextMessage(0, "text"), FinishMessage(), TextMessage(4, "more")}),
+               FAILED_PRECONDITION, "UPLOAD_FINISHED");
+  EXPECT_FAILS(Upload({HeaderMessage("a"), TextMessage(0, "text"), FinishMessage(), FinishMessage()}),
+               FAILED_PRECONDITION, "UPLOAD_FINISHED");
 }
 
 TEST_F(BadUploadTest, Row57TotalAndHash) {
@@ -182,7 +201,7 @@ TEST_F(BadUploadTest, Row58ManySmallChunks) {
   EXPECT_EQ(context.token_count(), 2000);
 }
 
-TEST_F(BadUploadTest, Row58EmptyChunksAreCapped) {
+TEST_F(BadUploadTest, Row58ManyEmptyChunks) {
   grpc::ClientContext call;
   api::Context response;
   const auto writer = contexts_->CreateContext(&call, &response);
@@ -197,14 +216,16 @@ TEST_F(BadUploadTest, Row58EmptyChunksAreCapped) {
 }
 
 TEST_F(BadUploadTest, Row59MessageAboveTheLimit) {
-  const grpc::Status status = Upload({HeaderMessage("a"), TextMessage(0, std::string(kPublicMessageBytes, 'x')), FinishMessage()});
+  const grpc::Status status =
+      Upload({HeaderMessage("a"), TextMessage(0, std::string(kPublicMessageBytes, 'x')), FinishMessage()});
   EXPECT_EQ(status.error_code(), grpc::RESOURCE_EXHAUSTED);  // from the gRPC layer: no details
 }
 
 TEST_F(BadUploadTest, Row61Utf8) {
   EXPECT_FAILS(Create("a", "ab\xff"), INVALID_ARGUMENT, "INVALID_UTF8");
   api::Context context;
-  EXPECT_TRUE(Upload({HeaderMessage("a"), TextMessage(0, "caf\xc3"), TextMessage(4, "\xa9"), FinishMessage()}, &context).ok());
+  EXPECT_TRUE(
+      Upload({HeaderMessage("a"), TextMessage(0, "caf\xc3"), TextMessage(4, "\xa9"), FinishMessage()}, &context).ok());
   EXPECT_EQ(context.token_count(), 5);
 }
 
@@ -223,7 +244,7 @@ TEST_F(BadUploadTest, Row63TwoUploadsToOneName) {
   api::Context response;
   const auto writer = contexts_->CreateContext(&call, &response);
   ASSERT_TRUE(writer->Write(HeaderMessage("a")));
-  WaitFor([&] { return Create("a", "text").error_code() == grpc::ABORTED; });
+  WaitFor([&] { return Claimed("a"); });
   EXPECT_FAILS(Create("a", "text"), ABORTED, "CONTEXT_BUSY");
   writer->Write(TextMessage(0, "first"));
   writer->Write(FinishMessage());
@@ -239,7 +260,8 @@ TEST_F(BadUploadTest, Row64HugeTextEndsEarly) {
   writer->Write(HeaderMessage("a"));
   const std::string megabyte(kPublicMessageBytes - 1024, 'x');
   int64_t sent = 0;
-  while (sent < (int64_t{1} << 30) && writer->Write(TextMessage(sent, megabyte))) sent += static_cast<int64_t>(megabyte.size());
+  while (sent < (int64_t{1} << 30) && writer->Write(TextMessage(sent, megabyte)))
+    sent += static_cast<int64_t>(megabyte.size());
   EXPECT_LT(sent, kMaxTextBytes + (16 << 20));
   writer->WritesDone();
   EXPECT_FAILS(writer->Finish(), INVALID_ARGUMENT, "CONTEXT_TOO_LONG");
@@ -256,12 +278,14 @@ TEST_F(BadUploadTest, MessagesOutOfPlace) {
   EXPECT_FAILS(Upload({TextMessage(0, "text")}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
   EXPECT_FAILS(Upload({HeaderMessage("a"), HeaderMessage("a")}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
   EXPECT_FAILS(Upload({HeaderMessage("a"), api::CreateContextRequest()}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
-  EXPECT_FAILS(Upload({HeaderMessage("a"), TextMessage(0, "t"), IdsMessage(1, {1})}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
+  EXPECT_FAILS(Upload({HeaderMessage("a"), TextMessage(0, "t"), IdsMessage(1, {1})}), INVALID_ARGUMENT,
+               "FIELD_OUT_OF_RANGE");
 }
 
 TEST_F(BadUploadTest, LabelsAndLife) {
   api::CreateContextRequest header = HeaderMessage("a");
-  for (const int64_t seconds : {int64_t{-1}, int64_t{0}, int64_t{59}, int64_t{604801}, std::numeric_limits<int64_t>::max()}) {
+  for (const int64_t seconds :
+       {int64_t{-1}, int64_t{0}, int64_t{59}, int64_t{604801}, std::numeric_limits<int64_t>::max()}) {
     header.mutable_header()->mutable_ttl()->set_seconds(seconds);
     EXPECT_FAILS(Upload({header, TextMessage(0, "t"), FinishMessage()}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
   }
@@ -289,10 +313,12 @@ TEST_F(BadUploadTest, AnUploadThatIsAbandonedLeavesItsName) {
     const auto writer = contexts_->CreateContext(&call, &response);
     writer->Write(HeaderMessage("a"));
     writer->Write(TextMessage(0, "text"));
+    WaitFor([&] { return Claimed("a"); });
     call.TryCancel();
     EXPECT_EQ(writer->Finish().error_code(), grpc::CANCELLED);
   }
-  WaitFor([&] { return Create("a", "text").ok(); });
+  WaitFor([&] { return !Claimed("a"); });
+  EXPECT_TRUE(Create("a", "text").ok());
 }
 
 class StalledUploadTest : public ServiceTest {};
@@ -338,7 +364,8 @@ TEST_F(StalledUploadTest, AMillionTokens) {
   api::Context context;
   const auto begin = std::chrono::steady_clock::now();
   ASSERT_TRUE(Upload(messages, &context).ok());
-  std::printf("1M tokens taken in %.3f s\n", std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  std::printf("1M tokens taken in %.3f s\n",
+              std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
   EXPECT_EQ(context.token_count(), 1'000'000);
 }
 

@@ -1,4 +1,5 @@
-// Fake ranks (tests/coordinator/fake_rank.h) behind real streams: what the coordinator sees of a group of worker processes.
+// Fake ranks (tests/coordinator/fake_rank.h) behind real streams: what the coordinator sees of a group of worker
+// processes.
 #pragma once
 
 #include <atomic>
@@ -29,14 +30,14 @@ struct FakeLaunch {
 
 class FakeWorker {
  public:
-  FakeWorker(const std::string& address, std::shared_ptr<FakeLaunch> launch, int32_t rank, const std::string& fingerprint,
-             std::function<void(FakeRank&)> setup);
+  FakeWorker(const std::string& address, std::shared_ptr<FakeLaunch> launch, int32_t rank,
+             const std::string& fingerprint, std::function<void(FakeRank&)> setup);
   ~FakeWorker();
 
-  void Kill();                          // the stream breaks, as when the process dies
-  void Freeze() { frozen_ = true; }     // heartbeats go on, nothing else does
-  std::string shutdown_reason();        // empty: was not told to leave
-  grpc::Status WaitUntilEnded();        // the stream's status
+  void Kill();                       // the stream breaks, as when the process dies
+  void Freeze() { frozen_ = true; }  // heartbeats go on, nothing else does
+  std::string shutdown_reason();     // empty: was not told to leave
+  grpc::Status WaitUntilEnded();     // the stream's status
   FakeRank& rank() { return rank_; }
   // Runs f(rank) while no command runs.
   template <typename F>

@@ -62,6 +62,7 @@ void ServiceTest::StartGroup(int32_t size, std::function<void(FakeRank&)> setup)
   CreateReady("witness", "the witness says: a");
   witness_ = Generate(GenerateRequest("witness", "?", 5)).ids;
   ASSERT_EQ(witness_.size(), 5u);
+  WaitFor([&] { return server_->hub().With([](Coordinator& core) { return core.drained(); }); });
 }
 
 void ServiceTest::WaitFor(const std::function<bool()>& condition, double seconds) {
@@ -161,7 +162,8 @@ grpc::Status ServiceTest::Adapt(const api::AdaptContextRequest& request, std::ve
   return reader->Finish();
 }
 
-api::GenerateRequest ServiceTest::GenerateRequest(const std::string& id, const std::string& prompt, int64_t max_tokens) {
+api::GenerateRequest ServiceTest::GenerateRequest(const std::string& id, const std::string& prompt,
+                                                  int64_t max_tokens) {
   api::GenerateRequest request;
   request.set_name("contexts/" + id);
   request.mutable_prompt()->set_text(prompt);

@@ -31,11 +31,11 @@ struct Failure {
 };
 Failure FailureOf(const grpc::Status& status);
 
-#define EXPECT_FAILS(call, want_code, want_reason)                                            \
-  do {                                                                                        \
-    const ::refocus::Failure failure_ = ::refocus::FailureOf(call);                           \
-    EXPECT_EQ(failure_.code, grpc::StatusCode::want_code) << failure_.message;                \
-    EXPECT_EQ(failure_.reason, want_reason) << failure_.message;                              \
+#define EXPECT_FAILS(call, want_code, want_reason)                             \
+  do {                                                                         \
+    const ::refocus::Failure failure_ = ::refocus::FailureOf(call);            \
+    EXPECT_EQ(failure_.code, grpc::StatusCode::want_code) << failure_.message; \
+    EXPECT_EQ(failure_.reason, want_reason) << failure_.message;               \
   } while (false)
 
 struct Answer {
@@ -74,8 +74,8 @@ class ServiceTest : public ::testing::Test {
   grpc::Status Score(const std::vector<api::ScoreRequest>& requests, std::vector<api::ScoreEvent>* events = nullptr);
   api::Context Get(const std::string& id);
 
-  // Nothing runs, nothing but these contexts is left, on the coordinator and on every rank; it still serves; and the witness, a
-  // context that no test touches, answers as it did at the start.
+  // Nothing runs, nothing but these contexts is left, on the coordinator and on every rank; it still serves; and the
+  // witness, a context that no test touches, answers as it did at the start.
   void ExpectUnharmed();
 
   std::shared_ptr<grpc::Channel> Channel(const grpc::ChannelArguments& arguments = {});
