@@ -17,11 +17,13 @@ inline constexpr int64_t kUploadStallSeconds = 120;
 inline constexpr int64_t kMaxContextTokens = int64_t{1} << 24;
 inline constexpr int64_t kMaxTextBytes = int64_t{256} << 20;
 inline constexpr int64_t kMaxContexts = 4096;
+inline constexpr int64_t kMaxAdaptersPerContext = 16;
 inline constexpr int64_t kMaxQueuedJobs = 256;
 
 inline constexpr int64_t kMaxAdaptSteps = 10'000;
 inline constexpr int64_t kMaxSpanTokens = 8192;
 inline constexpr int64_t kMaxSpansPerStep = 64;
+inline constexpr int64_t kMaxStepRows = 65'536;       // spans_per_step x span_tokens
 inline constexpr int64_t kMaxProbeSpans = 16;
 inline constexpr int64_t kMaxExplicitSpans = 65'536;
 inline constexpr int64_t kMaxGeneratedTokens = 65'536;

@@ -1,10 +1,15 @@
-// One context through the engine, without the service around it: prefill, adaptation steps, decode. Each rank runs this program;
-// start several with mpirun. Prints a table (share: of the matrix-multiply and read rates measured in the same run, times ranks)
-// and, with --jsonl, one line per row.
+// One context through the engine, without the service around it: prefill, adaptation steps, decode. Each rank runs this
+// program; start several with mpirun. Prints a table (share: of the matrix-multiply and read rates measured in the same
+// run, times ranks) and, with --jsonl, one line per row.
 //
 //   mpirun -np 2 context_bench --model MODEL --tokens 4096 --threads 1
+#include <ATen/Parallel.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/ones.h>
+#include <ATen/ops/randn.h>
 #include <mpi.h>
 
+#include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -15,12 +20,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-#include <ATen/Parallel.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/ones.h>
-#include <ATen/ops/randn.h>
-#include <CLI/CLI.hpp>
 
 #include "base/check.h"
 #include "worker/engine.h"
@@ -96,10 +95,10 @@ class Driver {
 
 struct Row {
   std::string what;
-  int64_t units = 0;        // tokens or steps
+  int64_t units = 0;  // tokens or steps
   double seconds = 0.0;
-  double flops = 0.0;       // arithmetic that the method needs, all ranks
-  double bytes = 0.0;       // memory that must be read once per unit
+  double flops = 0.0;  // arithmetic that the method needs, all ranks
+  double bytes = 0.0;  // memory that must be read once per unit
 };
 
 // Multiplications and additions of the linear layers for one row; keys: with K and V; output: with the output matrix.
@@ -184,9 +183,10 @@ std::vector<Row> Measure(Driver& driver, const ModelConfig& c, const Options& op
     begin = Now();
     driver.Run(DecodeSteps{open.sequence, static_cast<int32_t>(options.decode)});
     const double weights = 4.0 * static_cast<double>(c.parameters() + (adapted ? c.query_parameters() : 0));
-    rows.push_back({adapted ? "decode adapted" : "decode", options.decode, Now() - begin,
-                    (LinearFlops(c, true, true) + attention_row * tokens) * static_cast<double>(options.decode),
-                    (weights + static_cast<double>(c.kv_bytes_per_token(4)) * tokens) * static_cast<double>(options.decode)});
+    rows.push_back(
+        {adapted ? "decode adapted" : "decode", options.decode, Now() - begin,
+         (LinearFlops(c, true, true) + attention_row * tokens) * static_cast<double>(options.decode),
+         (weights + static_cast<double>(c.kv_bytes_per_token(4)) * tokens) * static_cast<double>(options.decode)});
     driver.Run(CloseSequence{open.sequence});
   }
   return rows;
@@ -194,27 +194,28 @@ std::vector<Row> Measure(Driver& driver, const ModelConfig& c, const Options& op
 
 void Report(const std::vector<Row>& rows, const Ceilings& ceilings, int ranks, const Options& options,
             const std::vector<double>& losses) {
-  std::printf("# %s, %lld tokens, %d ranks x %d threads; per rank: GEMM %.0f GFLOP/s, read %.1f GB/s\n", options.model.c_str(),
-              static_cast<long long>(options.tokens), ranks, options.threads, ceilings.gemm_flops / 1e9,
-              ceilings.read_bytes / 1e9);
-  std::printf("%-15s %8s %10s %12s %10s %10s %8s\n", "phase", "units", "seconds", "ms/unit", "GFLOP/s", "GB/s", "share");
+  std::printf("# %s, %lld tokens, %d ranks x %d threads; per rank: GEMM %.0f GFLOP/s, read %.1f GB/s\n",
+              options.model.c_str(), static_cast<long long>(options.tokens), ranks, options.threads,
+              ceilings.gemm_flops / 1e9, ceilings.read_bytes / 1e9);
+  std::printf("%-15s %8s %10s %12s %10s %10s %8s\n", "phase", "units", "seconds", "ms/unit", "GFLOP/s", "GB/s",
+              "share");
   std::ofstream jsonl;
   if (!options.jsonl.empty()) jsonl.open(options.jsonl, std::ios::app);
   for (const Row& row : rows) {
     const bool by_bytes = row.bytes > 0.0;
     const double share = by_bytes ? row.bytes / row.seconds / ceilings.read_bytes
                                   : row.flops / row.seconds / (ceilings.gemm_flops * ranks);
-    std::printf("%-15s %8lld %10.3f %12.3f %10.1f %10.1f %7.0f%%\n", row.what.c_str(), static_cast<long long>(row.units),
-                row.seconds, row.seconds / static_cast<double>(row.units) * 1e3, row.flops / row.seconds / 1e9,
-                row.bytes / row.seconds / 1e9, share * 100);
+    std::printf("%-15s %8lld %10.3f %12.3f %10.1f %10.1f %7.0f%%\n", row.what.c_str(),
+                static_cast<long long>(row.units), row.seconds, row.seconds / static_cast<double>(row.units) * 1e3,
+                row.flops / row.seconds / 1e9, row.bytes / row.seconds / 1e9, share * 100);
     if (jsonl) {
       jsonl << "{\"phase\":\"" << row.what << "\",\"tokens\":" << options.tokens << ",\"ranks\":" << ranks
             << ",\"threads\":" << options.threads << ",\"units\":" << row.units << ",\"seconds\":" << row.seconds
             << ",\"gflops\":" << row.flops / row.seconds / 1e9 << ",\"share\":" << share << "}\n";
     }
   }
-  std::printf("# loss of first and last step %.4f %.4f; peak resident per rank %.0f MB\n", losses.front(), losses.back(),
-              static_cast<double>(ResidentBytes("VmHWM")) / 1e6);
+  std::printf("# loss of first and last step %.4f %.4f; peak resident per rank %.0f MB\n", losses.front(),
+              losses.back(), static_cast<double>(ResidentBytes("VmHWM")) / 1e6);
 }
 
 // The collective is gone when this returns, as MPI_Finalize wants it.

@@ -12,6 +12,7 @@ namespace {
 struct AdaptOptions {
   std::string name;
   std::string adapter = "default";
+  std::string request_id;
   std::optional<int64_t> steps, span_tokens, spans_per_step, probe_spans;
   std::optional<double> learning_rate, weight_decay, clip_norm, beta1, beta2, epsilon, max_probe_rise;
   std::optional<uint64_t> seed;
@@ -25,7 +26,7 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
   v1::AdaptContextRequest request;
   request.set_name(ContextName(options.name));
   request.set_adapter_id(options.adapter);
-  request.set_request_id(NewRequestId());
+  request.set_request_id(options.request_id.empty() ? NewRequestId() : options.request_id);
   request.set_on_disconnect(options.keep_going ? v1::CONTINUE : v1::CANCEL);
   if (options.steps) request.set_steps(*options.steps);
   if (options.span_tokens) request.set_span_tokens(*options.span_tokens);
@@ -45,7 +46,8 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
     long long start = 0;
     long long length = 0;
     int used = 0;
-    if (std::sscanf(text.c_str(), "%lld:%lld%n", &start, &length, &used) != 2 || used != static_cast<int>(text.size())) {
+    if (std::sscanf(text.c_str(), "%lld:%lld%n", &start, &length, &used) != 2 ||
+        used != static_cast<int>(text.size())) {
       return FieldError("--span", text, "START:LENGTH, two decimal numbers");
     }
     auto* span = request.mutable_explicit_spans()->add_spans();
@@ -85,7 +87,8 @@ class AdaptView {
     if (settings_.json || options_.validate_only) return;
     Table losses({"nats per token", "before", "after"});
     if (adapter_.has_probe_loss_before()) {
-      losses.Add({"held-out spans", FormatFixed(adapter_.probe_loss_before(), 4), FormatFixed(adapter_.probe_loss_after(), 4)});
+      losses.Add({"held-out spans", FormatFixed(adapter_.probe_loss_before(), 4),
+                  FormatFixed(adapter_.probe_loss_after(), 4)});
     }
     losses.Add({"first and last step", FormatFixed(adapter_.first_loss(), 4), FormatFixed(adapter_.last_loss(), 4)});
     losses.Print(std::cout);
@@ -93,18 +96,23 @@ class AdaptView {
     Table table({"phase", "tokens", "seconds", "tokens/s", "queued s", "memory per rank"});
     std::string memory;
     for (const int64_t bytes : usage_.rank_memory_bytes()) memory += (memory.empty() ? "" : ", ") + FormatBytes(bytes);
-    table.Add({"adapt", FormatCount(usage_.tokens()), FormatFixed(usage_.seconds(), 2), FormatRate(usage_.tokens_per_second()),
-               FormatFixed(usage_.queue_seconds(), 2), memory.empty() ? "-" : memory});
+    table.Add({"adapt", FormatCount(usage_.tokens()), FormatFixed(usage_.seconds(), 2),
+               FormatRate(usage_.tokens_per_second()), FormatFixed(usage_.queue_seconds(), 2),
+               memory.empty() ? "-" : memory});
     table.Print(std::cout);
-    std::cout << AdapterText(adapter_.id(), adapter_.revision()) << ", " << FormatCount(adapter_.steps()) << " steps, hash "
-              << adapter_.delta_hash() << std::endl;
+    std::cout << AdapterText(adapter_.id(), adapter_.revision()) << ", " << FormatCount(adapter_.steps())
+              << " steps, hash " << adapter_.delta_hash() << std::endl;
   }
+
+  // The server has taken the request.
+  bool begun() const { return steps_ > 0; }
 
  private:
   void OnEffective(const v1::AdaptEvent::Effective& effective) {
     steps_ = effective.steps();
     char text[256];
-    std::snprintf(text, sizeof(text), "adapt: %lld steps of %lld x %lld tokens, learning rate %g, decay %g, clip %g, seed %llu",
+    std::snprintf(text, sizeof(text),
+                  "adapt: %lld steps of %lld x %lld tokens, learning rate %g, decay %g, clip %g, seed %llu",
                   static_cast<long long>(effective.steps()), static_cast<long long>(effective.spans_per_step()),
                   static_cast<long long>(effective.span_tokens()), effective.learning_rate(), effective.weight_decay(),
                   effective.clip_norm(), static_cast<unsigned long long>(effective.seed()));
@@ -149,7 +157,13 @@ int Adapt(const Settings& settings, const AdaptOptions& options) {
   AdaptView view(settings, options);
   const Status status = client.Adapt(*request, [&](const v1::AdaptEvent& event) { view.OnEvent(event); });
   if (status.ok()) view.PrintResult();
-  return Finish("adapt", status);
+  const bool goes_on = !status.ok() && Interrupted() && options.keep_going && view.begun();
+  const int code = Finish("adapt", status, goes_on);
+  if (goes_on) {
+    std::cerr << "refocus adapt: to attach to it, give the same command again with --request-id "
+              << request->request_id() << std::endl;
+  }
+  return code;
 }
 
 }  // namespace
@@ -162,10 +176,14 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
   verb->add_flag("--continue", o->continue_adapter, "Start from the adapter's present state instead of zero");
   verb->add_flag("--validate-only", o->validate_only, "Check the settings, print the effective ones, change nothing");
   verb->add_flag("--keep-going", o->keep_going, "Ctrl-C leaves the adaptation running on the server");
+  verb->add_option(
+          "--request-id", o->request_id,
+          "With the other options unchanged, attaches to the call that had this id, or returns its result (new)")
+      ->type_name("ID");
   const std::string optimizer = "Optimizer (AdamW; defaults are the server's)";
   verb->add_option("--steps", o->steps, "Gradient steps (32)")->group(optimizer);
   verb->add_option("--learning-rate", o->learning_rate,
-                   "(1e-5, which suits billions of parameters; about 1e-3 suits millions)")->group(optimizer);
+                   "(1e-5, which suits billions of parameters; about 1e-4 suits 100 million)")->group(optimizer);
   verb->add_option("--weight-decay", o->weight_decay, "Decay of the learned change (0.01)")->group(optimizer);
   verb->add_option("--clip-norm", o->clip_norm, "Largest norm of the whole gradient (1)")->group(optimizer);
   verb->add_option("--beta1", o->beta1, "(0.9)")->group(optimizer);
@@ -179,7 +197,8 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
       ->type_name("START:LENGTH")->group(spans);
   const std::string probe = "Held-out spans";
   verb->add_option("--probe-spans", o->probe_spans, "How many are measured before and after (2)")->group(probe);
-  verb->add_option("--max-probe-rise", o->max_probe_rise, "Roll back when their loss rises by more, nats (0.1)")->group(probe);
+  verb->add_option("--max-probe-rise", o->max_probe_rise, "Roll back when their loss rises by more, nats (0.1)")
+      ->group(probe);
   AddCommonOptions(verb, settings);
   verb->callback([=] { *run = [=] { return Adapt(*settings, *o); }; });
 }

@@ -27,8 +27,10 @@ struct AskOptions {
   std::vector<std::string> stops;
 };
 
-// In a conversation the question's own text stays plain and only the markers become special tokens, so the prompt goes as ids.
-Status FillPrompt(Client& client, const AskOptions& options, bool chat, const std::string& question, v1::Prompt* prompt) {
+// In a conversation the question's own text stays plain and only the markers become special tokens, so the
+// prompt goes as ids.
+Status FillPrompt(Client& client, const AskOptions& options, bool chat, const std::string& question,
+                  v1::Prompt* prompt) {
   if (options.as_ids) {
     REFOCUS_ASSIGN_OR_RETURN(const auto ids, ParseIds(question));
     prompt->mutable_ids()->mutable_ids()->Add(ids.begin(), ids.end());
@@ -101,8 +103,8 @@ std::string FinishText(const v1::GenerateSummary& summary) {
 
 void PrintSummary(const v1::GenerateSummary& summary, const std::string& adapter_id) {
   std::cerr << "[" << FormatCount(summary.generated_tokens()) << " tokens, " << FinishText(summary) << "; "
-            << AdapterText(adapter_id, summary.adapter_revision()) << "; " << FormatCount(summary.context_tokens()) << " + "
-            << FormatCount(summary.prompt_tokens()) << " tokens read, first token after "
+            << AdapterText(adapter_id, summary.adapter_revision()) << "; " << FormatCount(summary.context_tokens())
+            << " + " << FormatCount(summary.prompt_tokens()) << " tokens read, first token after "
             << FormatSeconds(summary.queue_seconds() + summary.prompt_seconds()) << ", then "
             << FormatRate(summary.tokens_per_second()) << " tokens/s";
   if (summary.temperature() > 0) std::cerr << "; temperature " << summary.temperature() << ", seed " << summary.seed();
@@ -146,7 +148,8 @@ void AddAsk(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("QUESTION", o->question, "Text that follows the context, '-' for standard input")->required();
   AddAdapterOptions(verb, &o->adapter);
   const std::string prompt = "Prompt";
-  auto* chat = verb->add_flag("--chat", o->chat, "Close the user's turn with the question (default for contexts created so)");
+  auto* chat =
+      verb->add_flag("--chat", o->chat, "Close the user's turn with the question (default for contexts created so)");
   verb->add_flag("--no-chat", o->no_chat, "Plain continuation, whatever the context is")->excludes(chat)->group(prompt);
   chat->group(prompt);
   verb->add_flag("--ids", o->as_ids, "QUESTION is token ids in decimal")->excludes(chat)->group(prompt);
@@ -154,7 +157,8 @@ void AddAsk(CLI::App& app, Settings* settings, Run* run) {
       ->excludes(chat)->group(prompt);
   const std::string sampling = "Sampling (defaults are the server's)";
   verb->add_option("--max-tokens", o->max_tokens, "Length of the answer at most, 1 to 65536 (256)")->group(sampling);
-  verb->add_option("--temperature", o->temperature, "0: always the most likely token; or 0.01 to 100 (0)")->group(sampling);
+  verb->add_option("--temperature", o->temperature, "0: always the most likely token; or 0.01 to 100 (0)")
+      ->group(sampling);
   verb->add_option("--seed", o->seed, "Of the sampling (drawn and printed)")->group(sampling);
   verb->add_option("--stop", o->stops, "End before this text, repeatable")->group(sampling);
   verb->add_flag("--ignore-eos", o->ignore_eos, "Go on after the model's end tokens")->group(sampling);

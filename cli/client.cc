@@ -38,6 +38,8 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& address) {
   arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 200);
   arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 2'000);
   arguments.SetMaxReceiveMessageSize(4 << 20);
+  // The server is named by its own address; a proxy for web pages cannot reach 127.0.0.1 of this machine.
+  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
 }
 
@@ -125,8 +127,8 @@ StatusOr<v1::Model> Client::GetModel() {
 
 StatusOr<v1::GetClusterResponse> Client::GetCluster() {
   v1::GetClusterResponse response;
-  REFOCUS_RETURN_IF_ERROR(
-      Read([&](grpc::ClientContext* context) { return cluster_->GetCluster(context, v1::GetClusterRequest(), &response); }));
+  REFOCUS_RETURN_IF_ERROR(Read(
+      [&](grpc::ClientContext* context) { return cluster_->GetCluster(context, v1::GetClusterRequest(), &response); }));
   return response;
 }
 
@@ -174,8 +176,8 @@ StatusOr<std::string> Client::Detokenize(const std::vector<uint32_t>& ids) {
 }
 
 StatusOr<bool> Client::Healthy() {
-  // HealthCheckRequest for "" is empty; HealthCheckResponse has one field, status = 1 (varint), and SERVING is 1. That much by
-  // hand keeps the health proto out of the build.
+  // HealthCheckRequest for "" is empty; HealthCheckResponse has one field, status = 1 (varint), and SERVING is 1. That
+  // much by hand keeps the health proto out of the build.
   grpc::ByteBuffer response;
   REFOCUS_RETURN_IF_ERROR(Read([&](grpc::ClientContext* context) {
     const grpc::Slice empty("");
@@ -197,7 +199,8 @@ StatusOr<bool> Client::Healthy() {
 }
 
 StatusOr<std::vector<uint32_t>> Client::TokenizeDocument(std::string_view text) {
-  // Every supported pre-tokenizer ends a piece at a line break that an ASCII letter follows, and no normalization joins the two.
+  // Every supported pre-tokenizer ends a piece at a line break that an ASCII letter follows, and no
+  // normalization joins the two.
   std::vector<uint32_t> ids;
   while (!text.empty()) {
     size_t end = text.size();
@@ -205,9 +208,10 @@ StatusOr<std::vector<uint32_t>> Client::TokenizeDocument(std::string_view text) 
       end = kTokenizePieceBytes;
       while (end > 0 && !(text[end - 1] == '\n' && (text[end] | 32) >= 'a' && (text[end] | 32) <= 'z')) --end;
       if (end == 0) {
-        return Error(StatusCode::kInvalidArgument, "TEXT_NOT_CUTTABLE",
-                     "text: got " + std::to_string(kTokenizePieceBytes) +
-                         " bytes without a line that begins with a letter, which --chat and --max-tokens need; break the lines");
+        return Error(
+            StatusCode::kInvalidArgument, "TEXT_NOT_CUTTABLE",
+            "text: got " + std::to_string(kTokenizePieceBytes) +
+                " bytes without a line that begins with a letter, which --chat and --max-tokens need; break the lines");
       }
     }
     REFOCUS_ASSIGN_OR_RETURN(const auto piece, Tokenize(std::string(text.substr(0, end)), false, false));
@@ -284,14 +288,16 @@ Status Client::Prefill(const v1::PrefillContextRequest& request,
   return Explain(Drain(contexts_->PrefillContext(&context, request).get(), on_event));
 }
 
-Status Client::Adapt(const v1::AdaptContextRequest& request, const std::function<void(const v1::AdaptEvent&)>& on_event) {
+Status Client::Adapt(const v1::AdaptContextRequest& request,
+                     const std::function<void(const v1::AdaptEvent&)>& on_event) {
   grpc::ClientContext context;
   context.set_deadline(After(options_.stream_seconds));
   const CancelOnInterrupt cancel(&context);
   return Explain(Drain(contexts_->AdaptContext(&context, request).get(), on_event));
 }
 
-Status Client::Generate(const v1::GenerateRequest& request, const std::function<void(const v1::GenerateEvent&)>& on_event) {
+Status Client::Generate(const v1::GenerateRequest& request,
+                        const std::function<void(const v1::GenerateEvent&)>& on_event) {
   grpc::ClientContext context;
   context.set_deadline(After(options_.stream_seconds));
   const CancelOnInterrupt cancel(&context);
@@ -312,9 +318,16 @@ Status Client::Score(const std::vector<v1::ScoreRequest>& requests,
     stream->WritesDone();
   });
   v1::ScoreEvent event;
-  while (stream->Read(&event)) on_event(event);
+  size_t received = 0;
+  for (; stream->Read(&event); ++received) on_event(event);
   writer.join();
-  return Explain(stream->Finish());
+  REFOCUS_RETURN_IF_ERROR(Explain(stream->Finish()));
+  if (received != requests.size()) {
+    return Error(StatusCode::kDataLoss, "RESULTS_MISSING",
+                 "score: got " + std::to_string(received) + " results, expected " + std::to_string(requests.size()) +
+                     ": the server ended the stream early; ask again");
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace refocus::cli

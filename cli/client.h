@@ -1,7 +1,8 @@
 // Client of the public API: connection, deadlines, retries. One call at a time; the first Ctrl-C cancels it.
 //
-// UNAVAILABLE is retried on reads alone (Get, List, Tokenize, health), with back-off and jitter and never before the delay that
-// the server asks for. Nothing else is retried: what a lost connection left behind is for the caller to look at.
+// UNAVAILABLE is retried on reads alone (Get, List, Tokenize, health), with back-off and jitter and never before the
+// delay that the server asks for. Nothing else is retried: what a lost connection left behind is for the
+// caller to look at.
 #pragma once
 
 #include <grpcpp/channel.h>
@@ -43,10 +44,12 @@ class Client {
   // grpc.health.v1 of the whole server: true when SERVING.
   StatusOr<bool> Healthy();
 
-  // Ids of a text of any length as if it were tokenized in one call: cut where no piece of a tokenizer can span the cut.
+  // Ids of a text of any length as if it were tokenized in one call: cut where no piece
+  // of a tokenizer can span the cut.
   StatusOr<std::vector<uint32_t>> TokenizeDocument(std::string_view text);
 
-  // Exactly one of text and ids is sent, in chunks with offsets, total and SHA-256; `on_sent(bytes or ids so far, total)`.
+  // Exactly one of text and ids is sent, in chunks with offsets, total and SHA-256; 
+  // `on_sent(bytes or ids so far, total)`.
   struct Content {
     std::string_view text;
     const std::vector<uint32_t>* ids = nullptr;
@@ -56,10 +59,13 @@ class Client {
   Status DeleteContext(const v1::DeleteContextRequest& request);
   Status DeleteAdapter(const v1::DeleteAdapterRequest& request);
 
-  Status Prefill(const v1::PrefillContextRequest& request, const std::function<void(const v1::PrefillEvent&)>& on_event);
+  Status Prefill(const v1::PrefillContextRequest& request,
+                 const std::function<void(const v1::PrefillEvent&)>& on_event);
   Status Adapt(const v1::AdaptContextRequest& request, const std::function<void(const v1::AdaptEvent&)>& on_event);
   Status Generate(const v1::GenerateRequest& request, const std::function<void(const v1::GenerateEvent&)>& on_event);
-  Status Score(const std::vector<v1::ScoreRequest>& requests, const std::function<void(const v1::ScoreEvent&)>& on_event);
+  // RESULTS_MISSING when the stream ends well but with fewer results than requests.
+  Status Score(const std::vector<v1::ScoreRequest>& requests,
+               const std::function<void(const v1::ScoreEvent&)>& on_event);
 
  private:
   template <typename Call>

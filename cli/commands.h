@@ -1,5 +1,5 @@
-// The verbs. Each Add function registers one subcommand (with its options and help) whose callback sets `run`; main.cc parses and
-// then calls it. `run` returns the exit code.
+// The verbs. Each Add function registers one subcommand (with its options and help) whose callback sets `run`; main.cc
+// parses and then calls it. `run` returns the exit code.
 #pragma once
 
 #include <functional>
@@ -44,10 +44,12 @@ struct AdapterChoice {
 };
 void AddAdapterOptions(CLI::App* verb, AdapterChoice* choice);
 std::string ResolveAdapter(const AdapterChoice& choice, const v1::Context& context);
-std::string AdapterText(const std::string& adapter_id, int64_t revision);  // "base queries", "adapter default, revision 2"
+// "base queries", "adapter default, revision 2".
+std::string AdapterText(const std::string& adapter_id, int64_t revision);
 
-// Prints "refocus VERB: ..." on stderr unless OK, and gives the exit code: 130 after Ctrl-C.
-int Finish(const std::string& verb, const Status& status);
+// Prints "refocus VERB: ..." on stderr unless OK, and gives the exit code: 130 after Ctrl-C. `goes_on`: what was asked
+// for goes on without this caller.
+int Finish(const std::string& verb, const Status& status, bool goes_on = false);
 
 // One line of JSON on stdout, field names as in the proto.
 void PrintJson(const google::protobuf::Message& message);

@@ -37,7 +37,8 @@ std::string Age(const google::protobuf::Timestamp& from, const google::protobuf:
 
 google::protobuf::Timestamp Now() {
   google::protobuf::Timestamp now;
-  now.set_seconds(std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count());
+  now.set_seconds(
+      std::chrono::duration_cast<std::chrono::seconds>(std::chrono::system_clock::now().time_since_epoch()).count());
   return now;
 }
 
@@ -142,8 +143,10 @@ int Create(const Settings& settings, const CreateOptions& options) {
     }
     return Finish("context create", absl::OkStatus());
   }
-  if (!settings.json) std::cout << context->name() << ": " << FormatCount(context->token_count()) << " tokens" << std::endl;
-  return Finish("context create", PrefillWithProgress(client, settings, context->name(), options.keep_going));
+  if (!settings.json)
+    std::cout << context->name() << ": " << FormatCount(context->token_count()) << " tokens" << std::endl;
+  return Finish("context create", PrefillWithProgress(client, settings, context->name(), options.keep_going),
+                options.keep_going);
 }
 
 int List(const Settings& settings) {
@@ -155,7 +158,8 @@ int List(const Settings& settings) {
   for (const auto& context : *contexts) {
     if (settings.json) PrintJson(context);
     table.Add({context.name(), StateName(context), FormatCount(context.token_count()), FormatBytes(context.kv_bytes()),
-               std::to_string(context.adapters_size()), Age(context.create_time(), Now()), Age(Now(), context.expire_time())});
+               std::to_string(context.adapters_size()), Age(context.create_time(), Now()),
+               Age(Now(), context.expire_time())});
   }
   if (!settings.json) table.Print(std::cout);
   return kExitOk;
@@ -193,17 +197,30 @@ int Remove(const Settings& settings, const std::vector<std::string>& names, cons
       status = client.DeleteContext(request);
     }
     if (!status.ok()) return Finish("context rm", status);
-    if (!settings.quiet) std::cout << "removed " << ContextName(name) << (adapter.empty() ? "" : " adapter " + adapter) << std::endl;
+    if (!settings.quiet)
+      std::cout << "removed " << ContextName(name) << (adapter.empty() ? "" : " adapter " + adapter) << std::endl;
   }
   return Finish("context rm", absl::OkStatus());
+}
+
+int Prefill(const Settings& settings, const std::string& name, bool keep_going) {
+  InstallInterrupt();
+  Client client(settings.client);
+  const auto context = client.GetContext(name);
+  if (!context.ok()) return Finish("prefill", context.status());
+  // Who only watches somebody else's work does not end it with Ctrl-C.
+  const bool goes_on = keep_going || context->state() == v1::Context::PREFILLING;
+  return Finish("prefill", PrefillWithProgress(client, settings, name, goes_on), goes_on);
 }
 
 void AddCreate(CLI::App* parent, Settings* settings, Run* run) {
   auto* verb = parent->add_subcommand("create", "Upload a text (or ids) and compute its K and V");
   const auto options = std::make_shared<CreateOptions>();
   verb->add_option("FILE", options->path, "Text file in UTF-8, '-' for standard input")->required();
-  verb->add_option("--id", options->id, "Name of the context: a-z, 0-9 and '-', up to 63 characters (made by the server)");
-  verb->add_flag("--chat", options->chat, "Open a user's turn before the text, so that 'ask' closes it with a question");
+  verb->add_option("--id", options->id,
+                   "Name of the context: a-z, 0-9 and '-', up to 63 characters (made by the server)");
+  verb->add_flag("--chat", options->chat,
+                 "Open a user's turn before the text, so that 'ask' closes it with a question");
   verb->add_flag("--no-prefill", options->no_prefill, "Upload only; 'refocus prefill' computes K and V later");
   verb->add_flag("--validate-only", options->validate_only, "Say whether it would fit and store nothing")
       ->excludes("--no-prefill");
@@ -212,8 +229,10 @@ void AddCreate(CLI::App* parent, Settings* settings, Run* run) {
   const std::string text = "Text";
   verb->add_option("--skip-bytes", options->skip_bytes, "Begin at the first line that starts there or later")
       ->check(CLI::NonNegativeNumber)->capture_default_str()->group(text);
-  verb->add_option("--max-bytes", options->max_bytes, "End at the first line that starts so many bytes after --skip-bytes (all)")
-      ->check(CLI::NonNegativeNumber)->group(text);
+  verb->add_option("--max-bytes", options->max_bytes,
+                   "End at the first line that starts so many bytes after --skip-bytes (all)")
+      ->check(CLI::NonNegativeNumber)
+      ->group(text);
   verb->add_option("--max-tokens", options->max_tokens, "Keep the first tokens only (all)")
       ->check(CLI::PositiveNumber)->group(text);
   verb->add_flag("--ids", options->as_ids, "FILE holds token ids in decimal, not text")->group(text);
@@ -236,14 +255,16 @@ Status PrefillWithProgress(Client& client, const Settings& settings, const std::
   REFOCUS_RETURN_IF_ERROR(client.Prefill(request, [&](const v1::PrefillEvent& event) {
     if (settings.json) PrintJson(event);
     const bool known = event.prefilled_tokens() > 0;
-    progress.Update(event.prefilled_tokens(), event.total_tokens(), event.tokens_per_second(), known ? event.eta_seconds() : -1);
+    progress.Update(event.prefilled_tokens(), event.total_tokens(), event.tokens_per_second(),
+                    known ? event.eta_seconds() : -1);
     last = event;
   }));
   progress.Finish();
   if (settings.json) return absl::OkStatus();
   Table table({"phase", "tokens", "seconds", "tokens/s", "queued s", "memory per rank"});
   std::string memory;
-  for (const int64_t bytes : last.usage().rank_memory_bytes()) memory += (memory.empty() ? "" : ", ") + FormatBytes(bytes);
+  for (const int64_t bytes : last.usage().rank_memory_bytes())
+    memory += (memory.empty() ? "" : ", ") + FormatBytes(bytes);
   table.Add({"prefill", FormatCount(last.usage().tokens()), FormatFixed(last.usage().seconds(), 2),
              FormatRate(last.usage().tokens_per_second()), FormatFixed(last.usage().queue_seconds(), 2),
              memory.empty() ? "-" : memory});
@@ -294,14 +315,11 @@ void AddPrefill(CLI::App& app, Settings* settings, Run* run) {
   const auto name = std::make_shared<std::string>();
   const auto keep_going = std::make_shared<bool>(false);
   verb->add_option("NAME", *name, "Context")->required();
-  verb->add_flag("--keep-going", *keep_going, "Ctrl-C leaves the work running on the server");
+  verb->add_flag("--keep-going", *keep_going,
+                 "Ctrl-C leaves the work running on the server, as it does when another call began it");
   AddCommonOptions(verb, settings);
   verb->callback([=] {
-    *run = [=] {
-      InstallInterrupt();
-      Client client(settings->client);
-      return Finish("prefill", PrefillWithProgress(client, *settings, ContextName(*name), *keep_going));
-    };
+    *run = [=] { return Prefill(*settings, ContextName(*name), *keep_going); };
   });
 }
 

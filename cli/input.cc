@@ -35,7 +35,8 @@ StatusOr<std::string> ReadInput(const std::string& path) {
     text.append(buffer.data(), count);
     if (std::ferror(file.get())) return BadInput(path + ": cannot read: " + std::strerror(errno));
     if (static_cast<int64_t>(text.size()) > kMaxTextBytes) {
-      return BadInput(path + ": got more than " + std::to_string(kMaxTextBytes) + " bytes, which is the limit of a context");
+      return BadInput(path + ": got more than " + std::to_string(kMaxTextBytes) +
+                      " bytes, which is the limit of a context");
     }
     if (count < buffer.size() && std::feof(file.get())) return text;
   }

@@ -15,7 +15,8 @@ namespace refocus::cli {
 StatusOr<std::string> ReadInput(const std::string& path);
 
 // The part of `text` from the first line that starts at or after `skip` up to the first line that starts at or after
-// skip + max. Parts with adjoining numbers adjoin: [0, n) and [n, m) share no line and lose none. max unset: to the end.
+// skip + max. Parts with adjoining numbers adjoin: [0, n) and [n, m) share no line and lose none. max
+// unset: to the end.
 std::string_view CutLines(std::string_view text, int64_t skip, std::optional<int64_t> max);
 
 // Decimal ids separated by white space or commas. INVALID_ARGUMENT with the first word that is none.

@@ -123,13 +123,16 @@ void AddCommonOptions(CLI::App* verb, Settings* settings) {
   verb->add_option("--timeout", settings->client.stream_seconds, "Deadline of the call, seconds")
       ->check(CLI::Range(0.001, 1e6))->capture_default_str()->group(group);
   verb->add_flag("-q,--quiet", settings->quiet, "No progress on stderr")->group(group);
-  verb->add_flag("--json", settings->json, "Results as JSON, one object a line, field names as in refocus.v1")->group(group);
+  verb->add_flag("--json", settings->json, "Results as JSON, one object a line, field names as in refocus.v1")
+      ->group(group);
 }
 
 void AddAdapterOptions(CLI::App* verb, AdapterChoice* choice) {
-  auto* adapter = verb->add_option("--adapter", choice->adapter,
-                                   "Adapter whose queries answer (without this and --base: 'default' if the context has it)")
-                      ->type_name("ID")->group("Queries");
+  auto* adapter =
+      verb->add_option("--adapter", choice->adapter,
+                       "Adapter whose queries answer (without this and --base: 'default' if the context has it)")
+          ->type_name("ID")
+          ->group("Queries");
   verb->add_flag("--base", choice->base, "The model's own queries")->excludes(adapter)->group("Queries");
 }
 
@@ -145,9 +148,10 @@ std::string AdapterText(const std::string& adapter_id, int64_t revision) {
   return "adapter " + adapter_id + ", revision " + std::to_string(revision);
 }
 
-int Finish(const std::string& verb, const Status& status) {
+int Finish(const std::string& verb, const Status& status, bool goes_on) {
   if (Interrupted()) {
-    std::cerr << "refocus " << verb << ": interrupted, the request was cancelled" << std::endl;
+    std::cerr << "refocus " << verb << ": interrupted, "
+              << (goes_on ? "the work goes on" : "the request was cancelled") << std::endl;
     return kExitInterrupted;
   }
   if (status.ok()) return kExitOk;

@@ -69,8 +69,8 @@ pid_t ParentOf(const std::string& pid) {
 
 }  // namespace
 
-StatusOr<Child> Spawn(const std::vector<std::string>& command, const std::vector<std::pair<std::string, std::string>>& environment,
-                      bool capture_stdout) {
+StatusOr<Child> Spawn(const std::vector<std::string>& command,
+                      const std::vector<std::pair<std::string, std::string>>& environment, bool capture_stdout) {
   int ends[2] = {-1, -1};
   if (capture_stdout && pipe2(ends, O_CLOEXEC) != 0) {
     return Error(StatusCode::kInternal, "SPAWN", std::string("pipe: ") + std::strerror(errno));

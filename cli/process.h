@@ -1,5 +1,5 @@
-// Child processes of the local launcher. Linux only. Call from one thread, the main one: children die with the thread that
-// started them.
+// Child processes of the local launcher. Linux only. Call from one thread, the main one: children die with the thread
+// that started them.
 #pragma once
 
 #include <sys/types.h>
@@ -18,8 +18,8 @@ struct Child {
 };
 
 // stdin is /dev/null. The child gets SIGTERM when this process dies in any way.
-StatusOr<Child> Spawn(const std::vector<std::string>& command, const std::vector<std::pair<std::string, std::string>>& environment,
-                      bool capture_stdout);
+StatusOr<Child> Spawn(const std::vector<std::string>& command,
+                      const std::vector<std::pair<std::string, std::string>>& environment, bool capture_stdout);
 
 // Orphaned descendants become children of this process instead of init's, so that KillChildrenExcept finds them.
 void AdoptOrphans();

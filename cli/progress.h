@@ -1,5 +1,5 @@
-// Progress on stderr: one bar that is redrawn on a terminal, plain lines elsewhere. Colour only on a terminal and never when
-// NO_COLOR is set.
+// Progress on stderr: one bar that is redrawn on a terminal, plain lines elsewhere. Colour only on a terminal and never
+// when NO_COLOR is set.
 #pragma once
 
 #include <chrono>
@@ -31,8 +31,8 @@ class Progress {
   Progress(const Progress&) = delete;
   Progress& operator=(const Progress&) = delete;
 
-  // rate: units per second; eta: seconds, negative when unknown. `extra` goes behind them. On a terminal at most 20 times a
-  // second; elsewhere a line a tenth of the way, or every ten seconds.
+  // rate: units per second; eta: seconds, negative when unknown. `extra` goes behind them. On a terminal at most 20
+  // times a second; elsewhere a line a tenth of the way, or every ten seconds.
   void Update(int64_t done, int64_t total, double rate, double eta, std::string_view extra = {});
   // A line that stays.
   void Line(std::string_view text);

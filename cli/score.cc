@@ -58,8 +58,8 @@ StatusOr<std::vector<v1::ScoreRequest>> MakeRequests(Client& client, const Score
 void AddRow(Table* table, const std::string& target, int64_t tokens, double sum, const std::string& greedy,
             const std::string& seconds) {
   const double loss = -sum / static_cast<double>(tokens);
-  table->Add({target, FormatCount(tokens), FormatFixed(loss, 4), FormatFixed(std::exp(loss), 2), FormatFixed(sum, 3), greedy,
-              seconds});
+  table->Add({target, FormatCount(tokens), FormatFixed(loss, 4), FormatFixed(std::exp(loss), 2), FormatFixed(sum, 3),
+              greedy, seconds});
 }
 
 int Score(const Settings& settings, const ScoreOptions& options) {
@@ -84,7 +84,8 @@ int Score(const Settings& settings, const ScoreOptions& options) {
       const int64_t begin = count * part / options.parts;
       const int64_t end = count * (part + 1) / options.parts;
       double part_sum = 0;
-      for (int64_t i = begin; i < end && i < event.token_logprobs_size(); ++i) part_sum += event.token_logprobs(static_cast<int>(i));
+      for (int64_t i = begin; i < end && i < event.token_logprobs_size(); ++i)
+        part_sum += event.token_logprobs(static_cast<int>(i));
       if (end > begin) {
         AddRow(&table, "  tokens " + FormatCount(begin) + " to " + FormatCount(end), end - begin, part_sum, "-", "-");
       }
@@ -119,8 +120,10 @@ void AddScore(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("--target-file", o->target_file, "File to score, '-' for standard input")->group(targets);
   verb->add_option("--skip-bytes", o->skip_bytes, "Of the file: begin at the first line that starts there or later")
       ->check(CLI::NonNegativeNumber)->capture_default_str()->group(targets);
-  verb->add_option("--max-bytes", o->max_bytes, "Of the file: end at the first line that starts so many bytes later (all)")
-      ->check(CLI::NonNegativeNumber)->group(targets);
+  verb->add_option("--max-bytes", o->max_bytes,
+                   "Of the file: end at the first line that starts so many bytes later (all)")
+      ->check(CLI::NonNegativeNumber)
+      ->group(targets);
   verb->add_option("--prompt", o->prompt, "Text between the context and the target, not scored")->group(targets);
   verb->add_flag("--ids", o->as_ids, "Targets and prompt are token ids in decimal")->group(targets);
   const std::string output = "Output";

@@ -28,7 +28,8 @@ struct ServeFlags {
 std::string FindProblem(const ServeFlags& flags) {
   std::error_code error;
   if (!std::filesystem::exists(flags.options.model, error)) {
-    return "--model: got '" + flags.options.model + "', which does not exist; allowed: a folder with config.json, or a .gguf file";
+    return "--model: got '" + flags.options.model +
+           "', which does not exist; allowed: a folder with config.json, or a .gguf file";
   }
   for (const char* name : {"refocus-coordinator", "refocus-worker"}) {
     const std::string path = OwnFolder() + "/" + name;
@@ -67,7 +68,8 @@ int Serve(ServeFlags flags) {
 }  // namespace
 
 void AddServe(CLI::App& app, Run* run) {
-  auto* verb = app.add_subcommand("serve", "Run coordinator and workers on this machine; a group that dies is started anew");
+  auto* verb =
+      app.add_subcommand("serve", "Run coordinator and workers on this machine; a group that dies is started anew");
   const auto f = std::make_shared<ServeFlags>();
   verb->add_option("--model", f->options.model, "Folder with config.json and *.safetensors, or a .gguf file")
       ->envname("REFOCUS_MODEL")->type_name("PATH")->required()->group("Model");
@@ -81,18 +83,27 @@ void AddServe(CLI::App& app, Run* run) {
   const std::string network = "Network";
   verb->add_option("--listen", f->options.listen, "Public address, host:port; port 0 takes a free one")
       ->envname("REFOCUS_LISTEN")->capture_default_str()->group(network);
-  verb->add_flag("--insecure", f->insecure, "Allow an address that other machines reach, without encryption")->group(network);
+  verb->add_flag("--insecure", f->insecure, "Allow an address that other machines reach, without encryption")
+      ->group(network);
   verb->add_flag("--enable-reflection", f->reflection, "gRPC server reflection")->group(network);
   const std::string life = "Life";
   verb->add_option("--default-ttl", f->default_ttl, "Idle life of a context, seconds (3600)")->group(life);
-  verb->add_option("--drain-seconds", f->options.drain_seconds, "Time that requests in progress have after SIGTERM, seconds")
-      ->check(CLI::Range(0.0, 86400.0))->capture_default_str()->group(life);
-  verb->add_option("--collective-deadline", f->collective_deadline, "Longest exchange between ranks before the group is lost, "
-                   "seconds (worker's default)")->group(life);
+  verb->add_option("--drain-seconds", f->options.drain_seconds,
+                   "Time that requests in progress have after SIGTERM, seconds")
+      ->check(CLI::Range(0.0, 86400.0))
+      ->capture_default_str()
+      ->group(life);
+  verb->add_option("--collective-deadline", f->collective_deadline,
+                   "Longest exchange between ranks before the group is lost, "
+                   "seconds (worker's default)")
+      ->group(life);
   verb->add_option("--stuck-seconds", f->stuck, "Work without progress before the group is given up, seconds "
                    "(coordinator's default)")->group(life);
-  verb->add_option("--give-up-after", f->options.give_up_after, "Failures of the group in a row, each within a minute of its start")
-      ->check(CLI::Range(1, 1000000))->capture_default_str()->group(life);
+  verb->add_option("--give-up-after", f->options.give_up_after,
+                   "Failures of the group in a row, each within a minute of its start")
+      ->check(CLI::Range(1, 1000000))
+      ->capture_default_str()
+      ->group(life);
   verb->add_option("--log-level", f->log_level, "Logs go to stderr")
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}))->capture_default_str()->group("Logging");
   verb->callback([=] { *run = [=] { return Serve(*f); }; });

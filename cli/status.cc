@@ -36,16 +36,18 @@ Status WaitUntilServing(const Settings& settings, double seconds) {
     if (Interrupted()) return absl::CancelledError();
     if (std::chrono::steady_clock::now() >= deadline) {
       if (!serving.ok()) return serving.status();
-      return Error(StatusCode::kUnavailable, "NOT_SERVING", "the server at " + options.address + " is not serving after " +
-                   FormatSeconds(seconds) + "; 'refocus status' says why");
+      return Error(StatusCode::kUnavailable, "NOT_SERVING",
+                   "the server at " + options.address + " is not serving after " + FormatSeconds(seconds) +
+                       "; 'refocus status' says why");
     }
     std::this_thread::sleep_for(std::chrono::milliseconds(200));
   }
 }
 
 void PrintModel(const v1::Model& model) {
-  std::cout << "model       " << model.name() << ": " << model.family() << ", " << FormatCount(model.parameters() / 1'000'000)
-            << " million parameters, " << model.layers() << " layers, " << model.dtype() << '\n'
+  std::cout << "model       " << model.name() << ": " << model.family() << ", "
+            << FormatCount(model.parameters() / 1'000'000) << " million parameters, " << model.layers() << " layers, "
+            << model.dtype() << '\n'
             << "            " << FormatCount(model.max_positions()) << " positions, K/V "
             << FormatBytes(model.kv_bytes_per_token()) << " a token, "
             << (model.has_tokenizer() ? "with tokenizer" : "token ids only")
@@ -63,18 +65,19 @@ Status PrintStatus(Client& client, const Settings& settings) {
   std::cout << "server      " << settings.client.address << ", version " << cluster.version() << ", up "
             << FormatSeconds(cluster.uptime_seconds()) << '\n';
   PrintModel(model);
-  std::cout << "group       " << StateName(cluster) << ", epoch " << cluster.epoch() << ", " << cluster.ranks_size() << " of "
-            << cluster.size() << " ranks\n"
-            << "K/V         " << FormatBytes(cluster.kv_used_bytes()) << " of " << FormatBytes(cluster.kv_capacity_bytes())
-            << '\n'
-            << "work        " << cluster.contexts() << " contexts, " << cluster.running() << " running, " << cluster.waiting()
-            << " waiting\n";
+  std::cout << "group       " << StateName(cluster) << ", epoch " << cluster.epoch() << ", " << cluster.ranks_size()
+            << " of " << cluster.size() << " ranks\n"
+            << "K/V         " << FormatBytes(cluster.kv_used_bytes()) << " of "
+            << FormatBytes(cluster.kv_capacity_bytes()) << '\n'
+            << "work        " << FormatCount(cluster.contexts())
+            << (cluster.contexts() == 1 ? " context, " : " contexts, ") << cluster.running() << " running, "
+            << cluster.waiting() << " waiting\n";
   if (!cluster.last_incident().empty()) std::cout << "incident    " << cluster.last_incident() << '\n';
   Table table({"rank", "host", "pid", "device", "memory", "weights", "K/V capacity", "heartbeat"});
   for (const auto& rank : cluster.ranks()) {
     table.Add({std::to_string(rank.rank()), rank.host(), std::to_string(rank.pid()), rank.device(),
-               FormatBytes(rank.resident_bytes()), FormatBytes(rank.weight_bytes()), FormatBytes(rank.kv_capacity_bytes()),
-               FormatSeconds(rank.heartbeat_age_seconds()) + " ago"});
+               FormatBytes(rank.resident_bytes()), FormatBytes(rank.weight_bytes()),
+               FormatBytes(rank.kv_capacity_bytes()), FormatSeconds(rank.heartbeat_age_seconds()) + " ago"});
   }
   if (!table.empty()) {
     std::cout << '\n';
@@ -91,8 +94,9 @@ int PrintVersion(bool json) {
               << REFOCUS_BUILD_TYPE << R"(","compiler":")" << __VERSION__ << R"(","grpc":")" << grpc::Version()
               << R"(","protobuf":")" << protobuf << "\"}" << std::endl;
   } else {
-    std::cout << "refocus " << REFOCUS_VERSION << " (protocol " << kProtocolVersion << ", " << REFOCUS_BUILD_TYPE << ", g++ "
-              << __VERSION__ << ", gRPC " << grpc::Version() << ", protobuf " << protobuf << ")" << std::endl;
+    std::cout << "refocus " << REFOCUS_VERSION << " (protocol " << kProtocolVersion << ", " << REFOCUS_BUILD_TYPE
+              << ", g++ " << __VERSION__ << ", gRPC " << grpc::Version() << ", protobuf " << protobuf << ")"
+              << std::endl;
   }
   return kExitOk;
 }

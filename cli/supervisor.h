@@ -1,5 +1,5 @@
-// Runs a coordinator and one worker group on this machine: starts them, starts the group anew with back-off when it dies, ends
-// everything in order. One thread, one loop: start reading at Run().
+// Runs a coordinator and one worker group on this machine: starts them, starts the group anew with back-off when it
+// dies, ends everything in order. One thread, one loop: start reading at Run().
 #pragma once
 
 #include <sys/types.h>
@@ -40,12 +40,15 @@ inline constexpr double kLongestBackoffSeconds = 10;
 // "refocus-coordinator ready public=HOST:PORT worker=HOST:PORT"; false for any other line.
 bool ParseReadyLine(const std::string& line, std::string* public_address, std::string* worker_address);
 
+// Whether ranks that share a machine can copy straight from each other's memory; some containers forbid it.
+bool ProcessMemoryReadable();
+
 class Supervisor {
  public:
   explicit Supervisor(const ServeOptions& options);
   ~Supervisor();  // no child survives it
 
-  // Returns the exit code of `refocus serve`: 0 after an orderly stop.
+  // Returns the exit code of `refocus serve`: 0 after an orderly stop, the coordinator's when it failed while stopping.
   int Run();
 
  private:
@@ -67,6 +70,7 @@ class Supervisor {
   ServeOptions options_;
   State state_ = State::kStarting;
   int exit_code_ = 0;
+  int drain_exit_code_ = 0;          // of a drain that ends by itself: the coordinator's when it failed meanwhile
   int signal_fd_ = -1;
   Child coordinator_;
   std::string coordinator_output_;

@@ -33,7 +33,8 @@ std::string FormatFixed(double value, int digits) {
 std::string FormatCount(int64_t count) {
   std::string digits = std::to_string(count);
   const int first = count < 0 ? 1 : 0;
-  for (int at = static_cast<int>(digits.size()) - 3; at > first; at -= 3) digits.insert(static_cast<size_t>(at), 1, ',');
+  for (int at = static_cast<int>(digits.size()) - 3; at > first; at -= 3)
+    digits.insert(static_cast<size_t>(at), 1, ',');
   return digits;
 }
 
@@ -85,7 +86,8 @@ void Table::Print(std::ostream& out) const {
   std::vector<bool> right(columns, false);
   for (size_t c = 0; c < columns; ++c) {
     for (const auto& row : rows_) width[c] = std::max(width[c], Width(row[c]));
-    right[c] = c > 0 && std::all_of(rows_.begin() + 1, rows_.end(), [&](const auto& row) { return LooksNumeric(row[c]); });
+    right[c] =
+        c > 0 && std::all_of(rows_.begin() + 1, rows_.end(), [&](const auto& row) { return LooksNumeric(row[c]); });
   }
   for (size_t r = 0; r < rows_.size(); ++r) {
     std::string line;

@@ -10,10 +10,12 @@
 
 #include <chrono>
 #include <condition_variable>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <system_error>
+#include <new>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -44,17 +46,36 @@ class Wakeup {
   bool set_ = false;
 };
 
+// What `f` returns; an exception becomes a Status, so that one call cannot end the process.
+template <typename F>
+Status Guarded(F&& f) {
+  try {
+    return f();
+  } catch (const std::bad_alloc&) {
+    return Error(StatusCode::kResourceExhausted, "SERVER_MEMORY", "the server has no memory for this call; retry later");
+  } catch (const std::exception& error) {
+    return Error(StatusCode::kInternal, "EXCEPTION", std::string("the call failed unexpectedly: ") + error.what());
+  } catch (...) {
+    return Error(StatusCode::kInternal, "EXCEPTION", "the call failed unexpectedly");
+  }
+}
+
+inline constexpr double kReadWithinSeconds = 30;  // an event that was sent; slower callers lose their call
+
 // Threads of running calls; bounded. Outlives the server.
 class CallPool {
  public:
-  explicit CallPool(int most) : most_(most) {}
+  explicit CallPool(int most, double read_within_seconds = kReadWithinSeconds)
+      : read_within_seconds(read_within_seconds), most_(most) {}
   ~CallPool() { WaitUntilEmpty(); }
 
-  // false: too many run already.
-  bool Run(std::function<void()> body) {
+  // UNAVAILABLE QUEUE_FULL: too many run already. RESOURCE_EXHAUSTED SERVER_THREADS: the system gives no thread.
+  Status Run(std::function<void()> body) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (running_ >= most_) return false;
+      if (running_ >= most_) {
+        return Error(StatusCode::kUnavailable, "QUEUE_FULL", "too many calls at once; retry");
+      }
       ++running_;
     }
     try {
@@ -63,11 +84,12 @@ class CallPool {
         body = nullptr;  // what it holds must be gone before the pool may be
         Leave();
       }).detach();
-    } catch (const std::system_error&) {  // the system has no thread to give
+    } catch (const std::exception&) {  // std::system_error, std::bad_alloc
       Leave();
-      return false;
+      return Error(StatusCode::kResourceExhausted, "SERVER_THREADS",
+                   "the server has no thread for this call; retry later");
     }
-    return true;
+    return absl::OkStatus();
   }
   void WaitUntilEmpty() {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -77,6 +99,8 @@ class CallPool {
     const std::lock_guard<std::mutex> lock(mutex_);
     return running_;
   }
+
+  const double read_within_seconds;
 
  private:
   void Leave() {
@@ -119,12 +143,12 @@ class Call : public Reactor {
   // Runs `body`, then ends the RPC with its status. Nothing of the call may be touched afterwards.
   template <typename Self, typename Body>
   static void Launch(Self* self, CallPool& pool, Body body) {
-    const bool started = pool.Run([self, body = std::move(body)] {
-      Status status = body(*self);
+    self->read_within_seconds_ = pool.read_within_seconds;
+    const Status started = pool.Run([self, body = std::move(body)] {
+      const Status status = Guarded([&] { return body(*self); });
       self->Finish(ToGrpc(status));
     });
-    if (started) return;
-    self->Finish(ToGrpc(Error(StatusCode::kUnavailable, "QUEUE_FULL", "too many calls at once; retry")));
+    if (!started.ok()) self->Finish(ToGrpc(started));
   }
 
   void OnCancel() override {
@@ -140,6 +164,7 @@ class Call : public Reactor {
   const std::shared_ptr<Wakeup> wakeup_;
   const std::chrono::steady_clock::time_point began_;
   bool cancelled_ = false;
+  double read_within_seconds_ = kReadWithinSeconds;
 };
 
 template <typename Base, typename Request>
@@ -181,6 +206,16 @@ class WithReads : public Base {
 template <typename Base, typename Response>
 class WithWrites : public Base {
  public:
+  // As in Call, and RESOURCE_EXHAUSTED SLOW_READER when the caller has stopped reading.
+  Status Gone() const {
+    REFOCUS_RETURN_IF_ERROR(Base::Gone());
+    const std::lock_guard<std::mutex> lock(this->mutex_);
+    const double limit = this->read_within_seconds_;
+    if (!writing_ || this->age_seconds() - writing_since_ < limit) return absl::OkStatus();
+    const std::string seconds = std::to_string(static_cast<int>(limit));
+    return Error(StatusCode::kResourceExhausted, "SLOW_READER", "no event was read for " + seconds + " s",
+                 {{"limit_seconds", seconds}});
+  }
   bool CanWrite() const {  // the last message was taken by the transport
     const std::lock_guard<std::mutex> lock(this->mutex_);
     return !writing_;
@@ -190,6 +225,7 @@ class WithWrites : public Base {
     {
       const std::lock_guard<std::mutex> lock(this->mutex_);
       writing_ = true;
+      writing_since_ = this->age_seconds();
     }
     write_ = std::move(response);
     this->StartWrite(write_.get());
@@ -209,6 +245,7 @@ class WithWrites : public Base {
  private:
   std::shared_ptr<const Response> write_;
   bool writing_ = false;
+  double writing_since_ = 0;
 };
 
 template <typename Request>

@@ -1,6 +1,7 @@
 #include "coordinator/context_service.h"
 
 #include <algorithm>
+#include <chrono>
 #include <string>
 #include <utility>
 #include <vector>
@@ -60,6 +61,37 @@ bool HalfClosed(const Status& status) {
   return status.code() == StatusCode::kOutOfRange && DetailOf(status).reason.empty();
 }
 
+// A caller's part in work that others may share. Left on every path; as one who went away unless Finished() was called.
+template <typename SharedJob>
+class Attached {
+ public:
+  Attached(Hub& hub, std::shared_ptr<SharedJob> job, std::shared_ptr<Wakeup> wakeup, api::OnDisconnect on_disconnect)
+      : hub_(hub), job_(std::move(job)), on_disconnect_(on_disconnect), watching_(hub, job_->id(), std::move(wakeup)) {}
+  ~Attached() {
+    hub_.With([&](Coordinator& core) { core.Detach(*job_, gone_, on_disconnect_); });
+  }
+  Attached(const Attached&) = delete;
+  Attached& operator=(const Attached&) = delete;
+  void Finished() { gone_ = false; }
+
+ private:
+  Hub& hub_;
+  const std::shared_ptr<SharedJob> job_;
+  const api::OnDisconnect on_disconnect_;
+  const Watching watching_;
+  bool gone_ = true;
+};
+
+// Until the transport took the last event, or the caller is gone.
+template <typename Call>
+Status Flush(Call& call) {
+  while (!call.CanWrite()) {
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
+    call.Wait(kPollSeconds);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 grpc::ServerReadReactor<api::CreateContextRequest>* ContextService::CreateContext(grpc::CallbackServerContext*,
@@ -78,7 +110,7 @@ Status ContextService::Create(CreateCall& call, api::Context* response) {
   REFOCUS_ASSIGN_OR_RETURN(hold.ticket, hub_.With([&](Coordinator& core) { return core.BeginUpload(header); }));
 
   const int64_t limit = std::min(hub_.model().max_positions, kMaxContextTokens);
-  Upload upload(hub_.model(), hub_.tokenizer(), limit);
+  Upload upload(hub_.model(), hub_.tokenizer(), limit, MaxTextBytes(limit, hub_.longest_token()));
   while (true) {
     next = NextMessage(call, upload_stall_seconds_, &message);
     if (HalfClosed(next)) {  // also how a broken message looks: never taken for the end of the text
@@ -119,18 +151,16 @@ Status ContextService::Prefill(WriteCall<api::PrefillEvent>& call, const api::Pr
   }));
   if (start.job == nullptr) {
     call.Write(std::move(ready));
-    while (!call.CanWrite() && call.Gone().ok()) call.Wait(kPollSeconds);
-    return absl::OkStatus();
+    return Flush(call);
   }
   PrefillJob& job = *start.job;
-  const Watching watching(hub_, job.id(), call.wakeup());
+  Attached<PrefillJob> attached(hub_, start.job, call.wakeup(), request.on_disconnect());
   uint64_t seen = 0;
   bool over = false;
-  Status status;
-  while (status.ok() && !(over && call.CanWrite())) {
-    status = call.Gone();
-    if (!status.ok()) break;
+  while (!(over && call.CanWrite())) {
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
     api::PrefillEvent event;
+    Status status;
     const bool fresh = hub_.With([&](Coordinator& core) {
       if (job.answered() && !job.status().ok()) status = job.status();
       if (!call.CanWrite() || over || job.version() == seen || !status.ok()) return false;
@@ -139,15 +169,15 @@ Status ContextService::Prefill(WriteCall<api::PrefillEvent>& call, const api::Pr
       event = over ? core.PrefillResult(*start.session) : job.event();
       return true;
     });
+    if (!status.ok() || over) attached.Finished();
+    REFOCUS_RETURN_IF_ERROR(status);
     if (fresh) {
       call.Write(std::move(event));
-    } else if (status.ok()) {
+    } else {
       call.Wait(kPollSeconds);
     }
   }
-  const bool gone = call.cancelled();
-  hub_.With([&](Coordinator& core) { core.Detach(job, gone, request.on_disconnect()); });
-  return status;
+  return absl::OkStatus();
 }
 
 grpc::ServerWriteReactor<api::AdaptEvent>* ContextService::AdaptContext(grpc::CallbackServerContext*,
@@ -164,23 +194,19 @@ Status ContextService::Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptC
   if (start.job == nullptr) {
     for (const api::AdaptEvent& event : start.events) {
       call.Write(event);
-      while (!call.CanWrite() && call.Gone().ok()) call.Wait(kPollSeconds);
+      REFOCUS_RETURN_IF_ERROR(Flush(call));
     }
     return absl::OkStatus();
   }
   AdaptJob& job = *start.job;
-  const Watching watching(hub_, job.id(), call.wakeup());
+  Attached<AdaptJob> attached(hub_, start.job, call.wakeup(), request.on_disconnect());
   size_t sent = 0;
-  bool over = false;
-  Status status;
-  while (!over) {
-    status = call.Gone();
-    if (!status.ok()) break;
-    if (!call.CanWrite()) {
-      call.Wait(kPollSeconds);
-      continue;
-    }
+  while (true) {
+    REFOCUS_RETURN_IF_ERROR(Flush(call));
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
     api::AdaptEvent event;
+    bool over = false;
+    Status status;
     const bool fresh = hub_.With([&](Coordinator&) {
       if (sent < job.events().size()) {
         event = job.events()[sent++];
@@ -190,15 +216,16 @@ Status ContextService::Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptC
       if (over) status = job.status();
       return false;
     });
+    if (over) {
+      attached.Finished();
+      return status;
+    }
     if (fresh) {
       call.Write(std::move(event));
-    } else if (!over) {
+    } else {
       call.Wait(kPollSeconds);
     }
   }
-  const bool gone = call.cancelled();
-  hub_.With([&](Coordinator& core) { core.Detach(job, gone, request.on_disconnect()); });
-  return status;
 }
 
 namespace {
@@ -206,9 +233,11 @@ namespace {
 // Unary: admit, then ask.
 template <typename F>
 grpc::Status Ask(Hub& hub, F f) {
-  return ToGrpc(hub.With([&](Coordinator& core) -> Status {
-    REFOCUS_RETURN_IF_ERROR(core.Admit());
-    return f(core);
+  return ToGrpc(Guarded([&] {
+    return hub.With([&](Coordinator& core) -> Status {
+      REFOCUS_RETURN_IF_ERROR(core.Admit());
+      return f(core);
+    });
   }));
 }
 
@@ -239,8 +268,16 @@ grpc::Status ContextService::DeleteContext(grpc::ServerContext* context, const a
   });
   if (!status.ok() || session == nullptr) return status;
   Wakeup nobody;  // stopping work takes one command at most: polling is enough
+  const auto until = std::chrono::steady_clock::now() + std::chrono::duration<double>(delete_seconds_);
   while (hub_.With([&](Coordinator& core) { return core.Exists(session); })) {
     if (context->IsCancelled()) return ToGrpc(absl::CancelledError("the caller went away; the context goes, too"));
+    if (std::chrono::steady_clock::now() > until) {
+      const std::string seconds = std::to_string(static_cast<int>(delete_seconds_));
+      return ToGrpc(Error(StatusCode::kDeadlineExceeded, "DEADLINE",
+                          request->name() + ": its work did not stop within " + seconds +
+                              " s; the context is hidden and goes as soon as it has",
+                          {{"name", request->name()}, {"limit_seconds", seconds}}));
+    }
     nobody.Wait(kPollSeconds / 5);
   }
   return status;

@@ -16,8 +16,9 @@ using ContextServiceBase =
 
 class ContextService : public ContextServiceBase {
  public:
-  // An upload without a message for `upload_stall_seconds` ends.
-  ContextService(Hub& hub, double upload_stall_seconds) : hub_(hub), upload_stall_seconds_(upload_stall_seconds) {}
+  // An upload without a message for `upload_stall_seconds` ends; a deletion waits for at most `delete_seconds`.
+  ContextService(Hub& hub, double upload_stall_seconds, double delete_seconds)
+      : hub_(hub), upload_stall_seconds_(upload_stall_seconds), delete_seconds_(delete_seconds) {}
 
   grpc::ServerReadReactor<api::CreateContextRequest>* CreateContext(grpc::CallbackServerContext*,
                                                                     api::Context* response) override;
@@ -40,6 +41,7 @@ class ContextService : public ContextServiceBase {
 
   Hub& hub_;
   const double upload_stall_seconds_;
+  const double delete_seconds_;
   std::atomic<int64_t> upload_bytes_{0};  // held by all uploads under way
 };
 

@@ -1,5 +1,6 @@
 #include "coordinator/hub.h"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -10,13 +11,24 @@ constexpr auto kTick = std::chrono::milliseconds(100);
 constexpr int kMaxCalls = 512;
 constexpr int kMaxLinks = 4096;
 
+int64_t LongestToken(const Tokenizer* tokenizer) {
+  size_t longest = 0;
+  const int64_t ids = tokenizer == nullptr ? 0 : tokenizer->vocab_size();
+  for (int64_t id = 0; id < ids; ++id) {
+    longest = std::max(longest, tokenizer->TokenBytes(static_cast<int32_t>(id), /*keep_special=*/true).size());
+  }
+  return static_cast<int64_t>(longest);
+}
+
 }  // namespace
 
-Hub::Hub(CoordinatorOptions options, std::shared_ptr<const Tokenizer> tokenizer, Environment environment)
+Hub::Hub(CoordinatorOptions options, std::shared_ptr<const Tokenizer> tokenizer, Environment environment,
+         double read_within_seconds)
     : tokenizer_(tokenizer),
       model_(options.model),
+      longest_token_(LongestToken(tokenizer.get())),
       core_(std::move(options), std::move(tokenizer), std::move(environment)),
-      calls_(kMaxCalls),
+      calls_(kMaxCalls, read_within_seconds),
       links_(kMaxLinks) {
   ticker_ = std::thread([this] { TickLoop(); });
 }

@@ -20,7 +20,8 @@ namespace refocus {
 
 class Hub {
  public:
-  Hub(CoordinatorOptions options, std::shared_ptr<const Tokenizer> tokenizer, Environment environment);
+  Hub(CoordinatorOptions options, std::shared_ptr<const Tokenizer> tokenizer, Environment environment,
+      double read_within_seconds = kReadWithinSeconds);
   ~Hub();
 
   // Runs `f(Coordinator&)` alone; what it caused is delivered before the lock is released. `f` must be quick.
@@ -54,6 +55,7 @@ class Hub {
   // Safe without the lock: never change.
   const Tokenizer* tokenizer() const { return tokenizer_.get(); }
   const ModelConfig& model() const { return model_; }
+  int64_t longest_token() const { return longest_token_; }  // bytes; 0 without a tokenizer
 
  private:
   struct Link {
@@ -65,6 +67,7 @@ class Hub {
 
   const std::shared_ptr<const Tokenizer> tokenizer_;
   const ModelConfig model_;
+  const int64_t longest_token_;
   std::mutex mutex_;
   Coordinator core_;
   std::map<uint64_t, Link> open_;

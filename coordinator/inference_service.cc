@@ -13,7 +13,6 @@ namespace refocus {
 namespace {
 
 constexpr double kPollSeconds = 0.05;
-constexpr double kIdleReadSeconds = 120;
 constexpr size_t kScoreWindow = 8;  // targets under way in one call: enough to keep two commands out
 
 using GenerateCall = WriteCall<api::GenerateEvent>;
@@ -80,19 +79,18 @@ StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest
   });
 }
 
-Status StreamScores(ScoreCall& call, Hub& hub) {
+Status StreamScores(ScoreCall& call, Hub& hub, double idle_seconds) {
   std::deque<std::unique_ptr<Owned<ScoreJob>>> window;  // in the order of the targets
   Status refused;                                       // of a target: those before it are still answered
   api::ScoreRequest request;
   int64_t targets = 0;
-  double last_read = 0;
+  double last_moved = 0;
   while (true) {
     REFOCUS_RETURN_IF_ERROR(call.Gone());
     bool moved = false;
     if (window.size() < kScoreWindow && refused.ok() && call.Take(&request)) {
       moved = true;
       ++targets;
-      last_read = call.age_seconds();
       auto job = StartScore(hub, request);
       if (job.ok()) {
         window.push_back(std::make_unique<Owned<ScoreJob>>(hub, *std::move(job), call.wakeup()));
@@ -115,13 +113,18 @@ Status StreamScores(ScoreCall& call, Hub& hub) {
         moved = true;
       }
     }
-    if (moved) continue;
+    if (moved) {
+      last_moved = call.age_seconds();
+      continue;
+    }
     if (window.empty() && call.CanWrite()) {
       REFOCUS_RETURN_IF_ERROR(refused);
       if (call.read_closed() && targets == 0) return FieldError("target", "none", "1 or more");
       if (call.read_closed()) return absl::OkStatus();
-      if (call.age_seconds() - last_read > kIdleReadSeconds) {
-        return Error(StatusCode::kDeadlineExceeded, "DEADLINE", "no target for 120 s");
+      if (call.age_seconds() - last_moved > idle_seconds) {
+        const std::string seconds = std::to_string(static_cast<int>(idle_seconds));
+        return Error(StatusCode::kDeadlineExceeded, "DEADLINE", "no target for " + seconds + " s",
+                     {{"limit_seconds", seconds}});
       }
     }
     call.Wait(kPollSeconds);
@@ -166,17 +169,17 @@ grpc::ServerWriteReactor<api::GenerateEvent>* InferenceService::Generate(grpc::C
 }
 
 grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::Score(grpc::CallbackServerContext*) {
-  return ScoreCall::Start(hub_.calls(), [this](ScoreCall& call) { return StreamScores(call, hub_); });
+  return ScoreCall::Start(hub_.calls(), [this](ScoreCall& call) { return StreamScores(call, hub_, score_idle_seconds_); });
 }
 
 grpc::Status InferenceService::Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request,
                                         api::TokenizeResponse* response) {
-  return ToGrpc(Tokenized(hub_, *request, response));
+  return ToGrpc(Guarded([&] { return Tokenized(hub_, *request, response); }));
 }
 
 grpc::Status InferenceService::Detokenize(grpc::ServerContext*, const api::DetokenizeRequest* request,
                                           api::DetokenizeResponse* response) {
-  return ToGrpc(Detokenized(hub_, *request, response));
+  return ToGrpc(Guarded([&] { return Detokenized(hub_, *request, response); }));
 }
 
 }  // namespace refocus

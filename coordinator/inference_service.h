@@ -11,7 +11,7 @@ using InferenceServiceBase = api::InferenceService::WithCallbackMethod_Generate<
 
 class InferenceService : public InferenceServiceBase {
  public:
-  explicit InferenceService(Hub& hub) : hub_(hub) {}
+  InferenceService(Hub& hub, double score_idle_seconds) : hub_(hub), score_idle_seconds_(score_idle_seconds) {}
 
   grpc::ServerWriteReactor<api::GenerateEvent>* Generate(grpc::CallbackServerContext*,
                                                          const api::GenerateRequest* request) override;
@@ -23,6 +23,7 @@ class InferenceService : public InferenceServiceBase {
 
  private:
   Hub& hub_;
+  const double score_idle_seconds_;
 };
 
 }  // namespace refocus

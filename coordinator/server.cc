@@ -89,9 +89,9 @@ class ServerImpl : public Server {
  public:
   ServerImpl(ServerOptions options, std::shared_ptr<const Tokenizer> tokenizer, Environment environment)
       : options_(std::move(options)),
-        hub_(options_.core, std::move(tokenizer), std::move(environment)),
-        context_service_(hub_, options_.upload_stall_seconds),
-        inference_service_(hub_),
+        hub_(options_.core, std::move(tokenizer), std::move(environment), options_.read_within_seconds),
+        context_service_(hub_, options_.upload_stall_seconds, options_.delete_seconds),
+        inference_service_(hub_, options_.score_idle_seconds),
         cluster_service_(hub_),
         worker_service_(hub_) {}
 
@@ -100,6 +100,15 @@ class ServerImpl : public Server {
   }
 
   Status Listen() {
+    grpc::ServerBuilder workers;
+    AddWorkerSettings(workers);
+    int worker_port = 0;
+    workers.AddListeningPort(options_.worker_listen, grpc::InsecureServerCredentials(), &worker_port);
+    workers.RegisterService(&worker_service_);
+    worker_server_ = workers.BuildAndStart();
+    if (worker_server_ == nullptr || worker_port == 0) return CannotListen(options_.worker_listen);
+    worker_address_ = WithPort(options_.worker_listen, worker_port);
+
     grpc::EnableDefaultHealthCheckService(true);
     grpc::ServerBuilder builder;
     AddPublicSettings(builder, options_);
@@ -111,23 +120,14 @@ class ServerImpl : public Server {
     public_server_ = builder.BuildAndStart();
     grpc::EnableDefaultHealthCheckService(false);
     if (public_server_ == nullptr || port == 0) return CannotListen(options_.listen);
-    public_address_ = WithPort(options_.listen, port);
-
-    grpc::ServerBuilder workers;
-    AddWorkerSettings(workers);
-    int worker_port = 0;
-    workers.AddListeningPort(options_.worker_listen, grpc::InsecureServerCredentials(), &worker_port);
-    workers.RegisterService(&worker_service_);
-    worker_server_ = workers.BuildAndStart();
-    if (worker_server_ == nullptr || worker_port == 0) return CannotListen(options_.worker_listen);
-    worker_address_ = WithPort(options_.worker_listen, worker_port);
-
+    // At once: until here the library answers SERVING for "".
     grpc::HealthCheckServiceInterface* health = public_server_->GetHealthCheckService();
-    health->SetServingStatus("liveness", true);
     hub_.OnServing([health](bool serving) {
       health->SetServingStatus("", serving);
       for (const char* name : kHealthNames) health->SetServingStatus(name, serving);
     });
+    health->SetServingStatus("liveness", true);
+    public_address_ = WithPort(options_.listen, port);
     return absl::OkStatus();
   }
 

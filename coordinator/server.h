@@ -15,6 +15,9 @@ struct ServerOptions {
   std::string worker_listen = "127.0.0.1:7071";  // ranks
   bool enable_reflection = false;
   double upload_stall_seconds = 120;
+  double score_idle_seconds = 120;  // of a Score call: nothing read, nothing written
+  double read_within_seconds = 30;  // an event that was sent, else SLOW_READER
+  double delete_seconds = 60;       // for work to stop on a context that is deleted
 };
 
 class Server {

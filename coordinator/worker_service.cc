@@ -56,7 +56,7 @@ Status Join(JoinCall& call, Hub& hub) {
   Status status = hub.With([&](Coordinator& core) { return core.OnHello(link, hello); });
   if (status.ok()) {
     LogInfo(who + " joined");
-    status = Serve(call, hub, link);
+    status = Guarded([&] { return Serve(call, hub, link); });
     hub.With([&](Coordinator& core) { core.OnClosed(link, "closed its stream"); });
     LogInfo(who + " left: " + std::string(status.message()));
   } else {

@@ -1,14 +1,15 @@
 #include "worker/adapt.h"
 
-#include <cmath>
-#include <numeric>
-
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
 
 #include "base/check.h"
 
@@ -55,18 +56,40 @@ ForwardInput SpanInput(const SpanRows& rows, const KvExtent& extent, const at::T
   return input;
 }
 
+// Mean over all rows of what `own_loss(rows, total rows)` sums up over this rank's.
+template <typename OwnLossOf>
+double OverMicroBatches(Model& model, const std::vector<Span>& spans, const OwnLossOf& own_loss) {
+  const int64_t total = TotalRows(spans);
+  double own = 0.0;
+  for (int64_t first = 0; first < total; first += kMicroBatchRows) {
+    own += own_loss(MakeSpanRows(spans, first, std::min(kMicroBatchRows, total - first), model.plan()), total);
+  }
+  return SumOverRanks(model.collective(), own) / static_cast<double>(total);
+}
+
 }  // namespace
 
-SpanRows MakeSpanRows(const std::vector<Span>& spans, const ShardPlan& plan) {
+int64_t TotalRows(const std::vector<Span>& spans) {
+  int64_t rows = 0;
+  for (const Span& span : spans) rows += span.rows();
+  return rows;
+}
+
+SpanRows MakeSpanRows(const std::vector<Span>& spans, int64_t first, int64_t count, const ShardPlan& plan) {
+  REFOCUS_CHECK_GT(count, 0);
   std::vector<int64_t> positions, ids, targets;
+  int64_t before = 0;  // rows of the spans so far
   for (const Span& span : spans) {
-    for (int64_t row = 0; row < span.rows(); ++row) {
+    const int64_t begin = std::max<int64_t>(first - before, 0);
+    const int64_t end = std::min(first + count - before, span.rows());
+    for (int64_t row = begin; row < end; ++row) {
       positions.push_back(span.start + row);
       ids.push_back(span.ids[row]);
       targets.push_back(span.ids[row + 1]);
     }
+    before += span.rows();
   }
-  REFOCUS_CHECK(!positions.empty());
+  REFOCUS_CHECK_EQ(static_cast<int64_t>(positions.size()), count);
   SpanRows rows{RowPlan::Even(positions, plan), {}, {}};
   std::vector<int64_t> own_ids, own_targets;
   for (const int64_t index : rows.plan.own_order()) {
@@ -79,23 +102,26 @@ SpanRows MakeSpanRows(const std::vector<Span>& spans, const ShardPlan& plan) {
 }
 
 double SpanLoss(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans) {
-  const SpanRows rows = MakeSpanRows(spans, model.plan());
-  const at::Tensor hidden = model.Forward(SpanInput(rows, extent, delta));
-  const double own = OwnLoss(model, hidden, rows.targets, rows.plan.rows(), nullptr);
-  return SumOverRanks(model.collective(), own) / static_cast<double>(rows.plan.rows());
+  return OverMicroBatches(model, spans, [&](const SpanRows& rows, int64_t total) {
+    const at::Tensor hidden = model.Forward(SpanInput(rows, extent, delta));
+    return OwnLoss(model, hidden, rows.targets, total, nullptr);
+  });
 }
 
 double SpanGradient(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans,
                     at::Tensor& grad) {
-  const SpanRows rows = MakeSpanRows(spans, model.plan());
-  const ForwardInput input = SpanInput(rows, extent, delta);
-  std::vector<LayerTrace> trace;
-  const at::Tensor hidden = model.Forward(input, &trace);
-  at::Tensor dhidden = at::empty(hidden.sizes(), hidden.options());
-  const double own = OwnLoss(model, hidden, rows.targets, rows.plan.rows(), &dhidden);
-  model.Backward(input, trace, dhidden, grad);
+  grad.zero_();
+  const double loss = OverMicroBatches(model, spans, [&](const SpanRows& rows, int64_t total) {
+    const ForwardInput input = SpanInput(rows, extent, delta);
+    std::vector<LayerTrace> trace;
+    const at::Tensor hidden = model.Forward(input, &trace);
+    at::Tensor dhidden = at::empty(hidden.sizes(), hidden.options());
+    const double own = OwnLoss(model, hidden, rows.targets, total, &dhidden);
+    model.Backward(input, trace, dhidden, grad);
+    return own;
+  });
   model.collective().AllReduceSum(grad);
-  return SumOverRanks(model.collective(), own) / static_cast<double>(rows.plan.rows());
+  return loss;
 }
 
 void Adapter::Begin(const ModelConfig& config, const AdamWConfig& optimizer, bool from_committed) {
@@ -103,10 +129,12 @@ void Adapter::Begin(const ModelConfig& config, const AdamWConfig& optimizer, boo
   at::Tensor delta = from_committed && committed_.defined() ? committed_.clone() : at::zeros(shape, at::kFloat);
   at::Tensor grad = at::empty(shape, at::kFloat);
   AdamW adamw(optimizer, delta);
+  steps_ = 0;
   work_.emplace(Work{std::move(delta), std::move(grad), std::move(adamw)});
 }
 
 Adapter::StepResult Adapter::Step(Model& model, const KvExtent& extent, const std::vector<Span>& spans) {
+  ++steps_;
   StepResult result;
   result.loss = SpanGradient(model, extent, work_->delta, spans, work_->grad);
   // Rank 0's norm counts, so that a rank with another number of threads clips by the same bits.

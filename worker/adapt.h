@@ -1,16 +1,17 @@
 // Query-only test-time training (Bansal et al., arXiv 2512.13898) of one context against its frozen, sharded K/V.
 //
-// An adapter is a delta [layers, heads * head_dim, hidden] fp32 of every W_Q, with a revision. Gradient steps work on a copy that
-// becomes the next revision on commit; until then, and after a rollback, answers see the committed one. The loss of a span is the
-// mean next-token cross-entropy of its rows, each attending to the cached K/V of the whole prefix and of the span itself.
+// An adapter is a delta [layers, heads * head_dim, hidden] fp32 of every W_Q, with a revision. Gradient steps work on a
+// copy that becomes the next revision on commit; until then, and after a rollback, answers see the committed one. The
+// loss of a span is the mean next-token cross-entropy of its rows, each attending to the cached K/V of the whole prefix
+// and of the span itself.
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "worker/command.h"
 #include "worker/model.h"
@@ -18,20 +19,25 @@
 
 namespace refocus {
 
-// Rows of some spans with their targets, on all ranks alike.
+// At most so many rows of all ranks go through the model at once: a step's memory does not grow with its spans.
+inline constexpr int64_t kMicroBatchRows = 512;
+
+// Rows [first, first + count) of the spans laid end to end, with their targets.
 struct SpanRows {
   RowPlan plan;
   at::Tensor ids;      // [n] int64, own rows
   at::Tensor targets;  // [n] int64
 };
-// Rows are split evenly over the ranks. `spans` is not empty.
-SpanRows MakeSpanRows(const std::vector<Span>& spans, const ShardPlan& plan);
+// Split evenly over the ranks. count >= 1.
+SpanRows MakeSpanRows(const std::vector<Span>& spans, int64_t first, int64_t count, const ShardPlan& plan);
+
+int64_t TotalRows(const std::vector<Span>& spans);
 
 // Mean loss over all ranks' rows, nats. The same double on every rank.
 double SpanLoss(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans);
 
-// The same, and the gradient with respect to the delta summed over ranks: `grad` [layers, heads * head_dim, hidden] is overwritten
-// with the same bits on every rank.
+// The same, and the gradient with respect to the delta summed over ranks: `grad` [layers, heads * head_dim, hidden] is
+// overwritten with the same bits on every rank.
 double SpanGradient(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans,
                     at::Tensor& grad);
 
@@ -41,8 +47,10 @@ class Adapter {
 
   uint64_t context() const { return context_; }
   int64_t revision() const { return revision_; }
+  int64_t steps() const { return steps_; }  // of the adaptation under way
   bool adapting() const { return work_.has_value(); }
-  // Committed delta; undefined before the first commit. Never written again: a request keeps the one it was opened with.
+  // Committed delta; undefined before the first commit. Never written again: a request keeps the one it was opened
+  // with.
   const at::Tensor& committed() const { return committed_; }
   // The delta under adaptation, [layers, heads * head_dim, hidden].
   const at::Tensor& working() const { return work_->delta; }
@@ -66,6 +74,7 @@ class Adapter {
   };
   uint64_t context_;
   int64_t revision_ = 0;
+  int64_t steps_ = 0;
   at::Tensor committed_;
   std::optional<Work> work_;
 };

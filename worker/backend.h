@@ -1,25 +1,25 @@
 // The three operations that sharding changes: partial attention, its gradient with respect to the queries, and the
 // combination of partials. Everything else is LibTorch. Two implementations: backend_cpu (fp32), backend_cuda.
 //
-// A partial is attention over the keys that one rank holds: `out` normalised within the slice, `lse` the natural logarithm of
-// the sum of exponentials of the scaled scores. No visible key <=> lse = -inf and out = 0, which is Combine's identity.
-// Scores are scaled by 1 / sqrt(head_dim). Query head h reads K/V head h / (heads / kv_heads).
+// A partial is attention over the keys that one rank holds: `out` normalised within the slice, `lse` the natural
+// logarithm of the sum of exponentials of the scaled scores. No visible key <=> lse = -inf and out = 0, which is
+// Combine's identity. Scores are scaled by 1 / sqrt(head_dim). Query head h reads K/V head h / (heads / kv_heads).
 //
 // Threads: called from the engine thread only; may use several threads inside. Outputs never alias inputs.
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
-#include <ATen/core/Tensor.h>
-
 #include "base/shard_plan.h"
 
 namespace refocus {
 
-// One extent's K and V of one layer. Slot i holds the token with local index first_index + i of `plan`; slots hold rising
-// positions, so the keys that a query at position p may see (key_pos <= p) are the first VisibleSlots(p) ones.
+// One extent's K and V of one layer. Slot i holds the token with local index first_index + i of `plan`; slots hold
+// rising positions, so the keys that a query at position p may see (key_pos <= p) are the first VisibleSlots(p) ones.
 struct KvView {
   at::Tensor k;             // [kv_heads, capacity, head_dim] after RoPE (and QK-norm); slots >= length are never read
   at::Tensor v;             // [kv_heads, capacity, head_dim]
@@ -42,8 +42,8 @@ class Backend {
  public:
   virtual ~Backend() = default;
 
-  // q [rows, heads, head_dim] contiguous, after RoPE; pos [rows] int64 on the CPU, any order, may repeat. `extents` may be
-  // empty or have empty members; a key is visible iff its position <= the row's. rows may be 0.
+  // q [rows, heads, head_dim] contiguous, after RoPE; pos [rows] int64 on the CPU, any order, may repeat. `extents` may
+  // be empty or have empty members; a key is visible iff its position <= the row's. rows may be 0.
   virtual Partial Attend(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) = 0;
 
   // dq of this rank's keys; slices' dq add up. lse and row_dot = rowsum(dout * out) [rows, heads] fp32 are those of the

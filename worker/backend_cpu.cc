@@ -284,7 +284,8 @@ void AttendItem(const CpuKernels& kernels, const Problem& problem, const Tile& t
     }
   });
   for (int64_t i = 0; i < tile.count; ++i) {
-    const bool seen = scratch.a[i] != kNoKey;
+    // A NaN score leaves the peak at -inf but makes the total NaN, and must come through as a NaN lse.
+    const bool seen = scratch.a[i] != kNoKey || scratch.b[i] != 0.0f;
     run.Scatter(i, seen ? 1.0f / scratch.b[i] : 0.0f, out);
     lse[problem.Source(tile.kv_head, tile.first + i)] = seen ? scratch.a[i] + std::log(scratch.b[i]) : kNoKey;
   }

@@ -1,19 +1,20 @@
-// Talk among the ranks of one group. All ranks issue the same calls in the same order from one thread each. Every call has the
-// deadline given at construction. A failed call (peer gone, deadline, Abort) throws CollectiveError on every rank within that
-// deadline, and every later call throws at once: the group is lost (one lost rank loses the communicator).
+// Talk among the ranks of one group. All ranks issue the same calls in the same order from one thread each. Every call
+// has the deadline given at construction. A failed call (peer gone, deadline, Abort) throws CollectiveError on every
+// rank within that deadline, and every later call throws at once: the group is lost (one lost rank loses the
+// communicator).
 //
-// Three implementations: local (ranks are threads of one process: tests, sanitizers), mpi (CPU ranks), nccl (GPU ranks).
-// Rows are dimension 0 of contiguous tensors; counts are per rank and may be 0. Sums are formed in rank order, so results are
-// the same bits on every rank and in every run.
+// Three implementations: local (ranks are threads of one process: tests, sanitizers), mpi (CPU ranks), nccl (GPU
+// ranks). Rows are dimension 0 of contiguous tensors; counts are per rank and may be 0. Sums are formed in rank order,
+// so results are the same bits on every rank and in every run.
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 namespace refocus {
 
@@ -32,8 +33,8 @@ class Collective {
   virtual void AllReduceSum(at::Tensor& t) = 0;
   // in [rows[rank()], ...] -> out [sum(rows), ...], rank 0's rows first. Any dtype.
   virtual void AllGatherRows(const at::Tensor& in, const std::vector<int64_t>& rows, at::Tensor& out) = 0;
-  // in: send_rows[j] rows for rank j, one after the other; out: recv_rows[j] rows from rank j likewise. recv_rows[j] here
-  // equals send_rows[rank()] on rank j.
+  // in: send_rows[j] rows for rank j, one after the other; out: recv_rows[j] rows from rank j likewise. recv_rows[j]
+  // here equals send_rows[rank()] on rank j.
   virtual void AllToAllRows(const at::Tensor& in, const std::vector<int64_t>& send_rows, at::Tensor& out,
                             const std::vector<int64_t>& recv_rows) = 0;
   // in [sum(rows), ...] fp32 -> out [rows[rank()], ...]: the sum over ranks of this rank's rows.
@@ -48,8 +49,8 @@ class Collective {
 // `size` collectives that share memory; entry r belongs to the thread that plays rank r.
 std::vector<std::shared_ptr<Collective>> MakeLocalCollectives(int size, double deadline_seconds);
 
-// MPI_COMM_WORLD. MPI_Init_thread(MPI_THREAD_FUNNELED at least) was called by this thread. Non-blocking calls polled under the
-// deadline.
+// MPI_COMM_WORLD. MPI_Init_thread(MPI_THREAD_FUNNELED at least) was called by this thread. Non-blocking calls polled
+// under the deadline.
 std::shared_ptr<Collective> MakeMpiCollective(double deadline_seconds);
 
 }  // namespace refocus

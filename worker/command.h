@@ -1,5 +1,5 @@
-// What the coordinator asks of a rank and what the rank answers, as plain structs: worker/link translates protobuf to and from
-// these, the engine executes them. Field meanings: proto/refocus/internal/v1/group.proto.
+// What the coordinator asks of a rank and what the rank answers, as plain structs: worker/link translates protobuf to
+// and from these, the engine executes them. Field meanings: proto/refocus/internal/v1/group.proto.
 #pragma once
 
 #include <cstdint>

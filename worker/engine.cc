@@ -1,13 +1,13 @@
 #include "worker/engine.h"
 
-#include <chrono>
-#include <map>
-#include <optional>
-
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <c10/core/InferenceMode.h>
+
+#include <chrono>
+#include <map>
+#include <optional>
 
 #include "base/check.h"
 #include "base/limits.h"
@@ -32,8 +32,8 @@ Status Absent(const std::string& what, uint64_t uid) {
 
 }  // namespace
 
-// What a rank holds, and one method a command. Every check that comes before the first collective of a command depends only on
-// state that is equal on all ranks, so that all ranks refuse alike.
+// What a rank holds, and one method a command. Every check that comes before the first collective of a command depends
+// only on state that is equal on all ranks, so that all ranks refuse alike.
 class EngineState {
  public:
   EngineState(Engine& engine, const EngineOptions& options, std::shared_ptr<const Weights> weights,
@@ -79,15 +79,16 @@ class EngineState {
     return word.item<int64_t>() != 0;
   }
 
-  // OK only when every rank's `status` is: what one rank cannot do, none does.
-  Status AllOrNone(Status status) {
+  // OK only when every rank's `status` is: what one rank cannot do, none does. `reason` is that of a refusal by another
+  // rank.
+  Status AllOrNone(Status status, const std::string& reason) {
     const at::Tensor own = at::tensor({static_cast<int64_t>(status.code())}, at::kLong);
     at::Tensor all = at::empty({collective_.size()}, at::kLong);
     collective_.AllGatherRows(own, std::vector<int64_t>(collective_.size(), 1), all);
     for (int rank = 0; rank < collective_.size() && status.ok(); ++rank) {
       const auto code = static_cast<StatusCode>(all.const_data_ptr<int64_t>()[rank]);
       if (code != StatusCode::kOk) {
-        status = Error(code, code == StatusCode::kResourceExhausted ? "KV_CAPACITY" : "REFUSED_BY_RANK",
+        status = Error(code, reason,
                        "rank " + std::to_string(rank) + " refused the command; nothing was changed on any rank",
                        {{"rank", std::to_string(rank)}});
       }
@@ -95,10 +96,18 @@ class EngineState {
     return status;
   }
 
+  // What K/V, deltas and their optimizer state may still take on this rank.
+  int64_t FreeBytes() const { return options_.kv_capacity_bytes - kv_used_bytes_ - adapter_bytes_; }
+  // A committed delta; an adaptation holds four of that size: delta, gradient and two moments.
+  int64_t DeltaBytes() const { return 4 * model_.config().query_parameters(); }
+  static int64_t DeltasHeld(const Adapter& adapter) {
+    return (adapter.revision() > 0 ? 1 : 0) + (adapter.adapting() ? 4 : 0);
+  }
+
   // Reserves an extent on every rank or on none.
   Status Reserve(int64_t first_position, int64_t capacity, std::unique_ptr<KvExtent>* extent) {
     const int64_t need = KvExtent::Bytes(model_.config(), model_.plan(), first_position, capacity);
-    const int64_t free = options_.kv_capacity_bytes - kv_used_bytes_;
+    const int64_t free = FreeBytes();
     Status status;
     const auto refuse = [&](const std::string& why) {
       return Error(StatusCode::kResourceExhausted, "KV_CAPACITY",
@@ -109,12 +118,13 @@ class EngineState {
     if (need > free) status = refuse("");
     if (status.ok()) {
       try {
-        *extent = std::make_unique<KvExtent>(model_.config(), model_.plan(), first_position, capacity, options_.poison_memory);
+        *extent = std::make_unique<KvExtent>(model_.config(), model_.plan(), first_position, capacity,
+                                             options_.poison_memory);
       } catch (const std::exception& error) {  // LibTorch reports a failed allocation as c10::Error
         status = refuse(" but the allocation failed");
       }
     }
-    status = AllOrNone(status);
+    status = AllOrNone(status, "KV_CAPACITY");
     if (status.ok()) {
       kv_used_bytes_ += need;
     } else {
@@ -149,8 +159,8 @@ class EngineState {
     const auto found = contexts_.find(uid);
     if (found == contexts_.end()) return Absent("context", uid);
     if (found->second.prefilled < found->second.extent->capacity()) {
-      return Precondition("context " + std::to_string(uid) + " prefilled tokens", std::to_string(found->second.prefilled),
-                          std::to_string(found->second.extent->capacity()));
+      return Precondition("context " + std::to_string(uid) + " prefilled tokens",
+                          std::to_string(found->second.prefilled), std::to_string(found->second.extent->capacity()));
     }
     *context = &found->second;
     return {};
@@ -159,13 +169,15 @@ class EngineState {
   Status FindAdapting(uint64_t uid, Adapter** adapter, Context** context) {
     const auto found = adapters_.find(uid);
     if (found == adapters_.end()) return Absent("adapter", uid);
-    if (!found->second.adapting()) return Precondition("adapter " + std::to_string(uid), "no adaptation begun", "one begun");
+    if (!found->second.adapting())
+      return Precondition("adapter " + std::to_string(uid), "no adaptation begun", "one begun");
     *adapter = &found->second;
     return FindReady(found->second.context(), context);
   }
 
   Status Do(const OpenContext& open, Result&) {
-    if (contexts_.count(open.context) != 0) return Precondition("context uid", std::to_string(open.context), "a new one");
+    if (contexts_.count(open.context) != 0)
+      return Precondition("context uid", std::to_string(open.context), "a new one");
     if (open.capacity < 1 || open.capacity > kMaxContextTokens) {
       return FieldError("capacity", std::to_string(open.capacity), "1 to " + std::to_string(kMaxContextTokens));
     }
@@ -186,7 +198,11 @@ class EngineState {
         ++it;
       }
     }
-    std::erase_if(adapters_, [&](const auto& entry) { return entry.second.context() == close.context; });
+    std::erase_if(adapters_, [&](const auto& entry) {
+      if (entry.second.context() != close.context) return false;
+      adapter_bytes_ -= DeltasHeld(entry.second) * DeltaBytes();
+      return true;
+    });
     kv_used_bytes_ -= found->second.extent->bytes();
     contexts_.erase(found);
     return {};
@@ -215,22 +231,35 @@ class EngineState {
     REFOCUS_RETURN_IF_ERROR(FindReady(begin.context, &context));
     const auto found = adapters_.find(begin.adapter);
     if (found != adapters_.end() && found->second.context() != begin.context) {
-      return FieldError("adapter", std::to_string(begin.adapter), "an adapter of context " + std::to_string(begin.context));
+      return FieldError("adapter", std::to_string(begin.adapter),
+                        "an adapter of context " + std::to_string(begin.context));
     }
     if (found != adapters_.end() && found->second.adapting()) {
       return Precondition("adapter " + std::to_string(begin.adapter), "an adaptation under way", "none");
     }
+    const int64_t need = 4 * DeltaBytes();
+    const int64_t free = FreeBytes();
     Adapter& adapter = adapters_.try_emplace(begin.adapter, begin.context).first->second;
     Status status;
-    try {
-      adapter.Begin(model_.config(), begin.optimizer, begin.from_committed);
-    } catch (const std::exception& error) {
-      status = Error(StatusCode::kResourceExhausted, "ADAPT_OUT_OF_MEMORY",
-                     "delta, gradient and moments: need " + std::to_string(16 * model_.config().query_parameters()) +
-                         " bytes on every rank; the adapter is unchanged");
+    const auto refuse = [&](const std::string& why) {
+      return Error(StatusCode::kResourceExhausted, "ADAPT_OUT_OF_MEMORY",
+                   "delta, gradient and moments on rank " + std::to_string(collective_.rank()) + ": need " +
+                       std::to_string(need) + " bytes, free " + std::to_string(free) + why +
+                       "; delete an adapter or a context, or raise --kv-memory",
+                   {{"need_bytes", std::to_string(need)}, {"free_bytes", std::to_string(free)}});
+    };
+    if (need > free) status = refuse("");
+    if (status.ok()) {
+      try {
+        adapter.Begin(model_.config(), begin.optimizer, begin.from_committed);
+      } catch (const std::exception& error) {
+        status = refuse(" but the allocation failed");
+      }
     }
-    status = AllOrNone(status);
-    if (!status.ok()) {
+    status = AllOrNone(status, "ADAPT_OUT_OF_MEMORY");
+    if (status.ok()) {
+      adapter_bytes_ += need;
+    } else {
       adapter.Rollback();
       if (adapter.revision() == 0) adapters_.erase(begin.adapter);
     }
@@ -241,6 +270,9 @@ class EngineState {
     Adapter* adapter = nullptr;
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindAdapting(step.adapter, &adapter, &context));
+    if (step.step != adapter->steps() + 1) {
+      return Precondition("step", std::to_string(step.step), std::to_string(adapter->steps() + 1));
+    }
     if (step.spans.empty()) return FieldError("spans", "0", "at least 1");
     REFOCUS_RETURN_IF_ERROR(CheckSpans(step.spans, context->extent->capacity()));
     const Adapter::StepResult done = adapter->Step(model_, *context->extent, step.spans);
@@ -263,30 +295,38 @@ class EngineState {
     const auto found = adapters_.find(end.adapter);
     if (found == adapters_.end()) return Absent("adapter", end.adapter);
     Adapter& adapter = found->second;
-    if (!adapter.adapting()) return Precondition("adapter " + std::to_string(end.adapter), "no adaptation begun", "one begun");
+    if (!adapter.adapting())
+      return Precondition("adapter " + std::to_string(end.adapter), "no adaptation begun", "one begun");
     if (end.commit && end.revision != adapter.revision() + 1) {
       return Precondition("revision", std::to_string(end.revision), std::to_string(adapter.revision() + 1));
     }
+    adapter_bytes_ -= DeltasHeld(adapter) * DeltaBytes();
     end.commit ? adapter.Commit(end.revision) : adapter.Rollback();
+    adapter_bytes_ += DeltasHeld(adapter) * DeltaBytes();
     if (adapter.revision() == 0) adapters_.erase(found);
     return {};
   }
 
   Status Do(const DropAdapter& drop, Result&) {
-    if (adapters_.erase(drop.adapter) == 0) return Absent("adapter", drop.adapter);
+    const auto found = adapters_.find(drop.adapter);
+    if (found == adapters_.end()) return Absent("adapter", drop.adapter);
+    adapter_bytes_ -= DeltasHeld(found->second) * DeltaBytes();
+    adapters_.erase(found);
     return {};
   }
 
   Status Do(const OpenSequence& open, Result&) {
-    if (sequences_.count(open.sequence) != 0) return Precondition("sequence uid", std::to_string(open.sequence), "a new one");
+    if (sequences_.count(open.sequence) != 0)
+      return Precondition("sequence uid", std::to_string(open.sequence), "a new one");
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindReady(open.context, &context));
     at::Tensor delta;
     if (open.adapter != 0) {
       const auto found = adapters_.find(open.adapter);
       if (found == adapters_.end()) return Absent("adapter", open.adapter);
-      if (found->second.context() != open.context || found->second.revision() != open.revision) {
-        return Precondition("adapter revision", std::to_string(open.revision), std::to_string(found->second.revision()));
+      if (found->second.context() != open.context || found->second.revision() != open.revision || open.revision < 1) {
+        return Precondition("adapter revision", std::to_string(open.revision),
+                            std::to_string(found->second.revision()));
       }
       delta = found->second.committed();
     }
@@ -304,15 +344,16 @@ class EngineState {
     if (found == sequences_.end()) return Absent("sequence", extend.sequence);
     Sequence& sequence = found->second;
     const int64_t rows = static_cast<int64_t>(extend.ids.size());
-    const int64_t end = extend.first_pos + rows;
     const int64_t context_end = contexts_.at(sequence.context_id()).extent->capacity();
     const bool starts_inside = sequence.next_position() == context_end && extend.first_pos < context_end;
     if (sequence.has_pending_token()) return Precondition("sequence", "a sampled token", "none before ExtendSequence");
-    if (extend.first_pos < 0 || !(extend.first_pos == sequence.next_position() || (starts_inside && end >= context_end))) {
+    if (extend.first_pos < 0 ||
+        !(extend.first_pos == sequence.next_position() || (starts_inside && extend.first_pos >= context_end - rows))) {
       return Precondition("first_pos", std::to_string(extend.first_pos), std::to_string(sequence.next_position()));
     }
-    if (rows < 1 || rows > kMaxChunkRows || end > sequence.end_position()) {
-      return FieldError("ids", std::to_string(rows), "1 to " + std::to_string(kMaxChunkRows) + " within the sequence's capacity");
+    if (rows < 1 || rows > kMaxChunkRows || extend.first_pos > sequence.end_position() - rows) {
+      return FieldError("ids", std::to_string(rows),
+                        "1 to " + std::to_string(kMaxChunkRows) + " within the sequence's capacity");
     }
     if (static_cast<int64_t>(extend.score_ids.size()) > rows) {
       return FieldError("score_ids", std::to_string(extend.score_ids.size()), "at most " + std::to_string(rows));
@@ -364,6 +405,7 @@ class EngineState {
   std::map<uint64_t, Adapter> adapters_;
   std::map<uint64_t, Sequence> sequences_;
   int64_t kv_used_bytes_ = 0;
+  int64_t adapter_bytes_ = 0;
 };
 
 Engine::Engine(const EngineOptions& options, std::shared_ptr<const Weights> weights, std::unique_ptr<Backend> backend,

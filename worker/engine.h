@@ -1,5 +1,5 @@
-// One rank: executes commands in the order they arrive, on one thread. Start reading the worker here: Run() takes a command
-// and hands it to prefill.h, adapt.h or generate.h.
+// One rank: executes commands in the order they arrive, on one thread. Start reading the worker here: Run() takes a
+// command and hands it to prefill.h, adapt.h or generate.h.
 #pragma once
 
 #include <atomic>
@@ -43,8 +43,9 @@ class Engine {
   // Any thread: Run() returns OK after the command in progress.
   void Stop();
 
-  // Executes commands until Stop(). Returns the first fatal error: a failed collective, commands out of order, a failure on
-  // this rank alone that leaves the others waiting (the collective is then aborted). After that the process must end.
+  // Executes commands until Stop(). Returns the first fatal error: a failed collective, commands out of order, a
+  // failure on this rank alone that leaves the others waiting (the collective is then aborted). After that the process
+  // must end.
   Status Run();
 
   int64_t progress() const { return progress_; }        // grows with every layer of every command

@@ -1,7 +1,5 @@
 #include "worker/generate.h"
 
-#include <cmath>
-
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/cat.h>
@@ -9,6 +7,8 @@
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/tensor.h>
+
+#include <cmath>
 
 #include "worker/sampler.h"
 
@@ -18,9 +18,10 @@ namespace {
 constexpr int64_t kLogitRows = 128;  // scored at once: [rows, vocab] is the largest tensor
 
 Status NonFiniteLogits() {
-  return Error(StatusCode::kInternal, "NON_FINITE_LOGITS",
-               "logits: got NaN or infinity, allowed finite values; no token was returned, the context and its adapters are "
-               "unchanged: drop the adapter or check the weights with --check-finite");
+  return Error(
+      StatusCode::kInternal, "NON_FINITE_LOGITS",
+      "logits: got NaN or infinity, allowed finite values; no token was returned, the context and its adapters are "
+      "unchanged: drop the adapter or check the weights with --check-finite");
 }
 
 std::vector<int64_t> Iota(int64_t first, int64_t count) {
@@ -32,7 +33,11 @@ std::vector<int64_t> Iota(int64_t first, int64_t count) {
 }  // namespace
 
 Sequence::Sequence(const OpenSequence& open, const KvExtent& context, std::unique_ptr<KvExtent> tail, at::Tensor delta)
-    : open_(open), context_(context), tail_(std::move(tail)), delta_(std::move(delta)), next_position_(context.capacity()) {}
+    : open_(open),
+      context_(context),
+      tail_(std::move(tail)),
+      delta_(std::move(delta)),
+      next_position_(context.capacity()) {}
 
 at::Tensor Sequence::Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids) {
   std::vector<int64_t> own_ids;
@@ -75,9 +80,10 @@ bool Sequence::SampleNext(Model& model, const at::Tensor& hidden, bool leave, Re
 void Sequence::Extend(Model& model, const ExtendSequence& command, Result& result) {
   const int64_t rows = static_cast<int64_t>(command.ids.size());
   const std::vector<int64_t> positions = Iota(command.first_pos, rows);
-  // Few rows lie in one or two blocks, so that splitting by owner would leave the other ranks idle: they compute along instead.
-  const RowPlan plan = rows > kBlockTokens ? RowPlan::ByOwner(positions, model.plan())
-                                           : RowPlan::Replicated(positions, model.plan());
+  // Few rows lie in one or two blocks, so that splitting by owner would leave the other ranks idle: they compute along
+  // instead.
+  const RowPlan plan =
+      rows > kBlockTokens ? RowPlan::ByOwner(positions, model.plan()) : RowPlan::Replicated(positions, model.plan());
   const at::Tensor hidden = Rows(model, plan, command.ids);
   next_position_ = command.first_pos + rows;
   if (!command.score_ids.empty()) Score(model, plan, hidden, command, result);

@@ -29,8 +29,9 @@ class Sequence {
   // Rows for command.ids; then the scores and the sampled token it asks for. Fills result's tokens, scores, finished.
   void Extend(Model& model, const ExtendSequence& command, Result& result);
 
-  // Up to `steps` tokens. `cancelled` is asked on rank 0 before each; `emit` (rank 0) gets each token as it comes. All ranks leave
-  // together: after a stop token, when cancelled (-> true), when the logits are not finite (NON_FINITE_LOGITS in result.status).
+  // Up to `steps` tokens. `cancelled` is asked on rank 0 before each; `emit` (rank 0) gets each token as it comes. All
+  // ranks leave together: after a stop token, when cancelled (-> true), when the logits are not finite
+  // (NON_FINITE_LOGITS in result.status).
   bool Decode(Model& model, int64_t steps, const std::function<bool()>& cancelled,
               const std::function<void(const Token&)>& emit, Result& result);
 
@@ -38,7 +39,8 @@ class Sequence {
   at::Tensor Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids);
   // Samples on rank 0 from the hidden row and tells everybody. `leave`: rank 0 wants all to stop instead.
   bool SampleNext(Model& model, const at::Tensor& hidden, bool leave, Result& result);
-  void Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command, Result& result);
+  void Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command,
+             Result& result);
 
   OpenSequence open_;
   const KvExtent& context_;

@@ -9,7 +9,11 @@ namespace refocus {
 
 uint64_t HashTensor(const at::Tensor& t, uint64_t seed) {
   REFOCUS_CHECK(t.is_contiguous());
-  return XXH3_64bits_withSeed(t.data_ptr(), static_cast<size_t>(t.nbytes()), seed);
+  return HashBytes(t.data_ptr(), static_cast<int64_t>(t.nbytes()), seed);
+}
+
+uint64_t HashBytes(const void* data, int64_t bytes, uint64_t seed) {
+  return XXH3_64bits_withSeed(data, static_cast<size_t>(bytes), seed);
 }
 
 }  // namespace refocus

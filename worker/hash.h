@@ -1,13 +1,14 @@
 // 64-bit fingerprints of tensor bytes, to compare ranks and to prove that something did not change. Not cryptographic.
 #pragma once
 
-#include <cstdint>
-
 #include <ATen/core/Tensor.h>
+
+#include <cstdint>
 
 namespace refocus {
 
 // t contiguous, on the CPU; `seed` chains hashes. xxHash3.
 uint64_t HashTensor(const at::Tensor& t, uint64_t seed = 0);
+uint64_t HashBytes(const void* data, int64_t bytes, uint64_t seed = 0);
 
 }  // namespace refocus

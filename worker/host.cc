@@ -11,10 +11,21 @@ namespace refocus {
 namespace {
 
 // The first number of a one-line file; -1 when absent or not a number ("max").
-int64_t ReadNumber(const char* path) {
+int64_t ReadNumber(const std::string& path) {
   std::ifstream file(path);
   int64_t number = -1;
   return file >> number ? number : -1;
+}
+
+// Cached files in memory.stat; 0 when unknown. The two lists and not `file`, which includes shared memory: that can only
+// be swapped out.
+int64_t CachedBytes(const std::string& path) {
+  std::ifstream file(path);
+  std::string key;
+  int64_t bytes = 0;
+  int64_t sum = 0;
+  while (file >> key >> bytes) sum += key == "inactive_file" || key == "active_file" ? bytes : 0;
+  return sum;
 }
 
 }  // namespace
@@ -33,8 +44,8 @@ int64_t ResidentBytes() {
   return resident * sysconf(_SC_PAGESIZE);
 }
 
-int64_t FreeMemoryBytes() {
-  std::ifstream file("/proc/meminfo");
+int64_t FreeMemoryBytes(const std::string& root) {
+  std::ifstream file(root + "/proc/meminfo");
   std::string key;
   int64_t free = -1;
   while (file >> key) {
@@ -45,10 +56,12 @@ int64_t FreeMemoryBytes() {
     }
     file.ignore(std::numeric_limits<std::streamsize>::max(), '\n');
   }
-  const int64_t limit = ReadNumber("/sys/fs/cgroup/memory.max");
-  const int64_t used = ReadNumber("/sys/fs/cgroup/memory.current");
+  const std::string group = root + "/sys/fs/cgroup/memory.";
+  const int64_t limit = ReadNumber(group + "max");
+  const int64_t used = ReadNumber(group + "current");
   if (limit < 0 || used < 0) return free;
-  const int64_t left = std::max<int64_t>(limit - used, 0);
+  const int64_t held = std::max<int64_t>(used - CachedBytes(group + "stat"), 0);
+  const int64_t left = std::max<int64_t>(limit - held, 0);
   return free < 0 ? left : std::min(free, left);
 }
 

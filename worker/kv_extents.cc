@@ -1,15 +1,16 @@
 #include "worker/kv_extents.h"
 
-#include <limits>
-
 #include <ATen/ops/empty.h>
+
+#include <limits>
 
 #include "base/check.h"
 #include "worker/hash.h"
 
 namespace refocus {
 
-KvExtent::KvExtent(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity, bool poison)
+KvExtent::KvExtent(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity,
+                   bool poison)
     : plan_(plan),
       first_position_(first_position),
       capacity_(capacity),

@@ -1,11 +1,11 @@
-// The K and V that this rank owns: one contiguous extent per context, one more per request (its own tail of tokens). Reserved
-// whole when opened; nothing is copied, nothing grows.
+// The K and V that this rank owns: one contiguous extent per context, one more per request (its own tail of tokens).
+// Reserved whole when opened; nothing is copied, nothing grows.
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "base/model_config.h"
 #include "base/shard_plan.h"
@@ -16,7 +16,8 @@ namespace refocus {
 // Tokens [first_position, first_position + capacity) as far as this shard owns them.
 class KvExtent {
  public:
-  // Reserves k and v [layers, kv_heads, slots, head_dim] fp32; `poison` fills them with NaN. Throws std::bad_alloc.
+  // Reserves k and v [layers, kv_heads, slots, head_dim] fp32; `poison` fills them with NaN. Throws c10::Error when the
+  // memory cannot be had.
   KvExtent(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity, bool poison);
 
   // Bytes that such an extent takes on this shard.
@@ -25,7 +26,8 @@ class KvExtent {
   // One layer's K/V; what Append wrote with Advance still to come is visible too when `pending` says how many slots.
   KvView View(int64_t layer, int64_t pending) const;
 
-  // Writes k, v [rows, kv_heads, head_dim] behind the `length` slots of this layer. Advance makes them part of every layer.
+  // Writes k, v [rows, kv_heads, head_dim] behind the `length` slots of this layer. Advance makes them part of every
+  // layer.
   void Append(int64_t layer, const at::Tensor& k, const at::Tensor& v);
   void Advance(int64_t rows);
 

@@ -58,12 +58,17 @@ pb::WorkerMessage HelloOf(const RankIdentity& identity) {
   hello->set_pid(getpid());
   hello->set_version(kProtocolVersion);
   hello->set_model_fingerprint(identity.model_fingerprint);
+  hello->set_weights_hash(identity.weights_hash);
   hello->set_device(identity.device);
   hello->set_kv_capacity_bytes(identity.kv_capacity_bytes);
   hello->set_kv_bytes_per_token(identity.kv_bytes_per_token);
   hello->set_weight_bytes(identity.weight_bytes);
   hello->set_parameters(identity.parameters);
   return message;
+}
+
+Status GivenUp(const pb::Shutdown& message) {
+  return Error(StatusCode::kUnavailable, "WORKER_LOST", "the coordinator gave this group up: " + message.reason());
 }
 
 // Holds a command's place in the engine's order while changing nothing: no context has uid 0.
@@ -100,8 +105,9 @@ class Link::Impl {
   void HeartbeatLoop();
   void Handle(const pb::CoordinatorMessage& message);
   void HandleCommand(const pb::Command& message);
-  void HandleShutdown(const std::string& reason);
+  void HandleShutdown(const pb::Shutdown& message);
   void Push(pb::WorkerMessage message);  // mutex_ held
+  void LoseStream(const Status& cause);
   void Lose(const Status& cause);
 
   const LinkOptions options_;
@@ -127,7 +133,7 @@ class Link::Impl {
   bool ended_ = false;         // the stream: nothing can be sent any more
   bool writer_done_ = false;
   bool reader_done_ = false;
-  bool shutdown_ = false;      // received
+  bool shutdown_ = false;      // a planned one was received
   bool told_ = false;          // shutdown or lost was called
   std::string shutdown_reason_;
 };
@@ -209,6 +215,8 @@ Status Link::Impl::Form(const pb::CoordinatorMessage& first) {
     pb::WorkerMessage ready;
     ready.mutable_ready()->set_epoch(epoch_);
     if (!stream_->Write(ready)) return Unreachable("went away while the group was formed", "");
+  } else if (first.has_shutdown() && !first.shutdown().planned()) {
+    return GivenUp(first.shutdown());
   } else if (!first.has_shutdown()) {
     return Error(StatusCode::kFailedPrecondition, "GROUP_REFUSED",
                  "first message of coordinator " + options_.coordinator + ": got no FormGroup; run equal versions");
@@ -220,7 +228,7 @@ Status Link::Impl::Form(const pb::CoordinatorMessage& first) {
   writer_ = std::thread([this] { WriteLoop(); });
   heart_ = std::thread([this] { HeartbeatLoop(); });
   reader_ = std::thread([this] { ReadLoop(); });
-  if (first.has_shutdown()) HandleShutdown(first.shutdown().reason());
+  if (first.has_shutdown()) HandleShutdown(first.shutdown());
   return {};
 }
 
@@ -303,16 +311,25 @@ void Link::Impl::ReadLoop() {
   }
   writer_.join();  // the status is asked for only when nobody writes any more
   const grpc::Status end = stream_->Finish();
-  Lose(Unreachable("the stream ended", end.error_message()));
+  LoseStream(Unreachable("the stream ended", end.error_message()));
   const std::lock_guard<std::mutex> lock(mutex_);
   reader_done_ = true;
   wake_.notify_all();
 }
 
+// No loss after a planned Shutdown: it is the stream's last message.
+void Link::Impl::LoseStream(const Status& cause) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (shutdown_) return;
+  }
+  Lose(cause);
+}
+
 void Link::Impl::Lose(const Status& cause) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (shutdown_ || told_ || closing_) return;
+    if (told_ || closing_) return;
     told_ = true;
   }
   callbacks_.lost(cause);
@@ -324,7 +341,7 @@ void Link::Impl::Handle(const pb::CoordinatorMessage& message) {
     case pb::CoordinatorMessage::kCancel:
       if (message.cancel().epoch() == epoch_) callbacks_.cancel(message.cancel().job());
       return;
-    case pb::CoordinatorMessage::kShutdown: return HandleShutdown(message.shutdown().reason());
+    case pb::CoordinatorMessage::kShutdown: return HandleShutdown(message.shutdown());
     case pb::CoordinatorMessage::kFormGroup:
       return Lose(Error(StatusCode::kFailedPrecondition, "STALE_EPOCH",
                         "FormGroup: got a second one, allowed one a stream"));
@@ -360,16 +377,17 @@ void Link::Impl::HandleCommand(const pb::Command& message) {
   callbacks_.submit(std::move(command).value());
 }
 
-void Link::Impl::HandleShutdown(const std::string& reason) {
+void Link::Impl::HandleShutdown(const pb::Shutdown& message) {
+  if (!message.planned()) return Lose(GivenUp(message));
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (shutdown_ || told_) return;
     shutdown_ = true;
-    shutdown_reason_ = reason;
+    shutdown_reason_ = message.reason();
     if (outstanding_ > 0) return;  // Send goes on
     told_ = true;
   }
-  callbacks_.shutdown(reason);
+  callbacks_.shutdown(message.reason());
 }
 
 void Link::Impl::Close(double flush_seconds) {

@@ -26,6 +26,7 @@ struct RankIdentity {
   int32_t rank = 0;
   int32_t size = 1;
   std::string model_fingerprint;
+  std::string weights_hash;  // 16 hex digits
   std::string device = "cpu";
   int64_t vocab = 0;  // ids of commands are below it; not sent
   int64_t kv_capacity_bytes = 0;
@@ -43,10 +44,11 @@ struct LinkOptions {
 struct LinkCallbacks {
   std::function<void(Command)> submit;
   std::function<void(uint64_t job)> cancel;
-  // The coordinator ends this launch on purpose: no command follows, and every one that was submitted has its final
+  // The coordinator ends this launch as planned: no command follows, and every one that was submitted has its final
   // result, so that all ranks end at the same place. May come from inside the Send that brings the last result. Once.
   std::function<void(const std::string& reason)> shutdown;
-  // The stream is gone without a Shutdown. Once at most, never together with `shutdown`.
+  // The coordinator gave the group up (WORKER_LOST), or the stream is gone without a Shutdown (COORDINATOR_LOST). At
+  // once, whatever was submitted. Once at most, never together with `shutdown`.
   std::function<void(const Status& cause)> lost;
   // From the heartbeat thread.
   std::function<int64_t()> progress;
@@ -59,8 +61,8 @@ class Link {
   ~Link();  // as Close(0)
 
   // Dials with back-off, says Hello and waits until the group is formed, without limit once the coordinator has taken
-  // the Hello. UNAVAILABLE when it was not reached in time or went away; FAILED_PRECONDITION or INVALID_ARGUMENT when
-  // it refused this rank. Callbacks may come before it returns. Once.
+  // the Hello. UNAVAILABLE when it was not reached in time, went away or gave the group up; FAILED_PRECONDITION or
+  // INVALID_ARGUMENT when it refused this rank. Callbacks may come before it returns. Once.
   Status Join();
 
   // Any thread; in order; never blocks. Ignored once the stream is gone.

@@ -172,6 +172,9 @@ RankIdentity Identity(const Rank& rank, const Weights& weights) {
   identity.rank = rank.launch.rank;
   identity.size = rank.launch.size;
   identity.model_fingerprint = rank.config.Fingerprint();
+  char hash[17];
+  std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(weights.content_hash));
+  identity.weights_hash = hash;
   identity.device = rank.options.device;
   identity.vocab = rank.config.vocab;
   identity.kv_capacity_bytes = rank.kv_bytes;
@@ -200,6 +203,9 @@ class StopTarget {
 };
 
 // First signal: a planned stop after the command in progress. Second signal, or too slow: now.
+//
+// Planned for this rank alone: the others of a launch are not told and miss it in their next collective, so the launch
+// ends as a failure. A group of several ranks is drained through the coordinator, which stops all at the same command.
 void WaitForSignals(const sigset_t& signals, Ending& ending, StopTarget& target) {
   int number = 0;
   sigwait(&signals, &number);
@@ -218,19 +224,21 @@ int ExitCodeOfJoin(const Status& status) {
   return refused ? kExitConfig : kExitGroup;
 }
 
-// From the loaded model to the end of the group's work. Returns when the end is planned.
-void Serve(const Rank& rank, std::shared_ptr<const Weights> weights, Ending& ending, StopTarget& target) {
-  std::shared_ptr<Collective> collective;
+StatusOr<std::shared_ptr<Collective>> Connect(const Rank& rank) {
   try {
-    collective = MakeMpiCollective(rank.options.deadline_seconds);
+    return MakeMpiCollective(rank.options.deadline_seconds);
   } catch (const CollectiveError& error) {
-    ending.Fail(Error(StatusCode::kUnavailable, "WORKER_LOST", error.what()), kExitGroup);
-    return;
+    return Error(StatusCode::kUnavailable, "WORKER_LOST", error.what());
   }
+}
+
+// From the loaded model to the end of the group's work. Returns when the end is planned, with `collective` destroyed.
+void Serve(const Rank& rank, std::shared_ptr<const Weights> weights, std::shared_ptr<Collective> collective,
+           Ending& ending, StopTarget& target) {
   EngineOptions engine_options;
   engine_options.kv_capacity_bytes = rank.kv_bytes;
   std::unique_ptr<Link> link;
-  Engine engine(engine_options, weights, MakeCpuBackend(), collective,
+  Engine engine(engine_options, weights, MakeCpuBackend(), std::move(collective),
                 [&link](Result result) { link->Send(std::move(result)); });
 
   LinkCallbacks callbacks;
@@ -240,7 +248,10 @@ void Serve(const Rank& rank, std::shared_ptr<const Weights> weights, Ending& end
     if (ending.Plan(kExitOk)) LogInfo("the coordinator ends this launch: " + reason);
     engine.Stop();
   };
-  callbacks.lost = [&](const Status& cause) { ending.Fail(cause, kExitGroup); };
+  callbacks.lost = [&](const Status& cause) {
+    ending.Fail(cause, kExitGroup);
+    std::_Exit(ending.code());  // a signal had planned the end, but now nobody waits for what is in progress
+  };
   callbacks.progress = [&] { return engine.progress(); };
   callbacks.running_seq = [&] { return engine.running_seq(); };
   LinkOptions link_options;
@@ -261,6 +272,7 @@ void Serve(const Rank& rank, std::shared_ptr<const Weights> weights, Ending& end
     if (!status.ok()) {
       if (!ending.planned()) link->Close(0.5);  // what was found out before is worth sending
       ending.Fail(status, kExitGroup);
+      std::_Exit(ending.code());  // planned before, but with unfinished messages MPI_Finalize would not return
     }
   }
   ending.Watch(kStopGrace);
@@ -296,10 +308,13 @@ int Main(int argc, char** argv) {
   const Status planned = Plan(rank);
   if (!planned.ok()) ending.Fail(planned, ExitCodeOf(planned));
   at::set_num_threads(rank.threads);
+  // Before the ranks' ways part: they may load for minutes more or less than each other.
+  StatusOr<std::shared_ptr<Collective>> collective = Connect(rank);
+  if (!collective.ok()) ending.Fail(collective.status(), kExitGroup);
   StatusOr<std::shared_ptr<const Weights>> weights = Load(rank);
   if (!weights.ok()) ending.Fail(weights.status(), ExitCodeOf(weights.status()));
 
-  Serve(rank, std::move(weights).value(), ending, target);
+  Serve(rank, std::move(weights).value(), std::move(collective).value(), ending, target);
   FinishLaunch();
   return ending.code();
 }

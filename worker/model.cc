@@ -1,7 +1,5 @@
 #include "worker/model.h"
 
-#include <cmath>
-
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
@@ -14,6 +12,8 @@
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/tensor.h>
 
+#include <cmath>
+
 #include "base/check.h"
 
 namespace refocus {
@@ -25,7 +25,8 @@ at::Tensor AppendIndex(const ForwardInput& input, const ShardPlan& plan) {
   const std::vector<int64_t> positions = input.rows->own_positions();
   if (input.append != nullptr) {
     for (size_t i = 0; i < positions.size(); ++i) {
-      if (positions[i] >= input.append->first_position() && plan.Owns(positions[i])) index.push_back(static_cast<int64_t>(i));
+      if (positions[i] >= input.append->first_position() && plan.Owns(positions[i]))
+        index.push_back(static_cast<int64_t>(i));
     }
   }
   return at::tensor(index, at::kLong);
@@ -55,8 +56,8 @@ Model::Model(const Weights& weights, Backend& backend, Collective& collective, s
   }
 }
 
-// Frequencies are rounded to fp32 as every implementation of these models does; the angle is formed in fp64, because at a
-// position of a million an fp32 product is off by several hundredths of a radian.
+// Frequencies are rounded to fp32 as every implementation of these models does; the angle is formed in fp64, because at
+// a position of a million an fp32 product is off by several hundredths of a radian.
 Model::Rotation Model::RotationAt(const std::vector<int64_t>& positions) const {
   const int64_t rows = static_cast<int64_t>(positions.size());
   const int64_t half = config().head_dim / 2;
@@ -162,7 +163,8 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     const at::Tensor h_mid = Norm(x_mid, w.mlp_norm);
     const at::Tensor gate = backend_.Linear(h_mid, w.gate);
     const at::Tensor up = backend_.Linear(h_mid, w.up);
-    if (trace != nullptr) trace->push_back({x, h, q_raw, q_all, attention.out, attention.lse, x_mid, gate, up});
+    if (trace != nullptr)
+      trace->push_back({x, h, c.qk_norm ? q_raw : at::Tensor(), q_all, attention.out, attention.lse, x_mid, gate, up});
     x = x_mid + backend_.Linear(at::silu(gate).mul_(up), w.down);
   }
   if (input.append != nullptr) input.append->Advance(pending);
@@ -180,6 +182,7 @@ at::Tensor Model::LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits
 void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, at::Tensor dx, at::Tensor& grad) {
   const ModelConfig& c = config();
   const RowPlan& rows = *input.rows;
+  REFOCUS_CHECK(rows.split());  // replicated rows would count their gradient once per rank
   const int64_t n = rows.own_rows();
   const Rotation rotation = RotationAt(rows.own_positions());
   const at::Tensor pos = at::tensor(rows.positions(), at::kLong);
@@ -205,7 +208,7 @@ void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& t
     if (c.qk_norm) dq = NormGrad(t.q_raw, w.q_norm, dq);
     const at::Tensor dq_rows = dq.contiguous().view({n, c.q_dim()});
     at::Tensor grad_layer = grad.select(0, layer);
-    at::mm_out(grad_layer, dq_rows.t(), t.h);
+    grad_layer.addmm_(dq_rows.t(), t.h);
     if (layer == 0) break;  // nothing below is trained
     at::Tensor dh = at::mm(dq_rows, w.wq);
     if (input.delta.defined()) dh.addmm_(dq_rows, input.delta.select(0, layer));

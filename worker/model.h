@@ -1,14 +1,14 @@
 // The forward pass of every family, driven by ModelConfig, and its backward pass to the query projections.
 //
-// Shapes: n = this rank's own rows, rows = all ranks' rows, H / Hk = query / KV heads, d = head_dim. Linear layers run on own
-// rows; q travels to every rank, partial attention comes back and is combined. Nothing here writes weights.
+// Shapes: n = this rank's own rows, rows = all ranks' rows, H / Hk = query / KV heads, d = head_dim. Linear layers run
+// on own rows; q travels to every rank, partial attention comes back and is combined. Nothing here writes weights.
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <atomic>
 #include <cstdint>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "worker/backend.h"
 #include "worker/collective.h"
@@ -20,15 +20,15 @@ namespace refocus {
 
 // What one layer's backward pass needs from its forward pass; own rows unless said otherwise.
 struct LayerTrace {
-  at::Tensor x;        // [n, hidden] input of the layer
-  at::Tensor h;        // [n, hidden] attn_norm(x)
-  at::Tensor q_raw;    // [n, H, d] before QK-norm; only with qk_norm
-  at::Tensor q_all;    // [rows, H, d] all ranks' rows, after RoPE
-  at::Tensor out;      // [n, H, d] combined attention
-  at::Tensor lse;      // [n, H]
-  at::Tensor x_mid;    // [n, hidden] after attention
-  at::Tensor gate;     // [n, mlp] before SiLU
-  at::Tensor up;       // [n, mlp]
+  at::Tensor x;      // [n, hidden] input of the layer
+  at::Tensor h;      // [n, hidden] attn_norm(x)
+  at::Tensor q_raw;  // [n, H, d] before QK-norm; only with qk_norm
+  at::Tensor q_all;  // [rows, H, d] all ranks' rows, after RoPE
+  at::Tensor out;    // [n, H, d] combined attention
+  at::Tensor lse;    // [n, H]
+  at::Tensor x_mid;  // [n, hidden] after attention
+  at::Tensor gate;   // [n, mlp] before SiLU
+  at::Tensor up;     // [n, mlp]
 };
 
 struct ForwardInput {
@@ -49,7 +49,8 @@ class Model {
   const ShardPlan& plan() const { return plan_; }
   Collective& collective() { return collective_; }
 
-  // -> [n, hidden] before the final norm. Throws CollectiveError. `append` is advanced at the end. `trace` gets one entry a layer.
+  // -> [n, hidden] before the final norm. Throws CollectiveError. `append` is advanced at the end. `trace` gets one
+  // entry a layer.
   at::Tensor Forward(const ForwardInput& input, std::vector<LayerTrace>* trace = nullptr);
 
   // [m, hidden] -> [m, vocab]
@@ -59,7 +60,8 @@ class Model {
   at::Tensor LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits);
 
   // From dx [n, hidden] at Forward's output down to the queries: activation gradients and this rank's share of
-  // grad [layers, H * d, hidden], which is overwritten. K and V get no gradient (they are frozen). `input` as in Forward.
+  // grad [layers, H * d, hidden] is added to `grad`. K and V get no gradient (they are frozen). `input` as in Forward,
+  // with split rows.
   void Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, at::Tensor dx, at::Tensor& grad);
 
  private:

@@ -1,11 +1,12 @@
-// How the rows of one forward pass lie on the ranks. Attention always sees all of them; the linear layers see a rank's own.
+// How the rows of one forward pass lie on the ranks. Attention always sees all of them; the linear layers see a rank's
+// own.
 #pragma once
+
+#include <ATen/core/Tensor.h>
 
 #include <cstdint>
 #include <utility>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "base/shard_plan.h"
 

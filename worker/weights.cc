@@ -14,6 +14,7 @@
 
 #include "base/gguf.h"
 #include "base/input_file.h"
+#include "base/log.h"
 #include "base/safetensors.h"
 #include "worker/hash.h"
 
@@ -177,7 +178,7 @@ bool AllFinite(const float* values, int64_t count) {
   return worst != 0x7f800000u;
 }
 
-// Parts are taken in order by any number of threads; the first error stops all.
+// Parts are taken in order by any number of threads; the first error or exception stops all.
 class Loader {
  public:
   Loader(std::vector<Part> parts, const LoadOptions& options) : parts_(std::move(parts)), options_(options) {
@@ -191,18 +192,54 @@ class Loader {
       REFOCUS_ASSIGN_OR_RETURN(InputFile file, InputFile::Open(path, "WEIGHTS_INVALID"));
       files_.emplace(path, std::move(file));
     }
-    const int64_t threads = std::clamp<int64_t>(options_.threads, 1, static_cast<int64_t>(parts_.size()));
-    std::vector<std::thread> others;
-    for (int64_t i = 1; i < threads; ++i) others.emplace_back([this] { Work(false); });
-    Work(true);
-    for (std::thread& thread : others) thread.join();
-    const std::lock_guard<std::mutex> lock(mutex_);
+    RunThreads(std::clamp<int64_t>(options_.threads, 1, static_cast<int64_t>(parts_.size())));
+    if (exception_ != nullptr) return OutOfResources();
     if (error_.ok() && options_.progress) options_.progress(total_bytes_, total_bytes_);
     return error_;
   }
 
+  // Of all parts; they are summed, since their order is not fixed. After Run.
+  uint64_t content_hash() const { return content_hash_; }
+
  private:
-  void Work(bool report) {
+  // This thread is one of them. Where the system gives fewer, fewer do the work.
+  void RunThreads(int64_t threads) {
+    std::vector<std::thread> others;
+    others.reserve(static_cast<size_t>(threads));
+    try {
+      while (static_cast<int64_t>(others.size()) + 1 < threads) others.emplace_back([this] { Work(false); });
+    } catch (const std::exception& error) {
+      LogWarning("loading with " + std::to_string(others.size() + 1) + " of " + std::to_string(threads) +
+                 " threads: " + error.what());
+    }
+    Work(true);
+    for (std::thread& thread : others) thread.join();
+  }
+
+  // Throws nothing: it is the outermost function of a thread.
+  void Work(bool report) noexcept {
+    try {
+      WorkThrough(report);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (exception_ == nullptr) exception_ = std::current_exception();
+      failed_ = true;
+    }
+  }
+
+  // What a thread threw, as most likely memory was short; made after the threads' own memory is free again.
+  Status OutOfResources() const {
+    std::string what = "unknown exception";
+    try {
+      std::rethrow_exception(exception_);
+    } catch (const std::exception& error) {
+      what = error.what();
+    } catch (...) {
+    }
+    return Error(StatusCode::kResourceExhausted, "HARDWARE", "loading the weights: " + what);
+  }
+
+  void WorkThrough(bool report) {
     std::vector<uint8_t> stage;
     while (!failed_) {
       const size_t index = next_++;
@@ -228,9 +265,11 @@ class Loader {
     float* first = target + part.first * part.columns;  // of this part, when rows stay in order
     if (in_order && part.info->type == TensorType::kF32) {
       REFOCUS_RETURN_IF_ERROR(file.ReadAt(offset, first, bytes));
+      AddToHash(part, first, bytes);
     } else {
       stage->resize(static_cast<size_t>(std::max<int64_t>(bytes, static_cast<int64_t>(stage->size()))));
       REFOCUS_RETURN_IF_ERROR(file.ReadAt(offset, stage->data(), bytes));
+      AddToHash(part, stage->data(), bytes);
       if (in_order) DecodeToFloat(part.info->type, stage->data(), part.count * part.columns, first);
     }
     bool finite = !options_.check_finite || !in_order || AllFinite(first, part.count * part.columns);
@@ -243,15 +282,24 @@ class Loader {
     return absl::OkStatus();
   }
 
+  // Bound to its place by the seed, so that parts that change places change the sum.
+  void AddToHash(const Part& part, const void* data, int64_t bytes) {
+    const std::string& name = part.slot->name;
+    const uint64_t place = HashBytes(name.data(), static_cast<int64_t>(name.size()), static_cast<uint64_t>(part.first));
+    content_hash_ += HashBytes(data, bytes, place);
+  }
+
   const std::vector<Part> parts_;
   const LoadOptions& options_;
   std::map<std::string, InputFile> files_;
   int64_t total_bytes_ = 0;
   std::atomic<size_t> next_{0};
   std::atomic<int64_t> done_bytes_{0};
+  std::atomic<uint64_t> content_hash_{0};
   std::atomic<bool> failed_{false};
   std::mutex mutex_;
-  Status error_;  // under mutex_
+  Status error_;                  // under mutex_ while threads run
+  std::exception_ptr exception_;  // likewise
 };
 
 Status Allocate(const std::string& path, const std::vector<Slot>& slots, Weights* weights) {
@@ -293,7 +341,9 @@ StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config
   const std::vector<Slot> slots = SlotsOf(gguf ? kGgufNames : kHuggingFaceNames, interleaved, &weights);
   REFOCUS_RETURN_IF_ERROR(CheckTable(path, table, slots, config));
   REFOCUS_RETURN_IF_ERROR(Allocate(path, slots, &weights));
-  REFOCUS_RETURN_IF_ERROR(Loader(PartsOf(table, slots), options).Run());
+  Loader loader(PartsOf(table, slots), options);
+  REFOCUS_RETURN_IF_ERROR(loader.Run());
+  weights.content_hash = loader.content_hash();
   return weights;
 }
 

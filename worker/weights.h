@@ -1,12 +1,12 @@
 // Base weights of one rank: read-only after loading, shared by every context and adapter.
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <functional>
 #include <string>
 #include <vector>
-
-#include <ATen/core/Tensor.h>
 
 #include "base/model_config.h"
 
@@ -34,17 +34,20 @@ struct Weights {
   at::Tensor final_norm;  // [hidden]
   at::Tensor output;      // [vocab, hidden]; the same tensor as embedding when tied
   std::vector<LayerWeights> layers;
-  int64_t bytes = 0;      // held by the tensors above, shared ones once
+  int64_t bytes = 0;  // held by the tensors above, shared ones once
+  // Of the tensors' names and encoded bytes; does not depend on how they are spread over files. Tells two models of one
+  // shape apart, and another encoding of the same values too.
+  uint64_t content_hash = 0;
 };
 
 struct LoadOptions {
   int threads = 2;
-  bool check_finite = false;  // refuse NaN and Inf, naming the tensor
+  bool check_finite = false;                                              // refuse NaN and Inf, naming the tensor
   std::function<void(int64_t done_bytes, int64_t total_bytes)> progress;  // from the calling thread; may be empty
 };
 
-// Loads every tensor of `config` from `path` as fp32 on the CPU. All names and shapes are checked before the first byte of data
-// is read or allocated. WEIGHTS_INVALID naming tensor, found, expected.
+// Loads every tensor of `config` from `path` as fp32 on the CPU. All names and shapes are checked before the first byte
+// of data is read or allocated. WEIGHTS_INVALID naming tensor, found, expected.
 StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config, const LoadOptions& options);
 
 // The weights' bytes, hashed; equal before and after everything the service does.

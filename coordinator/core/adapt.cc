@@ -56,6 +56,7 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       end->set_adapter(plan_.adapter_uid);
       end->set_commit(true);
       end->set_revision(adapter_.revision());
+      session_->StartCommit(plan_.adapter_id);
       phase_ = Phase::kAllSent;
       return true;
     }
@@ -99,6 +100,7 @@ void AdaptJob::FillSpan(const SpanRange& range, wire::Span* span) const {
 void AdaptJob::OnResult(const wire::Command& command, const wire::Result& result, double now) {
   const bool ok = result.code() == 0 && !result.cancelled();
   if (command.has_begin_adapt()) begun_ = ok;
+  if (command.has_end_adapt()) session_->EndCommit();
   if (command.has_end_adapt() && ok) begun_ = false;
   if (!ok || stopping()) {
     if (command.has_end_adapt() && ok && command.end_adapt().commit()) OnCommitted(now);
@@ -178,7 +180,8 @@ void AdaptJob::NextCleanup(wire::Command* command) {
 }
 
 void AdaptJob::OnEnd(double now) {
-  session_->FinishAdapt(plan_.adapter_uid, committed_);
+  plan_.work_memory.reset();
+  session_->FinishAdapt(plan_.adapter_uid, committed_, std::move(plan_.delta_memory));
   session_->Touch(now);
 }
 

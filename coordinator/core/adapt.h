@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/model_config.h"
 #include "coordinator/core/job.h"
 #include "coordinator/core/prefill.h"
 #include "coordinator/core/session.h"
@@ -25,7 +26,13 @@ struct AdaptPlan {
   int64_t kept_revision = 0;  // of the adapter now; 0: a new one
   int64_t earlier_steps = 0;  // behind the delta that it starts from
   std::string public_uid;
+  std::shared_ptr<KvReservation> work_memory;   // delta under adaptation, gradient, moments
+  std::shared_ptr<KvReservation> delta_memory;  // the delta once committed
 };
+
+// Bytes on every rank, as work_memory and delta_memory.
+inline int64_t AdaptWorkBytes(const ModelConfig& model) { return 16 * model.query_parameters(); }
+inline int64_t AdaptDeltaBytes(const ModelConfig& model) { return 4 * model.query_parameters(); }
 
 class AdaptJob : public Job {
  public:
@@ -36,6 +43,7 @@ class AdaptJob : public Job {
   const std::vector<api::AdaptEvent>& events() const { return events_; }
   const std::shared_ptr<Session>& session() const { return session_; }
   int watchers = 0;
+  bool keep = false;  // one of them chose CONTINUE
 
  protected:
   bool NextCommand(wire::Command* command, double now) override;
@@ -56,7 +64,7 @@ class AdaptJob : public Job {
   void RollBack(const char* reason, const std::string& message, int64_t step, double now);
 
   const std::shared_ptr<Session> session_;
-  const AdaptPlan plan_;
+  AdaptPlan plan_;
   JobTools* const tools_;
   std::unique_ptr<SpanPolicy> spans_;
   Phase phase_ = Phase::kBegin;

@@ -17,13 +17,17 @@ std::string AnswerText::Finish() {
 }
 
 std::string AnswerText::Release(bool all) {
-  size_t first = std::string::npos;
+  // The stop string that is complete first counts, of two that end together the longer one: the answer then does not
+  // depend on how the text came in tokens.
+  size_t first = std::string::npos, first_end = std::string::npos;
   for (const std::string& stop : stops_) {
     const size_t at = held_.find(stop);
-    if (at < first) {
-      first = at;
-      stop_ = stop;
-    }
+    if (at == std::string::npos) continue;
+    const size_t end = at + stop.size();
+    if (end > first_end || (end == first_end && at > first)) continue;
+    first = at;
+    first_end = end;
+    stop_ = stop;
   }
   if (first != std::string::npos) {
     std::string out = held_.substr(0, first);

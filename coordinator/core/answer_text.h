@@ -20,7 +20,7 @@ class AnswerText {
   std::string Finish();
 
   bool stopped() const { return !stop_.empty(); }
-  const std::string& stop() const { return stop_; }  // the one that appeared first
+  const std::string& stop() const { return stop_; }  // the one that was complete first
 
  private:
   std::string Release(bool all);

@@ -42,7 +42,11 @@ void RequestTable::Put(const std::string& key, const std::string& body_hash, Req
 }
 
 Status Catalog::Claim(const std::string& name) {
-  if (sessions_.count(name) != 0) {
+  const std::shared_ptr<Session> there = Find(name);
+  if (there != nullptr && there->deleting) {
+    return Error(StatusCode::kAborted, "CONTEXT_BUSY", name + " is being deleted; retry", {{"name", name}});
+  }
+  if (there != nullptr) {
     return Error(StatusCode::kAlreadyExists, "CONTEXT_EXISTS", name + " exists; choose another context_id or delete it",
                  {{"name", name}});
   }
@@ -95,7 +99,9 @@ StatusOr<std::vector<std::shared_ptr<Session>>> Catalog::Page(const std::string&
     next = sessions_.upper_bound(name);
   }
   std::vector<std::shared_ptr<Session>> page;
-  for (; next != sessions_.end(); ++next) page.push_back(next->second);
+  for (; next != sessions_.end(); ++next) {
+    if (!next->second->deleting) page.push_back(next->second);
+  }
   return page;
 }
 

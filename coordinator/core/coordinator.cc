@@ -124,8 +124,9 @@ void Coordinator::Handle(const Group::Events& events) {
   wire::CoordinatorMessage message;
   if (events.lost) {
     message.mutable_shutdown()->set_reason(*events.lost);
+    message.mutable_shutdown()->set_planned(events.planned);
     for (const uint64_t link : events.leave) send(link, message);
-    LoseGroup(*events.lost);
+    LoseGroup(*events.lost, events.planned);
   }
   if (!events.form.empty()) {
     message.mutable_form_group()->set_epoch(group_.epoch());
@@ -145,8 +146,8 @@ void Coordinator::Handle(const Group::Events& events) {
   LogInfo("group formed: epoch " + std::to_string(group_.epoch()) + ", " + std::to_string(group_.size()) + " ranks");
 }
 
-void Coordinator::LoseGroup(const std::string& cause) {
-  LogError("group lost: " + cause);
+void Coordinator::LoseGroup(const std::string& cause, bool planned) {
+  planned ? LogInfo("group dismissed: " + cause) : LogError("group lost: " + cause);
   scheduler_.Lose(draining_ ? Admit() : WorkerLost(cause), now());
   for (const auto& [name, session] : catalog_.sessions()) session->DropCache("the worker group was lost: " + cause);
   ledger_.Clear();
@@ -247,6 +248,7 @@ Status Coordinator::CheckQueue() const {
 void Coordinator::FinishDrain() {
   draining_ = true;
   Group::Events events;
+  events.planned = true;
   group_.Lose("the coordinator stops", &events);
   Handle(events);
   scheduler_.Lose(Admit(), now());

@@ -93,10 +93,10 @@ class Coordinator {
   StatusOr<std::shared_ptr<ScoreJob>> Score(const api::ScoreRequest& request, std::vector<int32_t> prompt,
                                             std::vector<int32_t> target);
   void Stop(Job& job, const Status& why);
-  // The caller of an attached job went away; the last one takes the work with it when it wants that.
+  // The caller of an attached job went away; the last one takes the work with it when nobody ever wanted it kept.
   template <typename AttachedJob>
   void Detach(AttachedJob& job, bool gone, api::OnDisconnect on_disconnect) {
-    if (--job.watchers == 0 && gone && on_disconnect == api::CANCEL)
+    if (--job.watchers == 0 && gone && on_disconnect == api::CANCEL && !job.keep)
       Stop(job, absl::CancelledError("cancelled by the caller"));
   }
 
@@ -131,7 +131,8 @@ class Coordinator {
   StatusOr<AdaptPlan> PlanAdaptJob(const api::AdaptContextRequest& request, Session& session);
   void Track(std::shared_ptr<Job> job, std::shared_ptr<Session> session);
   void Handle(const Group::Events& events);
-  void LoseGroup(const std::string& cause);
+  void LoseGroup(const std::string& cause, bool planned);
+  bool StillThere(const AdaptOutcome& outcome, Session& session) const;
   void SendAll(const wire::CoordinatorMessage& message);
   void SendFirst(wire::Command command);  // clean-up that nobody waits for
   void Settle();

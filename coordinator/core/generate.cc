@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/check.h"
 #include "base/limits.h"
+#include "base/log.h"
 #include "base/shard_plan.h"
 
 namespace refocus {
@@ -24,6 +26,16 @@ void FillLogprob(const wire::Token& token, api::TokenLogprob* out) {
 
 }  // namespace
 
+bool ResolveAdapter(Session& session, SequencePlan* plan) {
+  if (plan->adapter_id.empty()) return true;
+  if (session.committing(plan->adapter_id)) return false;
+  const Session::Adapter* adapter = session.FindAdapter(plan->adapter_id);
+  REFOCUS_CHECK(adapter != nullptr);  // one that is used cannot be deleted
+  plan->adapter_uid = adapter->uid;
+  plan->revision = adapter->info.revision();
+  return true;
+}
+
 GenerateJob::GenerateJob(uint64_t id, double now, std::shared_ptr<Session> session, GeneratePlan plan,
                          const Tokenizer* tokenizer, JobTools* tools)
     : Job(id, now),
@@ -31,10 +43,15 @@ GenerateJob::GenerateJob(uint64_t id, double now, std::shared_ptr<Session> sessi
       plan_(std::move(plan)),
       tokenizer_(tokenizer),
       tools_(tools),
-      text_(plan_.stops) {}
+      text_(plan_.stops) {
+  LogInfo("generate " + plan_.request_id + ": begin, " + session_->name() + ", adapter \"" + plan_.sequence.adapter_id +
+          "\", " + std::to_string(plan_.sequence.prompt.size()) + " prompt tokens, at most " +
+          std::to_string(plan_.max_tokens));
+}
 
 bool GenerateJob::NextCommand(wire::Command* command, double now) {
   if (!open_sent_) {
+    if (!ResolveAdapter(*session_, &plan_.sequence)) return false;
     open_sent_ = true;
     started_ = now;
     FillOpen(command->mutable_open_sequence());
@@ -161,6 +178,7 @@ void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, do
   const double decode = last_token_ - first_token_;
   summary->set_tokens_per_second(decode > 0 ? static_cast<double>(tokens_ - 1) / decode : 0);
   summary->set_stop(text_.stop());
+  summary->set_request_id(plan_.request_id);
   queue_.push_back(std::move(*event));
   Stop(absl::OkStatus(), now);
 }
@@ -179,6 +197,8 @@ void GenerateJob::NextCleanup(wire::Command* command) {
 }
 
 void GenerateJob::OnEnd(double now) {
+  LogInfo("generate " + plan_.request_id + ": end, " + (status().ok() ? "OK" : std::string(status().message())) + ", " +
+          std::to_string(answer_tokens_) + " tokens, " + std::to_string(run_seconds()) + " s");
   plan_.sequence.memory.reset();
   session_->EndAnswer(plan_.sequence.adapter_id);
   session_->Touch(now);

@@ -21,14 +21,18 @@ namespace refocus {
 // A sequence on the ranks: which context, which queries.
 struct SequencePlan {
   std::string adapter_id;  // empty: base queries
-  uint64_t adapter_uid = 0;
+  uint64_t adapter_uid = 0;  // both as they are when the sequence is opened; base queries: 0
   int64_t revision = 0;
   std::vector<int32_t> prompt;  // may be empty
   std::shared_ptr<KvReservation> memory;
 };
 
+// Looks up which revision to open with. false: not now, the next one is being committed.
+bool ResolveAdapter(Session& session, SequencePlan* plan);
+
 struct GeneratePlan {
   SequencePlan sequence;
+  std::string request_id;
   int64_t max_tokens = 0;
   double temperature = 0;
   uint64_t seed = 0;

@@ -41,6 +41,7 @@ Status Group::CheckHello(const wire::Hello& hello) const {
   if (hello.rank() < 0 || hello.rank() >= hello.size()) {
     return FieldError("rank", std::to_string(hello.rank()), "0 to " + std::to_string(hello.size() - 1));
   }
+  if (hello.weights_hash().size() > 128) return FieldError("weights_hash", "longer", "at most 128 characters");
   if (hello.nonce().empty() || hello.nonce().size() > 128) return FieldError("nonce", "", "1 to 128 characters");
   if (hello.kv_capacity_bytes() < 0) {
     return FieldError("kv_capacity_bytes", std::to_string(hello.kv_capacity_bytes()), "0 or more");
@@ -66,11 +67,20 @@ Status Group::Hello(uint64_t link, const wire::Hello& hello, double now, Events*
       return Mismatch("MODEL_MISMATCH", "kv_bytes_per_token", std::to_string(hello.kv_bytes_per_token()),
                       std::to_string(first.kv_bytes_per_token()));
     }
+    if (hello.weights_hash() != first.weights_hash()) {
+      const std::string here = std::to_string(hello.rank()), there = std::to_string(first.rank());
+      return Error(StatusCode::kFailedPrecondition, "MODEL_MISMATCH",
+                   "weights: rank " + here + " has hash " + hello.weights_hash() + ", rank " + there + " has " +
+                       first.weights_hash() + "; give all ranks the same file",
+                   {{"rank", here}, {"got", hello.weights_hash()}, {"other_rank", there},
+                    {"allowed", first.weights_hash()}});
+    }
     if (ranks_.count(hello.rank()) != 0) {
       return Error(StatusCode::kAlreadyExists, "RANK_TAKEN",
                    "rank " + std::to_string(hello.rank()) + " is there already");
     }
   }
+  if (ranks_.empty()) waiting_from_ = now;
   Rank& rank = ranks_[hello.rank()];
   rank.link = link;
   rank.hello = hello;
@@ -115,6 +125,12 @@ void Group::Closed(uint64_t link, const std::string& why, Events* events) {
 }
 
 void Group::Tick(double now, const std::vector<bool>& working, Events* events) {
+  if (state_ == State::kWaiting) {  // a stream that ends is noticed; ranks with nothing to do may be silent
+    if (!ranks_.empty() && now - waiting_from_ > options_.form_seconds) {
+      Lose(Missing() + " did not dial in within " + Seconds(options_.form_seconds), events);
+    }
+    return;
+  }
   std::string missing;
   for (auto& [index, rank] : ranks_) {
     const double silent = now - rank.last_heartbeat;
@@ -148,6 +164,17 @@ std::optional<int32_t> Group::RankOf(uint64_t link) const {
     if (rank.link == link) return index;
   }
   return std::nullopt;
+}
+
+std::string Group::Missing() const {
+  constexpr int kShown = 8;
+  std::string out;
+  int missing = 0;
+  for (int32_t index = 0; index < size(); ++index) {
+    if (ranks_.count(index) != 0 || ++missing > kShown) continue;
+    out += (out.empty() ? "" : ", ") + Describe(index);
+  }
+  return missing > kShown ? out + " and " + std::to_string(missing - kShown) + " more" : out;
 }
 
 // For callers too: no host names, addresses or process ids.

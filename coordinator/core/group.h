@@ -22,7 +22,7 @@ struct GroupOptions {
   int32_t size = 0;            // ranks; 0: as the first hello says
   std::string fingerprint;     // of the model; ranks with another one are refused
   double dead_seconds = 15;    // without a heartbeat
-  double form_seconds = 300;   // from the last hello to the last GroupReady
+  double form_seconds = 300;   // from the first hello to the last, and from there to the last GroupReady
   double stuck_seconds = 120;  // without progress of a rank that has a command
 };
 
@@ -41,6 +41,7 @@ class Group {
   struct Events {
     bool formed = false;
     std::optional<std::string> lost;  // the cause, one sentence
+    bool planned = false;             // not a loss: the coordinator stops
     std::vector<uint64_t> leave;      // links to shut down, with `lost` as the reason
     std::vector<uint64_t> form;       // links to send FormGroup to
   };
@@ -70,11 +71,13 @@ class Group {
  private:
   Status CheckHello(const wire::Hello& hello) const;
   std::string Describe(int32_t rank) const;
+  std::string Missing() const;  // ranks of the launch that did not dial in
 
   const GroupOptions options_;
   State state_ = State::kWaiting;
   int64_t epoch_ = 1;
   std::map<int32_t, Rank> ranks_;
+  double waiting_from_ = 0;  // first hello of the launch
   double formed_from_ = 0;
   std::string last_incident_;
 };

@@ -32,16 +32,15 @@ std::vector<int64_t> KvLedger::Need(int64_t first_pos, int64_t tokens) const {
   return need;
 }
 
-Status KvLedger::Check(int64_t first_pos, int64_t tokens) const {
-  const std::vector<int64_t> need = Need(first_pos, tokens);
+Status KvLedger::Fits(const std::vector<int64_t>& need, const char* reason, const std::string& what) const {
   for (size_t rank = 0; rank < need.size(); ++rank) {
     const int64_t free_here = book_->capacity[rank] - book_->used[rank];
     if (need[rank] <= free_here) continue;
     const std::string need_bytes = std::to_string(Sum(need));
     const std::string free_bytes = std::to_string(capacity_bytes() - used_bytes());
-    return Error(StatusCode::kResourceExhausted, "KV_CAPACITY",
-                 "K/V memory: got " + std::to_string(tokens) + " tokens of " + need_bytes + " bytes, free " +
-                     free_bytes + " bytes; delete or shorten a context, or start more ranks",
+    return Error(StatusCode::kResourceExhausted, reason,
+                 what + " of " + need_bytes + " bytes, free " + free_bytes +
+                     " bytes; delete or shorten a context, or start more ranks",
                  {{"need_bytes", need_bytes},
                   {"free_bytes", free_bytes},
                   {"rank", std::to_string(rank)},
@@ -49,6 +48,19 @@ Status KvLedger::Check(int64_t first_pos, int64_t tokens) const {
                   {"rank_free_bytes", std::to_string(free_here)}});
   }
   return absl::OkStatus();
+}
+
+Status KvLedger::Check(int64_t first_pos, int64_t tokens) const {
+  return Fits(Need(first_pos, tokens), "KV_CAPACITY", "K/V memory: got " + std::to_string(tokens) + " tokens");
+}
+
+Status KvLedger::CheckEach(int64_t bytes) const {
+  const std::vector<int64_t> need(book_->capacity.size(), bytes);
+  return Fits(need, "ADAPT_OUT_OF_MEMORY", "adapter memory: got an adaptation");
+}
+
+std::shared_ptr<KvReservation> KvLedger::TakeEach(int64_t bytes) {
+  return std::make_shared<KvReservation>(book_, std::vector<int64_t>(book_->capacity.size(), bytes));
 }
 
 StatusOr<std::shared_ptr<KvReservation>> KvLedger::Reserve(int64_t first_pos, int64_t tokens) {

@@ -1,4 +1,4 @@
-// Who has reserved how many bytes of K/V on which rank. Admission asks here before any command is sent.
+// Who has reserved how many bytes on which rank, of K/V and adapters. Admission asks here before any command is sent.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +25,10 @@ class KvLedger {
   Status Check(int64_t first_pos, int64_t tokens) const;
   StatusOr<std::shared_ptr<KvReservation>> Reserve(int64_t first_pos, int64_t tokens);
 
+  // The same bytes on every rank, for an adaptation. RESOURCE_EXHAUSTED ADAPT_OUT_OF_MEMORY, metadata as above.
+  Status CheckEach(int64_t bytes) const;
+  std::shared_ptr<KvReservation> TakeEach(int64_t bytes);  // after CheckEach
+
   int64_t capacity_bytes() const;  // all ranks
   int64_t used_bytes() const;
   int64_t bytes_per_token() const;
@@ -36,6 +40,7 @@ class KvLedger {
     std::vector<int64_t> used;
     int64_t bytes_per_token = 0;
   };
+  Status Fits(const std::vector<int64_t>& need, const char* reason, const std::string& what) const;
   std::vector<int64_t> Need(int64_t first_pos, int64_t tokens) const;
 
   std::shared_ptr<Book> book_ = std::make_shared<Book>();

@@ -29,7 +29,8 @@ class PrefillJob : public Job {
   bool answered() const override { return ended(); }         // a context that can be prefilled again, or is READY
   const api::PrefillEvent& event() const { return event_; }  // newest progress
   const std::shared_ptr<Session>& session() const { return session_; }
-  int watchers = 0;  // callers attached
+  int watchers = 0;   // callers attached
+  bool keep = false;  // one of them chose CONTINUE
 
  protected:
   bool NextCommand(wire::Command* command, double now) override;

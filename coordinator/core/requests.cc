@@ -182,6 +182,7 @@ StatusOr<Coordinator::PrefillStart> Coordinator::Prefill(const api::PrefillConte
     if (job->stopping())
       return Busy(StatusCode::kFailedPrecondition, request.name(), "its prefill is being cancelled; retry");
     ++job->watchers;
+    job->keep |= request.on_disconnect() != api::CANCEL;
     return PrefillStart{job, session};
   }
   REFOCUS_RETURN_IF_ERROR(CheckServing());
@@ -190,6 +191,7 @@ StatusOr<Coordinator::PrefillStart> Coordinator::Prefill(const api::PrefillConte
   session->StartPrefill(NextId(), std::move(memory));
   auto job = std::make_shared<PrefillJob>(NextId(), now(), session, &tools_);
   ++job->watchers;
+  job->keep = request.on_disconnect() != api::CANCEL;
   prefills_[request.name()] = job;
   Track(job, session);
   return PrefillStart{job, session};
@@ -201,6 +203,12 @@ api::PrefillEvent Coordinator::PrefillResult(const Session& session) const {
   return event;
 }
 
+// What a repeated request id may answer with: the adapter is the one that the first call made.
+bool Coordinator::StillThere(const AdaptOutcome& outcome, Session& session) const {
+  const Session::Adapter* adapter = session.FindAdapter(outcome.last.adapter().id());
+  return adapter != nullptr && adapter->info.uid() == outcome.last.adapter().uid();
+}
+
 StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& request, Session& session) {
   // A request id without a seed gets the same one again: a repeated call repeats the work.
   uint64_t seed = environment_.random();
@@ -209,6 +217,11 @@ StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& re
   REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, session.token_count(), seed));
   const Session::Adapter* adapter = session.FindAdapter(plan.adapter_id);
   if (adapter == nullptr && plan.from_committed) return AdapterNotFound(session, plan.adapter_id);
+  if (adapter == nullptr && session.adapter_count() >= kMaxAdaptersPerContext) {
+    const std::string limit = std::to_string(kMaxAdaptersPerContext);
+    return Error(StatusCode::kResourceExhausted, "TOO_MANY_ADAPTERS",
+                 session.name() + ": got one adapter more than " + limit + "; delete one", {{"limit", limit}});
+  }
   plan.adapter_uid = adapter != nullptr ? adapter->uid : NextId();
   plan.public_uid = adapter != nullptr ? adapter->info.uid() : RandomName(environment_.random());
   plan.kept_revision = adapter != nullptr ? adapter->info.revision() : 0;
@@ -230,11 +243,14 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
     REFOCUS_ASSIGN_OR_RETURN(const RequestOutcome* outcome, requests_.Find(key, body_hash));
     if (outcome != nullptr && std::holds_alternative<AdaptOutcome>(*outcome)) {
       const auto& done = std::get<AdaptOutcome>(*outcome);
-      return AdaptStart{nullptr, {done.effective, done.last}};
-    }
-    if (outcome != nullptr) {
+      if (StillThere(done, *session)) return AdaptStart{nullptr, {done.effective, done.last}};
+    } else if (outcome != nullptr) {
       AdaptStart start{std::get<std::shared_ptr<AdaptJob>>(*outcome), {}};
+      if (start.job->stopping()) {
+        return Busy(StatusCode::kAborted, request.name(), "the adaptation of this request_id is stopping; retry");
+      }
       ++start.job->watchers;
+      start.job->keep |= request.on_disconnect() != api::CANCEL;
       return start;
     }
   }
@@ -245,15 +261,20 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
   }
   if (session->adapting())
     return Busy(StatusCode::kAborted, request.name(), "another adaptation runs; wait for its end");
+  const int64_t work = AdaptWorkBytes(options_.model), delta = AdaptDeltaBytes(options_.model);
+  REFOCUS_RETURN_IF_ERROR(ledger_.CheckEach(work + delta));
   if (request.validate_only()) {
     AdaptStart start;
     *start.events.emplace_back().mutable_effective() = plan.effective;
     return start;
   }
   REFOCUS_RETURN_IF_ERROR(CheckQueue());
+  plan.work_memory = ledger_.TakeEach(work);
+  plan.delta_memory = ledger_.TakeEach(delta);
   session->StartAdapt();
   auto job = std::make_shared<AdaptJob>(NextId(), now(), session, std::move(plan), &tools_);
   ++job->watchers;
+  job->keep = request.on_disconnect() != api::CANCEL;
   if (!request.request_id().empty()) {
     requests_.Put(key, body_hash, job);
     adapt_keys_[job.get()] = {key, body_hash};
@@ -275,10 +296,7 @@ StatusOr<SequencePlan> Coordinator::PlanSequence(const std::shared_ptr<Session>&
   plan.adapter_id = adapter_id;
   if (!adapter_id.empty()) {
     REFOCUS_RETURN_IF_ERROR(CheckAdapterId(adapter_id));
-    const Session::Adapter* adapter = session->FindAdapter(adapter_id);
-    if (adapter == nullptr) return AdapterNotFound(*session, adapter_id);
-    plan.adapter_uid = adapter->uid;
-    plan.revision = adapter->info.revision();
+    if (session->FindAdapter(adapter_id) == nullptr) return AdapterNotFound(*session, adapter_id);
   }
   REFOCUS_RETURN_IF_ERROR(CheckQueue());
   REFOCUS_ASSIGN_OR_RETURN(plan.memory, ledger_.Reserve(session->token_count(), prompt_tokens + answer_tokens));
@@ -295,6 +313,7 @@ StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::Generate
                            PlanGenerate(request, options_.model, tokenizer_.get(), environment_.random()));
   REFOCUS_ASSIGN_OR_RETURN(plan.sequence,
                            PlanSequence(session, request.adapter_id(), std::move(prompt), plan.max_tokens));
+  plan.request_id = request.request_id().empty() ? RandomName(environment_.random()) : request.request_id();
   session->StartAnswer(request.adapter_id());
   auto job = std::make_shared<GenerateJob>(NextId(), now(), session, std::move(plan), tokenizer_.get(), &tools_);
   Track(job, session);

@@ -14,6 +14,7 @@ ScoreJob::ScoreJob(uint64_t id, double now, std::shared_ptr<Session> session, Sc
 
 bool ScoreJob::NextCommand(wire::Command* command, double now) {
   if (!open_sent_) {
+    if (!ResolveAdapter(*session_, &plan_.sequence)) return false;
     open_sent_ = true;
     started_ = now;
     wire::OpenSequence* open = command->mutable_open_sequence();

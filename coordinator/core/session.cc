@@ -46,6 +46,7 @@ void Session::DropCache(const std::string& why) {
   memory_.reset();
   prefilled_ = 0;
   adapters_.clear();
+  committing_.clear();
 }
 
 void Session::StartAdapt() {
@@ -53,14 +54,17 @@ void Session::StartAdapt() {
   state_ = api::Context::ADAPTING;
 }
 
-void Session::FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter>& committed) {
+void Session::FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter>& committed,
+                          std::shared_ptr<KvReservation> memory) {
   REFOCUS_CHECK_EQ(state_, api::Context::ADAPTING);
   state_ = api::Context::READY;
+  committing_.clear();
   if (!committed) return;
   Adapter& adapter = adapters_[committed->id()];
   REFOCUS_CHECK_EQ(committed->revision(), adapter.info.revision() + 1);
   adapter.uid = adapter_uid;
   adapter.info = *committed;
+  adapter.memory = std::move(memory);
 }
 
 Session::Adapter* Session::FindAdapter(const std::string& id) {

@@ -28,7 +28,8 @@ class Session {
   struct Adapter {
     uint64_t uid = 0;  // on the ranks
     api::Adapter info;
-    int users = 0;  // answers being made with it
+    std::shared_ptr<KvReservation> memory;  // of the committed delta
+    int users = 0;                          // answers being made with it
   };
   struct Setup {
     std::string name;  // "contexts/{id}"
@@ -56,10 +57,17 @@ class Session {
   // K/V and adapters are gone or going; the tokens stay. `why`: one sentence.
   void DropCache(const std::string& why);
 
-  // Adaptation: one at a time. `committed` is the adapter's new revision; none: it stays at the old one.
+  // Adaptation: one at a time. `committed` is the adapter's new revision; none: it stays at the old one, and `memory`,
+  // which is the new delta's, is given back.
   void StartAdapt();
-  void FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter>& committed);
+  void FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter>& committed,
+                   std::shared_ptr<KvReservation> memory);
+  // While a commit of that adapter is on its way nobody can say which revision the next command will find.
+  void StartCommit(const std::string& adapter_id) { committing_ = adapter_id; }
+  void EndCommit() { committing_.clear(); }
+  bool committing(const std::string& adapter_id) const { return !adapter_id.empty() && committing_ == adapter_id; }
   Adapter* FindAdapter(const std::string& id);
+  int64_t adapter_count() const { return static_cast<int64_t>(adapters_.size()); }
   void EraseAdapter(const std::string& id) { adapters_.erase(id); }
 
   // Answers (generate, score) while they run; `adapter_id` may be empty.
@@ -85,6 +93,7 @@ class Session {
   int64_t prefilled_ = 0;
   api::PrefillEvent last_prefill_;
   std::map<std::string, Adapter> adapters_;
+  std::string committing_;  // adapter; empty: none
   int answers_ = 0;
 };
 

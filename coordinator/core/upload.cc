@@ -1,5 +1,6 @@
 #include "coordinator/core/upload.h"
 
+#include <algorithm>
 #include <bit>
 #include <utility>
 
@@ -9,6 +10,12 @@
 namespace refocus {
 
 static_assert(std::endian::native == std::endian::little, "ids are hashed as little-endian 32-bit");
+
+int64_t MaxTextBytes(int64_t max_tokens, int64_t longest_token) {
+  constexpr int64_t kNfc = 4;  // normalization to NFC shrinks UTF-8 by less than this before it is tokenized
+  const int64_t token_bytes = std::max<int64_t>(longest_token, 1) * kNfc;
+  return max_tokens > kMaxTextBytes / token_bytes ? kMaxTextBytes : max_tokens * token_bytes;
+}
 
 Status Upload::Add(const api::CreateContextRequest::Chunk& chunk) {
   if (++chunks_ > kMaxUploadChunks) {
@@ -39,8 +46,8 @@ Status Upload::AddText(const std::string& text) {
                  "chunk.text: got text, but this model has no tokenizer; send ids");
   }
   const auto size = static_cast<int64_t>(text.size());
-  if (received_ + size > kMaxTextBytes) {
-    return TooLong(std::to_string(received_ + size) + " bytes or more", std::to_string(kMaxTextBytes) + " bytes");
+  if (received_ + size > max_text_bytes_) {
+    return TooLong(std::to_string(received_ + size) + " bytes or more", std::to_string(max_text_bytes_) + " bytes");
   }
   hash_.Update(text.data(), text.size());
   text_ += text;

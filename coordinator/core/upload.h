@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/limits.h"
 #include "base/model_config.h"
 #include "base/status.h"
 #include "coordinator/core/digest.h"
@@ -16,11 +17,15 @@
 
 namespace refocus {
 
+// Bytes of text that can be `max_tokens` tokens, the longest of which has `longest_token` bytes; at most kMaxTextBytes.
+int64_t MaxTextBytes(int64_t max_tokens, int64_t longest_token);
+
 class Upload {
  public:
-  // At most `max_tokens` tokens. `tokenizer` may be null (ids only); both outlive the upload.
-  Upload(const ModelConfig& model, const Tokenizer* tokenizer, int64_t max_tokens)
-      : model_(model), tokenizer_(tokenizer), max_tokens_(max_tokens) {}
+  // At most `max_tokens` tokens, and `max_text_bytes` before they are counted. `tokenizer` may be null (ids only); both outlive the upload.
+  Upload(const ModelConfig& model, const Tokenizer* tokenizer, int64_t max_tokens,
+         int64_t max_text_bytes = kMaxTextBytes)
+      : model_(model), tokenizer_(tokenizer), max_tokens_(max_tokens), max_text_bytes_(max_text_bytes) {}
 
   // OUT_OF_RANGE UPLOAD_OFFSET_MISMATCH, INVALID_ARGUMENT, FAILED_PRECONDITION NO_TOKENIZER, RESOURCE_EXHAUSTED
   // TOO_MANY_CHUNKS.
@@ -45,6 +50,7 @@ class Upload {
   const ModelConfig& model_;
   const Tokenizer* const tokenizer_;
   const int64_t max_tokens_;
+  const int64_t max_text_bytes_;
   Kind kind_ = Kind::kUnknown;
   int64_t chunks_ = 0;
   int64_t received_ = 0;  // bytes of text, or ids

@@ -199,6 +199,10 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, int64_t token_c
   if (r.has_explicit_spans()) {
     REFOCUS_RETURN_IF_ERROR(PlanExplicitSpans(r.explicit_spans(), token_count, &plan));
   }
+  int64_t rows = e.span_tokens();
+  if (!plan.explicit_spans.empty()) rows = 0;
+  for (const SpanRange& span : plan.explicit_spans) rows = std::max(rows, span.rows);
+  REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step x span_tokens", e.spans_per_step() * rows, 1, kMaxStepRows));
   plan.probes = ProbeSpans(token_count, e.span_tokens(), e.probe_spans());
   std::erase_if(plan.probes, [&](const SpanRange& probe) {  // what the caller trains on holds nothing out
     return std::any_of(plan.explicit_spans.begin(), plan.explicit_spans.end(), [&](const SpanRange& span) {

@@ -18,7 +18,8 @@ namespace {
 
 std::string Sha256Of(const std::string& bytes) {
   std::string digest(SHA256_DIGEST_LENGTH, '\0');
-  SHA256(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size(), reinterpret_cast<unsigned char*>(digest.data()));
+  SHA256(reinterpret_cast<const unsigned char*>(bytes.data()), bytes.size(),
+         reinterpret_cast<unsigned char*>(digest.data()));
   return digest;
 }
 
@@ -59,7 +60,8 @@ struct Contexts : v1::ContextService::Service {
     response->set_name(request->name());
     return grpc::Status::OK;
   }
-  grpc::Status DeleteContext(grpc::ServerContext*, const v1::DeleteContextRequest*, v1::DeleteContextResponse*) override {
+  grpc::Status DeleteContext(grpc::ServerContext*, const v1::DeleteContextRequest*,
+                             v1::DeleteContextResponse*) override {
     ++calls;
     return Unavailable(0);
   }
@@ -82,15 +84,17 @@ struct Contexts : v1::ContextService::Service {
 
 struct Inference : v1::InferenceService::Service {
   // One id a byte: the worst case for the size of an answer.
-  grpc::Status Tokenize(grpc::ServerContext*, const v1::TokenizeRequest* request, v1::TokenizeResponse* response) override {
+  grpc::Status Tokenize(grpc::ServerContext*, const v1::TokenizeRequest* request,
+                        v1::TokenizeResponse* response) override {
     EXPECT_LE(request->ByteSizeLong(), static_cast<size_t>(kPublicMessageBytes));
     pieces.push_back(request->text());
     for (const char c : request->text()) response->add_ids(static_cast<unsigned char>(c));
     return grpc::Status::OK;
   }
-  grpc::Status Score(grpc::ServerContext*, grpc::ServerReaderWriter<v1::ScoreEvent, v1::ScoreRequest>* stream) override {
+  grpc::Status Score(grpc::ServerContext*,
+                     grpc::ServerReaderWriter<v1::ScoreEvent, v1::ScoreRequest>* stream) override {
     v1::ScoreRequest request;
-    while (stream->Read(&request)) {
+    while (answers-- > 0 && stream->Read(&request)) {
       v1::ScoreEvent event;
       event.set_target_id(request.target_id());
       event.mutable_token_logprobs()->Resize(10'000, -1);
@@ -99,6 +103,7 @@ struct Inference : v1::InferenceService::Service {
     return grpc::Status::OK;
   }
   std::vector<std::string> pieces;
+  int answers = 1'000'000;  // of Score, before it ends as if all were well
 };
 
 class ClientTest : public testing::Test {
@@ -215,7 +220,8 @@ TEST_F(ClientTest, ARefusedUploadGivesTheServersReason) {
 TEST_F(ClientTest, LongDocumentsAreCutBeforeLettersAtLineStartsOnly) {
   std::mt19937 random(7);
   std::string text;
-  while (text.size() < 700'000) text += (random() % 3 ? "word " : "\n  indented ") + std::string(random() % 9 ? "" : "\nLine ");
+  while (text.size() < 700'000)
+    text += (random() % 3 ? "word " : "\n  indented ") + std::string(random() % 9 ? "" : "\nLine ");
   Client client(options_);
   const auto ids = client.TokenizeDocument(text);
   ASSERT_TRUE(ids.ok()) << ids.status();
@@ -243,6 +249,35 @@ TEST_F(ClientTest, ManyLargeScoresDoNotBlockEachOther) {
   const Status status = client.Score(requests, [&](const v1::ScoreEvent&) { ++events; });
   EXPECT_TRUE(status.ok()) << status;
   EXPECT_EQ(300, events);
+}
+
+TEST_F(ClientTest, MissingScoresAreAnError) {
+  std::vector<v1::ScoreRequest> requests(3);
+  inference_.answers = 2;
+  Client client(options_);
+  int events = 0;
+  const Status status = client.Score(requests, [&](const v1::ScoreEvent&) { ++events; });
+  EXPECT_EQ(2, events);
+  EXPECT_EQ("RESULTS_MISSING", DetailOf(status).reason);
+  EXPECT_NE(std::string::npos, std::string(status.message()).find("got 2 results, expected 3")) << status;
+}
+
+TEST_F(ClientTest, TextThatIsNoUtf8ArrivesAsItIs) {
+  const std::string text = "caf\xe9\xff";
+  Client client(options_);
+  ASSERT_TRUE(client.Tokenize(text, false, false).ok());
+  ASSERT_EQ(1u, inference_.pieces.size());
+  EXPECT_EQ(text, inference_.pieces[0]);
+}
+
+TEST_F(ClientTest, AProxyForWebPagesIsNotAsked) {
+  setenv("http_proxy", "http://127.0.0.1:1", 1);
+  setenv("grpc_proxy", "http://127.0.0.1:1", 1);
+  options_.max_attempts = 1;
+  Client client(options_);
+  EXPECT_TRUE(client.GetContext("contexts/a").ok());
+  unsetenv("http_proxy");
+  unsetenv("grpc_proxy");
 }
 
 TEST_F(ClientTest, AServerThatIsGoneIsNamed) {

@@ -173,7 +173,8 @@ TEST(RpcError, KeepsReasonAndMetadata) {
   const Status status = FromGrpc(WithDetails(info));
   EXPECT_EQ(StatusCode::kUnavailable, status.code());
   EXPECT_EQ("WORKER_LOST", DetailOf(status).reason);
-  EXPECT_EQ("the group is being rebuilt [WORKER_LOST, UNAVAILABLE]\n  cause: killed by signal 9\n  rank: 1", Describe(status));
+  EXPECT_EQ("the group is being rebuilt [WORKER_LOST, UNAVAILABLE]\n  cause: killed by signal 9\n  rank: 1",
+            Describe(status));
 }
 
 TEST(RpcError, BareStatusesAndGarbage) {

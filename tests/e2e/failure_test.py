@@ -100,6 +100,21 @@ class Supervision(unittest.TestCase):
             self.assertEqual(1, process.returncode)
             self.assertRegex(err, r"\[(DRAINING, UNAVAILABLE|.*CANCELLED|.*UNAVAILABLE)\]")
 
+    def test_coordinator_killed_while_draining(self):
+        with harness.Service(BIN, MODEL, RANKS, "--drain-seconds", "60") as service:
+            service.call("context", "create", TEXT, "--id", "c", "--max-tokens", "50")
+            process = service.start("ask", "c", "And", "--max-tokens", "4000", "--ignore-eos", "--json")
+            harness.first_line(process.stdout, lambda line: '"token_ids":[' in line)
+            service.remember()
+            coordinator, = [pid for pid in service.seen if harness.command_name(pid) == "refocus-coordinator"]
+            service.process.send_signal(signal.SIGTERM)
+            time.sleep(0.5)
+            self.assertIsNone(service.process.poll())
+            os.kill(coordinator, signal.SIGKILL)
+            self.assertEqual(1, service.process.wait(timeout=30), service.log())
+            service.expect_nothing_left()
+            process.communicate(timeout=10)
+
     def test_killed_launcher(self):
         with harness.Service(BIN, MODEL, RANKS) as service:
             old = service.worker_pids()

@@ -1,5 +1,6 @@
 """A real model on real text, through the command line. Usage: real_model_test.py BIN_FOLDER REPOSITORY [unittest arguments]"""
 import pathlib
+import signal
 import sys
 import unittest
 
@@ -54,6 +55,29 @@ class RealModel(unittest.TestCase):
 
     def test_2_ranks(self):
         self.run_on(2)
+
+    def test_watching_a_prefill_does_not_end_it(self):
+        with harness.Service(BIN, MODEL, 1) as service:
+            work = [["context", "create", TEXT, "--id", "novel", "--max-tokens", "2500", "--keep-going"], ["prefill", "novel"]]
+            for words in work:
+                process = service.start(*words)
+                harness.first_line(process.stderr, lambda line: line.startswith("prefill: "))
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=20)
+                self.assertEqual(130, process.returncode, err)
+                self.assertIn("the work goes on", err)
+                shown, = service.events("context", "show", "novel")
+                self.assertEqual("PREFILLING", shown["state"])
+            harness.wait_until("READY", lambda: service.events("context", "show", "novel")[0]["state"] == "READY", 60)
+            # Begun by this call, it ends with it.
+            service.call("context", "rm", "novel")
+            service.call("context", "create", TEXT, "--id", "novel", "--max-tokens", "2500", "--no-prefill")
+            process = service.start("prefill", "novel")
+            harness.first_line(process.stderr, lambda line: line.startswith("prefill: "))
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=20)
+            self.assertIn("the request was cancelled", err)
+            harness.wait_until("CREATED", lambda: service.events("context", "show", "novel")[0]["state"] == "CREATED", 10)
 
     def test_sampling_and_stops(self):
         with harness.Service(BIN, MODEL, 1) as service:

@@ -180,9 +180,25 @@ class Requests(unittest.TestCase):
         self.assertEqual([], [a for a in shown["adapters"] if int(a["revision"]) > 0])
         answer(self.service, "doc", [1], 2)
 
+    def test_an_adaptation_that_goes_on_can_be_attached_to(self):
+        work = ["adapt", "doc", "--adapter", "later", "--steps", "600", "--learning-rate", "1e-6", "--span-tokens", "8",
+                "--max-probe-rise", "100", "--keep-going"]
+        process = self.service.start(*work)
+        harness.first_line(process.stderr, lambda line: line.startswith("step "))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+        self.assertEqual(130, process.returncode, err)
+        self.assertIn("the work goes on", err)
+        request_id = err.split("--request-id ")[1].split()[0]
+        events = self.service.events(*work, "--request-id", request_id)
+        self.assertEqual(("later", "1", "600"), tuple(events[-1]["adapter"][key] for key in ("id", "revision", "steps")))
+        again = self.service.events(*work, "--request-id", request_id)  # its result, not a second adaptation
+        self.assertEqual(events[-1]["adapter"], again[-1]["adapter"])
+        self.service.call("context", "rm", "doc", "--adapter", "later")
+
     def test_status_screen(self):
         text = self.service.call("status")
-        for word in ("SERVING", "2 of 2 ranks", "llama", "token ids only", "heartbeat"):
+        for word in ("SERVING", "2 of 2 ranks", "1 context,", "llama", "token ids only", "heartbeat"):
             self.assertIn(word, text)
         self.assertEqual("SERVING\n", self.service.call("status", "--health"))
 

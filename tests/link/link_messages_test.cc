@@ -241,5 +241,46 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
   }
 }
 
+TEST(LinkMessagesTest, ResultKeepsEveryField) {
+  Result result;
+  result.epoch = 3;
+  result.seq = 4;
+  result.final = false;
+  result.status = Error(StatusCode::kResourceExhausted, "KV_CAPACITY", "caf\xc3\xa9", {{"need_bytes", "12"}});
+  result.cancelled = true;
+  result.seconds = 0.25;
+  result.agree = 0xffff'ffff'ffff'fff1;
+  result.kv_used_bytes = int64_t{1} << 40;
+  result.loss = 2.5;
+  result.grad_norm = 0.125;
+  result.tokens = {{9, -0.5f, {9, 8}, {-0.5f, -1.5f}}, {2, -0.25f, {}, {}}};
+  result.finished = true;
+  result.score_logprobs = {-1.0f, -2.0f};
+  result.score_greedy = {true, false};
+  const pb::Result m = WriteResult(result);
+  EXPECT_EQ(m.epoch(), 3);
+  EXPECT_EQ(m.seq(), 4);
+  EXPECT_FALSE(m.final());
+  EXPECT_EQ(m.code(), 8);
+  EXPECT_EQ(m.reason(), "KV_CAPACITY");
+  EXPECT_EQ(m.message(), "caf??");
+  EXPECT_EQ(m.metadata().at("need_bytes"), "12");
+  EXPECT_TRUE(m.cancelled());
+  EXPECT_EQ(m.seconds(), 0.25);
+  EXPECT_EQ(m.agree(), 0xffff'ffff'ffff'fff1);
+  EXPECT_EQ(m.kv_used_bytes(), int64_t{1} << 40);
+  EXPECT_EQ(m.loss(), 2.5);
+  EXPECT_EQ(m.grad_norm(), 0.125);
+  ASSERT_EQ(m.tokens_size(), 2);
+  EXPECT_EQ(m.tokens(0).id(), 9U);
+  EXPECT_EQ(m.tokens(0).top_ids(1), 8U);
+  EXPECT_EQ(m.tokens(0).top_logprobs(1), -1.5f);
+  EXPECT_EQ(m.tokens(1).logprob(), -0.25f);
+  EXPECT_TRUE(m.finished());
+  EXPECT_EQ(m.score_logprobs(1), -2.0f);
+  EXPECT_TRUE(m.score_greedy(0));
+  EXPECT_FALSE(m.score_greedy(1));
+}
+
 }  // namespace
 }  // namespace refocus

@@ -57,6 +57,13 @@ class Group : public pb::GroupService::Service {
   bool WaitReady() {
     return Wait([&] { return ready_ == size_; });
   }
+  bool WaitHellos(int count) {
+    return Wait([&] { return static_cast<int>(hellos_.size()) >= count; });
+  }
+  // Until the rank says that it executes the last command.
+  bool WaitRunning(int rank) {
+    return Wait([&] { return running_[rank] == seq_; });
+  }
   pid_t pid(int rank) {
     const std::lock_guard<std::mutex> lock(mutex_);
     return static_cast<pid_t>(hellos_[rank].pid());
@@ -75,9 +82,10 @@ class Group : public pb::GroupService::Service {
     fill(*message.mutable_command());
     SendAll(message);
   }
-  void SendShutdown() {
+  void SendShutdown(bool planned) {
     pb::CoordinatorMessage message;
     message.mutable_shutdown()->set_reason("test is over");
+    message.mutable_shutdown()->set_planned(planned);
     SendAll(message);
   }
 
@@ -130,6 +138,7 @@ class Group : public pb::GroupService::Service {
     while (stream->Read(&message)) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (message.has_ready()) ++ready_;
+      if (message.has_heartbeat()) running_[rank] = message.heartbeat().running_seq();
       if (message.has_result()) results_[rank].push_back(message.result());
       wake_.notify_all();
     }
@@ -156,6 +165,7 @@ class Group : public pb::GroupService::Service {
   std::map<int, pb::Hello> hellos_;
   std::map<int, Stream*> streams_;
   std::map<int, std::deque<pb::Result>> results_;
+  std::map<int, int64_t> running_;
   int ready_ = 0;
   bool stopping_ = false;
   int64_t seq_ = 0;
@@ -219,6 +229,13 @@ void Prefill(Group& group, int64_t first, int64_t rows) {
     for (int64_t p = first; p < first + rows; ++p) {
       c.mutable_prefill_chunk()->add_ids(static_cast<uint32_t>(p * 7 % 200 + 3));
     }
+  });
+}
+
+void OpenContext(Group& group) {
+  group.Send([](pb::Command& c) {
+    c.mutable_open_context()->set_context(1);
+    c.mutable_open_context()->set_capacity(600);
   });
 }
 
@@ -295,12 +312,15 @@ TEST(WorkerProcessTest, ServesAloneAndByMpirunAndEndsAsPlanned) {
       EXPECT_EQ(hello.nonce(), hellos.at(0).nonce());
       EXPECT_EQ(hello.nonce().size(), 32U);
       EXPECT_EQ(hello.model_fingerprint(), hellos.at(0).model_fingerprint());
+      EXPECT_EQ(hello.weights_hash(), hellos.at(0).weights_hash());
+      EXPECT_EQ(hello.weights_hash().size(), 16U);
+      EXPECT_EQ(hello.weights_hash().find_first_not_of("0123456789abcdef"), std::string::npos);
       EXPECT_EQ(hello.kv_capacity_bytes(), 64 << 20);
       EXPECT_EQ(hello.kv_bytes_per_token(), 2 * 2 * 3 * 80 * 4);
       EXPECT_GT(hello.weight_bytes(), 100'000);
     }
     answers.push_back(Serve(group));
-    group.SendShutdown();
+    group.SendShutdown(true);
     EXPECT_EQ(child.WaitForEnd(20.0), kExitOk) << ranks << " ranks";
   }
   EXPECT_EQ(answers[0].size(), 7U);
@@ -323,11 +343,58 @@ TEST(WorkerProcessTest, FrozenRankEndsTheLaunchWithinTheDeadline) {
   Child child(Mpirun(2, Worker(group.address(), {"--collective-deadline", "1"})));
   ASSERT_TRUE(group.WaitReady());
   kill(group.pid(1), SIGSTOP);
-  group.Send([](pb::Command& c) {
-    c.mutable_open_context()->set_context(1);
-    c.mutable_open_context()->set_capacity(600);
-  });
+  OpenContext(group);
   EXPECT_EQ(child.WaitForEnd(10.0), kExitGroup);
+}
+
+// A rank that waits in a collective must not wait for its deadline first.
+TEST(WorkerProcessTest, UnplannedShutdownEndsABusyRankAtOnce) {
+  Group group(2);
+  Child child(Mpirun(2, Worker(group.address())));
+  ASSERT_TRUE(group.WaitReady());
+  kill(group.pid(1), SIGSTOP);
+  OpenContext(group);
+  ASSERT_TRUE(group.WaitRunning(0));
+  group.SendShutdown(false);
+  EXPECT_EQ(child.WaitForEnd(3.0), kExitGroup);
+}
+
+TEST(WorkerProcessTest, UnplannedShutdownIsAFailureOfIdleRanksToo) {
+  Group group(2);
+  Child child(Mpirun(2, Worker(group.address())));
+  ASSERT_TRUE(group.WaitReady());
+  group.SendShutdown(false);
+  EXPECT_EQ(child.WaitForEnd(3.0), kExitGroup);
+}
+
+// A planned end that fails in a collective leaves messages behind, with which MPI_Finalize would not return.
+TEST(WorkerProcessTest, PlannedEndOfARankInAFailedCollectiveIsShort) {
+  Group group(2);
+  Child child(Mpirun(2, Worker(group.address(), {"--collective-deadline", "1.5"})));
+  ASSERT_TRUE(group.WaitReady());
+  kill(group.pid(1), SIGSTOP);
+  OpenContext(group);
+  ASSERT_TRUE(group.WaitRunning(0));
+  kill(group.pid(0), SIGTERM);
+  EXPECT_NE(child.WaitForEnd(5.0), -1);
+}
+
+// The ranks' loads may differ by more than the deadline of a collective.
+TEST(WorkerProcessTest, SlowLoadOfOneRankIsWaitedFor) {
+  Group group(2);
+  const std::vector<std::string> worker = Worker(group.address(), {"--collective-deadline", "0.5"});
+  std::vector<std::string> command = Mpirun(1, worker);
+  command.insert(command.end(), {":", "-np", "1", "env", "LD_PRELOAD=" REFOCUS_SLOW_READS});
+  command.insert(command.end(), worker.begin(), worker.end());
+  Child child(command);
+  ASSERT_TRUE(group.WaitHellos(1));
+  const Clock::time_point first = Clock::now();
+  ASSERT_TRUE(group.WaitReady());
+  EXPECT_GT(std::chrono::duration<double>(Clock::now() - first).count(), 1.0) << "no slow load: nothing was tested";
+  OpenContext(group);
+  ExpectAll(group, StatusCode::kOk, "open");
+  group.SendShutdown(true);
+  EXPECT_EQ(child.WaitForEnd(20.0), kExitOk);
 }
 
 TEST(WorkerProcessTest, LostCoordinatorIsAGroupFailure) {

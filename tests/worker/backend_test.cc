@@ -322,15 +322,24 @@ TEST_P(BackendTest, ExtremeLogits) {
   }
 }
 
+// Also behind a mask (230 keys, the last row sees 200), and when another rank holds no key for the row.
 TEST_P(BackendTest, NanQueryStaysLoud) {
-  const Scene scene{.pos = Range(180, 200), .keys = 200, .heads = 3, .kv_heads = 1, .head_dim = 16};
-  for (const int64_t rows : {1, 20}) {
-    OracleInput input = MakeInput(scene);
-    const at::Tensor q = input.q.narrow(0, 0, rows).clone();
-    q[rows - 1][1][3] = kNaN;
-    const Partial partial = backend_->Attend(q, input.pos.narrow(0, 20 - rows, rows), MakeViews(input, scene, 0));
-    EXPECT_TRUE(partial.out[rows - 1][1].isnan().all().item<bool>());
-    EXPECT_EQ(partial.out.isnan().sum().item<int64_t>(), 16);
+  for (const int64_t keys : {200, 230}) {
+    const Scene scene{.pos = Range(180, 200), .keys = keys, .heads = 3, .kv_heads = 1, .head_dim = 16};
+    for (const int64_t rows : {1, 20}) {
+      OracleInput input = MakeInput(scene);
+      const at::Tensor q = input.q.narrow(0, 0, rows).clone();
+      q[rows - 1][1][3] = kNaN;
+      const Partial partial = backend_->Attend(q, input.pos.narrow(0, 20 - rows, rows), MakeViews(input, scene, 0));
+      EXPECT_TRUE(partial.out[rows - 1][1].isnan().all().item<bool>());
+      EXPECT_EQ(partial.out.isnan().sum().item<int64_t>(), 16);
+      EXPECT_TRUE(partial.lse[rows - 1][1].isnan().item<bool>());
+      EXPECT_EQ(partial.lse.isnan().sum().item<int64_t>(), 1);
+      const Partial none = backend_->Attend(q, input.pos.narrow(0, 20 - rows, rows), {});
+      const Partial both = backend_->Combine(at::stack({partial.out, none.out}), at::stack({partial.lse, none.lse}));
+      EXPECT_TRUE(both.out[rows - 1][1].isnan().all().item<bool>());
+      EXPECT_TRUE(both.lse[rows - 1][1].isnan().item<bool>());
+    }
   }
 }
 

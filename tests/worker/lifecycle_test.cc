@@ -1,4 +1,6 @@
 // Contexts, adapters and sequences over their lives, on 1 to 4 ranks: who must not influence whom, cancels, refusals.
+#include <gtest/gtest.h>
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -6,8 +8,6 @@
 #include <string>
 #include <utility>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 #include "base/limits.h"
 #include "tests/worker/engine_harness.h"
@@ -253,6 +253,66 @@ TEST_P(LifecycleTest, CancelLeavesTogetherAndSkipsTheRest) {
   EXPECT_FALSE(group_.Wait(unrelated).result().cancelled);
   ExpectRefused(CloseContext{kOther}, StatusCode::kNotFound, "the cancelled open did nothing");
   EXPECT_EQ(Ask(kContext, 300), base);
+}
+
+// Queued chunks, steps and questions of a cancelled job do nothing, on all ranks.
+TEST_P(LifecycleTest, CancelSkipsChunksStepsAndQuestions) {
+  group_.Prefill(kContext, Ids(0, 300));
+  const auto base = Ask(kContext, 300);
+  group_.Do(OpenContext{kOther, 300});
+  group_.Do(BeginAdapt{kContext, kAdapter});
+  group_.Do(OpenSequence{5, kContext, 0, 0, 9});
+  group_.engine(0).Cancel(7);
+  EXPECT_TRUE(group_.Call(PrefillChunk{kOther, 0, Ids(0, 300)}, 7).result().cancelled);
+  EXPECT_TRUE(group_.Call(AdaptStep{kAdapter, 1, {Span{30, Ids(30, 20)}}}, 7).result().cancelled);
+  EXPECT_TRUE(group_.Call(ExtendSequence{5, 300, {7, 8, 9}, true}, 7).result().cancelled);
+  EXPECT_FALSE(group_.Do(PrefillChunk{kOther, 0, Ids(0, 300)}, 8).result().cancelled)
+      << "from the start: nothing was kept";
+  EXPECT_FALSE(group_.Do(AdaptStep{kAdapter, 1, {Span{30, Ids(30, 20)}}}, 8).result().cancelled);
+  group_.Do(EndAdapt{kAdapter, false});
+  group_.Do(CloseSequence{5});
+  EXPECT_EQ(Ask(kContext, 300), base);
+  EXPECT_EQ(Ask(kOther, 300), base);
+}
+
+// A step of many rows goes through the model in parts: the loss is the mean over all rows, the update that of one
+// gradient.
+TEST_P(LifecycleTest, LargeStepEqualsItsMean) {
+  group_.Prefill(kContext, golden_.context());
+  const std::vector<Span> spans = {{0, Ids(0, 400)}, {20, Ids(20, 301)}, {350, Ids(350, 350)}};
+  group_.Do(BeginAdapt{kContext, kAdapter});
+  double sum = 0.0;
+  int64_t rows = 0;
+  for (const Span& span : spans) {
+    sum += group_.Do(ProbeLoss{kAdapter, {span}}).result().loss * static_cast<double>(span.rows());
+    rows += span.rows();
+  }
+  EXPECT_NEAR(group_.Do(ProbeLoss{kAdapter, spans}).result().loss, sum / static_cast<double>(rows), 1e-6);
+  EXPECT_NEAR(group_.Do(AdaptStep{kAdapter, 1, spans}).result().loss, sum / static_cast<double>(rows), 1e-6);
+  group_.Do(EndAdapt{kAdapter, false});
+}
+
+TEST_P(LifecycleTest, AdaptersCountAsMemory) {
+  const ModelConfig& config = TestWeights("qwen3")->config;
+  const int64_t delta = 4 * config.query_parameters();
+  const int64_t context = 40 * config.kv_bytes_per_token(4);
+  Group small(TestWeights("qwen3"), GetParam(), context + 5 * delta);
+  small.Prefill(1, Ids(0, 40));
+  for (const uint64_t adapter : {1, 2}) {  // 4 + 0, then 4 + 1
+    small.Do(BeginAdapt{1, adapter});
+    EXPECT_EQ(small.Call(BeginAdapt{1, 9}).reason(), "ADAPT_OUT_OF_MEMORY");
+    small.Do(EndAdapt{adapter, true, 1});
+  }
+  EXPECT_EQ(small.Call(BeginAdapt{1, 3}).reason(), "ADAPT_OUT_OF_MEMORY") << "two are kept";
+  small.Do(DropAdapter{2});
+  small.Do(BeginAdapt{1, 3});
+  small.Do(EndAdapt{3, false});
+  small.Do(BeginAdapt{1, 1, true});
+  small.Do(AdaptStep{1, 1, {Span{3, Ids(3, 9)}}});
+  small.Do(EndAdapt{1, true, 2});
+  small.Do(CloseContext{1});
+  small.Prefill(1, Ids(0, 40));
+  small.Do(BeginAdapt{1, 1});
 }
 
 TEST_P(LifecycleTest, NonFiniteAnswersAreRefused) {
