@@ -1,7 +1,10 @@
 # One command per situation. `./setup` brings what is missing; REFOCUS_TORCH_ROOT points at an installed torch 2.11.
 BUILD := build/release
-CONFIGURE := $(if $(REFOCUS_TORCH_ROOT),-DREFOCUS_TORCH_ROOT=$(REFOCUS_TORCH_ROOT))
+# Always said: a path that an earlier call left in CMake's cache would stay otherwise.
+CONFIGURE := -DREFOCUS_TORCH_ROOT=$(or $(REFOCUS_TORCH_ROOT),$(CURDIR)/.deps/site/torch)
 JOBS ?= $(shell nproc)
+# Tests that start processes of several threads, or measure time, are marked to run alone.
+CTEST := ctest --output-on-failure -j 2 --test-dir
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build build-all demo test test-all asan tsan bench clean
@@ -12,7 +15,7 @@ help:
 	@echo "make test-all  also the slow ones"
 	@echo "make build     set up and build build/release/bin/{refocus,refocus-coordinator,refocus-worker}"
 	@echo "make asan      the fast tests under AddressSanitizer and UBSan;  make tsan: under ThreadSanitizer"
-	@echo "make bench     the benches"
+	@echo "make bench     attention, tokenizer, and a whole context on one rank and on two: tables, about 5 minutes on 2 cores"
 	@echo "make clean     remove build/ (what was fetched stays in .deps/)"
 
 setup:
@@ -30,18 +33,20 @@ build-all: setup
 	@cmake --build $(BUILD) -j $(JOBS)
 
 test: build-all
-	@ctest --test-dir $(BUILD) --output-on-failure -LE slow
+	@$(CTEST) $(BUILD) -LE slow
 
 test-all: build-all
-	@ctest --test-dir $(BUILD) --output-on-failure
+	@$(CTEST) $(BUILD)
 
 asan tsan: setup
 	@cmake --preset $@ $(CONFIGURE)
 	@cmake --build build/$@ -j $(JOBS)
-	@ctest --test-dir build/$@ --output-on-failure -L fast
+	@$(CTEST) build/$@ -L fast
 
-bench: build-all
-	@ls $(BUILD)/bin | grep bench || echo "no benches are built"
+bench: setup
+	@cmake --preset release $(CONFIGURE) -DREFOCUS_BENCH=ON
+	@cmake --build $(BUILD) -j $(JOBS) --target attention_bench context_bench tokenizer_bench
+	@./deploy/bench.sh $(BUILD)/bin
 
 clean:
 	rm -rf build

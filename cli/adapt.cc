@@ -64,7 +64,7 @@ class AdaptView {
       : settings_(settings), options_(options), progress_(std::cerr, StderrStyle(settings.quiet), "adapt", "steps") {}
 
   void OnEvent(const v1::AdaptEvent& event) {
-    if (settings_.json) PrintJson(event);
+    EmitEvent(settings_, event);
     switch (event.event_case()) {
       case v1::AdaptEvent::kEffective: OnEffective(event.effective()); break;
       case v1::AdaptEvent::kProbeLossBefore:
@@ -131,7 +131,7 @@ class AdaptView {
                      FormatFixed(step.grad_norm(), 4) + "  " + FormatFixed(step.step_seconds(), 3) + " s");
     }
     if (StderrStyle(settings_.quiet).terminal) {
-      progress_.Update(step.step(), steps_, 1 / per_step, per_step * static_cast<double>(steps_ - step.step()),
+      progress_.Update(step.step(), steps_, 0, per_step * static_cast<double>(steps_ - step.step()),
                        "loss " + FormatFixed(step.loss(), 4));
     }
   }
@@ -200,6 +200,7 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("--max-probe-rise", o->max_probe_rise, "Roll back when their loss rises by more, nats (0.1)")
       ->group(probe);
   AddCommonOptions(verb, settings);
+  AddEventOptions(verb, settings);
   verb->callback([=] { *run = [=] { return Adapt(*settings, *o); }; });
 }
 

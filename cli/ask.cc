@@ -123,11 +123,8 @@ int Ask(const Settings& settings, const AskOptions& options) {
     received += event.token_ids_size();
     logprobs.insert(logprobs.end(), event.logprobs().begin(), event.logprobs().end());
     if (event.has_summary()) summary = event.summary();
-    if (settings.json) {
-      PrintJson(event);
-    } else {
-      std::cout << event.text() << std::flush;
-    }
+    EmitEvent(settings, event);
+    if (!settings.json) std::cout << event.text() << std::flush;
   });
   if (!settings.json) std::cout << std::endl;
   if (!status.ok()) {
@@ -165,6 +162,7 @@ void AddAsk(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("--logprobs", o->logprobs, "Log-probabilities of the tokens and of the N most likely ones, 0 to 20")
       ->type_name("N")->group(sampling);
   AddCommonOptions(verb, settings);
+  AddEventOptions(verb, settings);
   verb->callback([=] { *run = [=] { return Ask(*settings, *o); }; });
 }
 

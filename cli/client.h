@@ -48,7 +48,7 @@ class Client {
   // of a tokenizer can span the cut.
   StatusOr<std::vector<uint32_t>> TokenizeDocument(std::string_view text);
 
-  // Exactly one of text and ids is sent, in chunks with offsets, total and SHA-256; 
+  // Exactly one of text and ids is sent, in chunks with offsets, total and SHA-256;
   // `on_sent(bytes or ids so far, total)`.
   struct Content {
     std::string_view text;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <functional>
+#include <iosfwd>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,6 +21,7 @@ struct Settings {  // options of every client verb
   ClientOptions client;
   bool quiet = false;
   bool json = false;  // one JSON object an event or result on stdout, nothing else there
+  std::shared_ptr<std::ostream> json_file;  // or null; gets the same objects beside the output for people
 };
 
 using Run = std::function<int()>;
@@ -37,6 +39,9 @@ void AddVersion(CLI::App& app, Run* run);
 // --address, --timeout, --quiet, --json, as the help group "Connection and output".
 void AddCommonOptions(CLI::App* verb, Settings* settings);
 
+// --json-file, for verbs whose events go through EmitEvent.
+void AddEventOptions(CLI::App* verb, Settings* settings);
+
 // Which queries answer: --adapter ID, --base, or neither: "default" if the context has it, else the base queries.
 struct AdapterChoice {
   std::string adapter;
@@ -53,6 +58,9 @@ int Finish(const std::string& verb, const Status& status, bool goes_on = false);
 
 // One line of JSON on stdout, field names as in the proto.
 void PrintJson(const google::protobuf::Message& message);
+
+// The event as JSON to where the settings want it: stdout (--json), a file (--json-file), both or neither.
+void EmitEvent(const Settings& settings, const google::protobuf::Message& event);
 
 // Prefills with a progress bar; used by `context create` and `prefill`.
 Status PrefillWithProgress(Client& client, const Settings& settings, const std::string& name, bool keep_going);

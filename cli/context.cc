@@ -241,6 +241,7 @@ void AddCreate(CLI::App* parent, Settings* settings, Run* run) {
   verb->add_flag("--no-bos", options->no_bos, "Do not begin with the model's begin-of-sequence token")->group(text);
   verb->add_flag("--keep-going", options->keep_going, "Ctrl-C leaves the prefill running on the server");
   AddCommonOptions(verb, settings);
+  AddEventOptions(verb, settings);
   verb->callback([=] { *run = [=] { return Create(*settings, *options); }; });
 }
 
@@ -253,7 +254,7 @@ Status PrefillWithProgress(Client& client, const Settings& settings, const std::
   Progress progress(std::cerr, StderrStyle(settings.quiet), "prefill", "tokens");
   v1::PrefillEvent last;
   REFOCUS_RETURN_IF_ERROR(client.Prefill(request, [&](const v1::PrefillEvent& event) {
-    if (settings.json) PrintJson(event);
+    EmitEvent(settings, event);
     const bool known = event.prefilled_tokens() > 0;
     progress.Update(event.prefilled_tokens(), event.total_tokens(), event.tokens_per_second(),
                     known ? event.eta_seconds() : -1);
@@ -318,6 +319,7 @@ void AddPrefill(CLI::App& app, Settings* settings, Run* run) {
   verb->add_flag("--keep-going", *keep_going,
                  "Ctrl-C leaves the work running on the server, as it does when another call began it");
   AddCommonOptions(verb, settings);
+  AddEventOptions(verb, settings);
   verb->callback([=] {
     *run = [=] { return Prefill(*settings, ContextName(*name), *keep_going); };
   });

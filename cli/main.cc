@@ -2,7 +2,10 @@
 #include <google/protobuf/util/json_util.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <fstream>
 #include <iostream>
 
 #include "cli/commands.h"
@@ -127,6 +130,17 @@ void AddCommonOptions(CLI::App* verb, Settings* settings) {
       ->group(group);
 }
 
+void AddEventOptions(CLI::App* verb, Settings* settings) {
+  const auto open = [settings](const std::string& path) {
+    const auto file = std::make_shared<std::ofstream>(path);
+    if (!*file) throw CLI::ValidationError("--json-file", path + ": cannot open: " + std::strerror(errno));
+    settings->json_file = file;
+  };
+  verb->add_option_function<std::string>("--json-file", open, "Write what --json prints to this file as well")
+      ->type_name("FILE")
+      ->group("Connection and output");
+}
+
 void AddAdapterOptions(CLI::App* verb, AdapterChoice* choice) {
   auto* adapter =
       verb->add_option("--adapter", choice->adapter,
@@ -159,14 +173,25 @@ int Finish(const std::string& verb, const Status& status, bool goes_on) {
   return ExitCodeOf(status);
 }
 
-void PrintJson(const google::protobuf::Message& message) {
+namespace {
+
+std::string Json(const google::protobuf::Message& message) {
   google::protobuf::util::JsonPrintOptions options;
   options.preserve_proto_field_names = true;
   options.always_print_primitive_fields = true;
   std::string text;
   const auto status = google::protobuf::util::MessageToJsonString(message, &text, options);
   if (!status.ok()) std::cerr << "refocus: a message without JSON form: " << status.message() << std::endl;
-  std::cout << text << std::endl;
+  return text;
+}
+
+}  // namespace
+
+void PrintJson(const google::protobuf::Message& message) { std::cout << Json(message) << std::endl; }
+
+void EmitEvent(const Settings& settings, const google::protobuf::Message& event) {
+  if (settings.json) PrintJson(event);
+  if (settings.json_file) *settings.json_file << Json(event) << std::endl;
 }
 
 }  // namespace refocus::cli

@@ -15,7 +15,7 @@ namespace {
 
 constexpr double kRedrawSeconds = 0.05;
 constexpr double kPlainSeconds = 10;
-constexpr int kBarColumns = 24;
+constexpr int kBarColumns = 16;
 
 double MonotonicSeconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

@@ -78,7 +78,7 @@ int Score(const Settings& settings, const ScoreOptions& options) {
   const Status status = client.Score(*requests, [&](const v1::ScoreEvent& event) {
     ++done;
     if (requests->size() > 1) progress.Update(done, static_cast<int64_t>(requests->size()), 0, -1);
-    if (settings.json) PrintJson(event);
+    EmitEvent(settings, event);
     const int64_t count = event.token_count();
     for (int64_t part = 0; options.parts > 1 && part < options.parts; ++part) {
       const int64_t begin = count * part / options.parts;
@@ -131,6 +131,7 @@ void AddScore(CLI::App& app, Settings* settings, Run* run) {
       ->check(CLI::Range(1, 1000))->capture_default_str()->group(output);
   verb->add_flag("--token-logprobs", o->token_logprobs, "Print every token's log-probability")->group(output);
   AddCommonOptions(verb, settings);
+  AddEventOptions(verb, settings);
   verb->callback([=] { *run = [=] { return Score(*settings, *o); }; });
 }
 

@@ -52,7 +52,8 @@ Status Guarded(F&& f) {
   try {
     return f();
   } catch (const std::bad_alloc&) {
-    return Error(StatusCode::kResourceExhausted, "SERVER_MEMORY", "the server has no memory for this call; retry later");
+    return Error(StatusCode::kResourceExhausted, "SERVER_MEMORY",
+                 "the server has no memory for this call; retry later");
   } catch (const std::exception& error) {
     return Error(StatusCode::kInternal, "EXCEPTION", std::string("the call failed unexpectedly: ") + error.what());
   } catch (...) {

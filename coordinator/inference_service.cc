@@ -169,7 +169,8 @@ grpc::ServerWriteReactor<api::GenerateEvent>* InferenceService::Generate(grpc::C
 }
 
 grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::Score(grpc::CallbackServerContext*) {
-  return ScoreCall::Start(hub_.calls(), [this](ScoreCall& call) { return StreamScores(call, hub_, score_idle_seconds_); });
+  return ScoreCall::Start(hub_.calls(),
+                          [this](ScoreCall& call) { return StreamScores(call, hub_, score_idle_seconds_); });
 }
 
 grpc::Status InferenceService::Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request,

@@ -17,8 +17,8 @@ int64_t ReadNumber(const std::string& path) {
   return file >> number ? number : -1;
 }
 
-// Cached files in memory.stat; 0 when unknown. The two lists and not `file`, which includes shared memory: that can only
-// be swapped out.
+// Cached files in memory.stat; 0 when unknown. The two lists and not `file`, which includes shared memory: that can
+// only be swapped out.
 int64_t CachedBytes(const std::string& path) {
   std::ifstream file(path);
   std::string key;

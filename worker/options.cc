@@ -19,8 +19,8 @@ constexpr char kAbout[] =
     "and a group of one rank without mpirun.";
 constexpr char kExitCodes[] =
     "Exit codes: 0 planned stop, 2 configuration, 3 weights, 4 hardware, 5 group failure, 130 interrupt.\n"
-    "SIGTERM or SIGINT stops a group of one rank as planned; sent to one rank of several it breaks the group up: stop the\n"
-    "coordinator instead, which ends all ranks together.\n"
+    "SIGTERM or SIGINT stops a group of one rank as planned; sent to one rank of several it breaks the group up: stop\n"
+    "the coordinator instead, which ends all ranks together.\n"
     "A flag wins over its environment variable, which wins over the default.\n";
 
 std::string CheckAddress(const std::string& text) {

@@ -193,9 +193,8 @@ class Loader {
       files_.emplace(path, std::move(file));
     }
     RunThreads(std::clamp<int64_t>(options_.threads, 1, static_cast<int64_t>(parts_.size())));
-    if (exception_ != nullptr) return OutOfResources();
-    if (error_.ok() && options_.progress) options_.progress(total_bytes_, total_bytes_);
-    return error_;
+    if (!failed_ && options_.progress) Guard([this] { options_.progress(total_bytes_, total_bytes_); });
+    return exception_ == nullptr ? error_ : OutOfResources();
   }
 
   // Of all parts; they are summed, since their order is not fixed. After Run.
@@ -207,19 +206,25 @@ class Loader {
     std::vector<std::thread> others;
     others.reserve(static_cast<size_t>(threads));
     try {
-      while (static_cast<int64_t>(others.size()) + 1 < threads) others.emplace_back([this] { Work(false); });
-    } catch (const std::exception& error) {
-      LogWarning("loading with " + std::to_string(others.size() + 1) + " of " + std::to_string(threads) +
-                 " threads: " + error.what());
+      while (static_cast<int64_t>(others.size()) + 1 < threads) {
+        others.emplace_back([this] { Guard([this] { Work(false); }); });
+      }
+    } catch (const std::exception&) {  // nothing may throw here while threads are not joined
     }
-    Work(true);
+    Guard([this] { Work(true); });
     for (std::thread& thread : others) thread.join();
+    const int64_t got = static_cast<int64_t>(others.size()) + 1;
+    if (got < threads) {
+      LogWarning("loaded with " + std::to_string(got) + " threads, asked for " + std::to_string(threads) +
+                 ": the system gave no more");
+    }
   }
 
-  // Throws nothing: it is the outermost function of a thread.
-  void Work(bool report) noexcept {
+  // An exception stops the load instead of the process. The outermost function of a thread.
+  template <typename Function>
+  void Guard(const Function& function) noexcept {
     try {
-      WorkThrough(report);
+      function();
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex_);
       if (exception_ == nullptr) exception_ = std::current_exception();
@@ -239,7 +244,7 @@ class Loader {
     return Error(StatusCode::kResourceExhausted, "HARDWARE", "loading the weights: " + what);
   }
 
-  void WorkThrough(bool report) {
+  void Work(bool report) {
     std::vector<uint8_t> stage;
     while (!failed_) {
       const size_t index = next_++;

@@ -49,7 +49,8 @@ class Catalog {
  public:
   explicit Catalog(uint64_t token_key) : token_key_(token_key) {}
 
-  // A name that is being uploaded: ABORTED CONTEXT_BUSY for a second upload, or while the old one is being deleted, ALREADY_EXISTS CONTEXT_EXISTS when it is
+  // A name that is being uploaded: ABORTED CONTEXT_BUSY for a second upload, or while the old one is being
+  // deleted, ALREADY_EXISTS CONTEXT_EXISTS when it is
   // there, RESOURCE_EXHAUSTED CONTEXT_COUNT when there are too many.
   Status Claim(const std::string& name);
   bool Claimed(const std::string& name) const { return claimed_.count(name) != 0; }

@@ -22,7 +22,8 @@ int64_t MaxTextBytes(int64_t max_tokens, int64_t longest_token);
 
 class Upload {
  public:
-  // At most `max_tokens` tokens, and `max_text_bytes` before they are counted. `tokenizer` may be null (ids only); both outlive the upload.
+  // At most `max_tokens` tokens, and `max_text_bytes` before they are counted. `tokenizer` may be null (ids
+  // only); both outlive the upload.
   Upload(const ModelConfig& model, const Tokenizer* tokenizer, int64_t max_tokens,
          int64_t max_text_bytes = kMaxTextBytes)
       : model_(model), tokenizer_(tokenizer), max_tokens_(max_tokens), max_text_bytes_(max_text_bytes) {}

@@ -1,4 +1,5 @@
-"""Writes golden/: two small GGUF files of mixed tensor types, and the same weights as transformers reads them from GGUF.
+"""Writes golden/: two small GGUF files of mixed tensor types, and the same weights as transformers reads them
+from GGUF.
 
 Run: python3 tests/base/make_golden.py (needs torch 2.11, transformers 5.23, safetensors 0.8, gguf 0.19: versions used).
 The GGUF side is written by gguf-py from random weights, Llama's query and key rows interleaved as llama.cpp wants them;

@@ -126,7 +126,8 @@ TEST(MutationTest, SafetensorsHeader) {
   const TempDir dir;
   const std::string header =
       R"({"__metadata__":{"format":"pt"},"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},)"
-      R"("b":{"dtype":"BF16","shape":[5],"data_offsets":[24,34]},"c":{"dtype":"F16","shape":[],"data_offsets":[34,36]}})";
+      R"("b":{"dtype":"BF16","shape":[5],"data_offsets":[24,34]},)"
+      R"("c":{"dtype":"F16","shape":[],"data_offsets":[34,36]}})";
   RunMutations(Safetensors(header, std::string(36, 'd')), 2, [&](const std::string& bytes) {
     const auto table = ReadSafetensorsHeader(dir.Write("m.safetensors", bytes));
     if (table.ok()) {
@@ -154,8 +155,10 @@ TEST(MutationTest, HuggingFaceConfig) {
   const TempDir dir;
   const std::string text =
       R"({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 64,)"
-      R"( "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96, "vocab_size": 50,)"
-      R"( "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "eos_token_id": [1, 2], "rms_norm_eps": 1e-6})";
+      R"( "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96,)"
+      R"( "vocab_size": 50,)"
+      R"( "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "eos_token_id": [1, 2],)"
+      R"( "rms_norm_eps": 1e-6})";
   RunMutations(text, 4, [&](const std::string& bytes) {
     dir.Write("config.json", bytes);
     const auto config = LoadModelConfig(dir.path());

@@ -11,7 +11,8 @@ namespace {
 
 constexpr char kTwoTensors[] =
     R"({"__metadata__":{"format":"pt"},)"
-    R"("b":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]},"a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]}} )";
+    R"("b":{"dtype":"BF16","shape":[3],"data_offsets":[8,14]},)"
+    R"("a":{"dtype":"F32","shape":[2,1],"data_offsets":[0,8]}} )";
 const std::string kFourteen(14, 'x');
 
 class SafetensorsTest : public ::testing::Test {

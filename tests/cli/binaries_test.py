@@ -1,7 +1,7 @@
 """What the binaries link and export. Usage: binaries_test.py BIN_FOLDER [unittest arguments]
 
-LibTorch carries a protobuf of its own: the worker must export none of ours beside it. Processes that compute nothing load no
-LibTorch and no MPI.
+LibTorch carries a protobuf of its own: the worker must export none of ours beside it. Processes that compute
+nothing load no LibTorch and no MPI.
 """
 import pathlib
 import subprocess

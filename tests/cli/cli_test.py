@@ -1,4 +1,7 @@
-"""The refocus binary without a server: help, usage errors, exit codes. Usage: cli_test.py BIN_FOLDER [unittest arguments]"""
+"""The refocus binary without a server: help, usage errors, exit codes.
+
+Usage: cli_test.py BIN_FOLDER [unittest arguments]
+"""
 import json
 import os
 import pathlib
@@ -10,14 +13,14 @@ import time
 import unittest
 
 BIN = pathlib.Path(sys.argv.pop(1))
-VERBS = [["serve"], ["context", "create"], ["context", "list"], ["context", "show"], ["context", "rm"], ["prefill"], ["adapt"],
-         ["ask"], ["score"], ["tokenize"], ["status"], ["version"]]
+VERBS = [["serve"], ["context", "create"], ["context", "list"], ["context", "show"], ["context", "rm"], ["prefill"],
+         ["adapt"], ["ask"], ["score"], ["tokenize"], ["status"], ["version"]]
 
 
 def refocus(*arguments, **environment):
     variables = {k: v for k, v in os.environ.items() if not k.startswith("REFOCUS_")}
-    return subprocess.run([BIN / "refocus", *arguments], capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
-                          env={**variables, **environment})
+    return subprocess.run([BIN / "refocus", *arguments], capture_output=True, text=True, timeout=60,
+                          stdin=subprocess.DEVNULL, env={**variables, **environment})
 
 
 def closed_port():
@@ -47,7 +50,8 @@ class Help(unittest.TestCase):
 
     def test_defaults_and_units(self):
         text = refocus("adapt", "--help").stdout
-        for word in ("Optimizer", "Spans", "Held-out spans", "Connection and output", "(32)", "(1e-5", "(128)", "seconds", "nats"):
+        for word in ("Optimizer", "Spans", "Held-out spans", "Connection and output", "(32)", "(1e-5", "(128)",
+                     "seconds", "nats"):
             self.assertIn(word, text)
         self.assertIn("127.0.0.1:7070", refocus("serve", "--help").stdout)
 
@@ -85,6 +89,7 @@ class UsageErrors(unittest.TestCase):
         self.check(["serve"], "/no/such", REFOCUS_MODEL="/no/such")
         self.check(["context", "create", "/no/such"], "/no/such", "No such file", "CONFIG_INVALID")
         self.check(["context", "create", "/"], "cannot read", "CONFIG_INVALID")
+        self.check(["adapt", "x", "--json-file", "/no/such/file"], "--json-file", "/no/such/file", "No such file")
         self.check(["adapt", "x", "--span", "1-2"], "--span", "1-2", "START:LENGTH", "FIELD_OUT_OF_RANGE")
 
     def test_ids(self):
@@ -104,7 +109,8 @@ class UsageErrors(unittest.TestCase):
                 for word in (f"127.0.0.1:{port}", "refocus serve", "[NOT_REACHABLE, UNAVAILABLE]"):
                     self.assertIn(word, first)
         # An option beats the environment.
-        self.assertIn("127.0.0.1:1:", refocus("status", "--address", "127.0.0.1:1", REFOCUS_ADDRESS="127.0.0.1:2").stderr)
+        result = refocus("status", "--address", "127.0.0.1:1", REFOCUS_ADDRESS="127.0.0.1:2")
+        self.assertIn("127.0.0.1:1:", result.stderr)
         self.assertLess(time.monotonic() - begin, 40)
 
 

@@ -31,6 +31,25 @@ def named_paths(text):
             yield target
 
 
+def listed_files(text):
+    """Of the block under "One line per file": folders, and glob patterns of the names that stand within them."""
+    block = text.split("## One line per file", 1)[1].split("```")[1]
+    folder = ""
+    for line in block.strip("\n").splitlines():
+        names = re.split(r" {2,}", line.strip())[0].split()
+        if line.startswith(" "):
+            yield from (folder + name for name in names)
+        else:
+            folder = names[0]
+            yield from names
+
+
+def is_listed_thing(path, root):
+    if path.endswith("/"):
+        return (root / path).is_dir()
+    return bool(glob.glob(str(root / path) + ".*"))
+
+
 class Documents(unittest.TestCase):
     def test_named_paths_exist(self):
         self.assertTrue(DOCUMENTS[0].exists())
@@ -42,6 +61,21 @@ class Documents(unittest.TestCase):
                 # Twins are named by their common stem: worker/backend_cpu stands for its .h and .cc.
                 hit = any(glob.glob(str(base / path)) or glob.glob(str(base / path) + ".*") for base in bases)
                 self.assertTrue(hit, f"{document.relative_to(ROOT)} names {path}, which does not exist")
+
+    def test_one_line_per_file(self):
+        listed = list(listed_files((ROOT / "docs/architecture.md").read_text(encoding="utf-8")))
+        self.assertGreater(len(listed), 40)
+        self.assertIn("coordinator/core/session", listed)
+        self.assertEqual([], [path for path in listed if not is_listed_thing(path, ROOT)])
+        self.assertEqual(len(listed), len(set(listed)))
+
+    def test_a_missing_file_is_noticed(self):
+        block = ("## One line per file\n\n```\ncli/   the command\n  main no_such_verb   verbs\n"
+                 "no_such_folder/   x\n```\n")
+        listed = list(listed_files(block))
+        self.assertEqual(["cli/", "cli/main", "cli/no_such_verb", "no_such_folder/"], listed)
+        self.assertEqual(["cli/no_such_verb", "no_such_folder/"],
+                         [path for path in listed if not is_listed_thing(path, ROOT)])
 
     def test_a_missing_path_is_noticed(self):
         self.assertEqual(["worker/no_such.h", "worker/no_such.cc"], list(named_paths("see `worker/no_such.{h,cc}`")))

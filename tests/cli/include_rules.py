@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Checks who may include what. Usage: include_rules.py REPOSITORY; prints every violation, exit code 1 if there is one.
 
-The rules are those of docs/architecture.md: coordinator and worker never include each other; only worker/link sees generated
-protobuf and gRPC, and nothing that it includes, directly or not, sees LibTorch; kernels know CUDA only; MPI, CUDA and NCCL
-headers appear in one place each; base needs neither LibTorch nor CUDA nor RPC.
+The rules are those of docs/architecture.md: coordinator and worker never include each other; only worker/link sees
+generated protobuf and gRPC, and nothing that it includes, directly or not, sees LibTorch; kernels know CUDA only; MPI,
+CUDA and NCCL headers appear in one place each; base needs neither LibTorch nor CUDA nor RPC.
 """
 import pathlib
 import re
@@ -67,7 +67,8 @@ def direct_violations(path, name):
         yield folder + " knows no RPC"
     if RPC.search(name) and folder == "worker" and not is_link:
         yield "only worker/link sees protobuf and gRPC"
-    if CUDA.search(name) and folder != "kernels" and not path.startswith(("worker/backend_cuda", "worker/collective_nccl")):
+    may_use_cuda = folder == "kernels" or path.startswith(("worker/backend_cuda", "worker/collective_nccl"))
+    if CUDA.search(name) and not may_use_cuda:
         yield "CUDA headers belong into kernels, worker/backend_cuda and worker/collective_nccl"
     if NCCL.search(name) and not path.startswith("worker/collective_nccl"):
         yield "nccl.h belongs into worker/collective_nccl"

@@ -117,7 +117,7 @@ TEST(Progress, BarIsRedrawnFitsTheScreenAndIsRemoved) {
     progress.Update(1000, 1000, 100, 0);
   }
   const std::string text = out.str();
-  EXPECT_NE(std::string::npos, text.find("prefill [############............] 500/1,000"));
+  EXPECT_NE(std::string::npos, text.find("prefill [########........] 500/1,000"));
   EXPECT_EQ(std::string::npos, text.find("501/"));
   EXPECT_NE(std::string::npos, text.find("kept\nprefill ["));
   EXPECT_EQ(std::string::npos, text.find('\x1b'));

@@ -1,6 +1,8 @@
 #include "tests/coordinator/fake_rank.h"
 
 #include <algorithm>
+#include <new>
+#include <stdexcept>
 
 #include "base/limits.h"
 
@@ -18,6 +20,8 @@ class ByteTokenizer : public Tokenizer {
       if (static_cast<unsigned char>(text[i]) == 0xff) {
         return Error(StatusCode::kInvalidArgument, "INVALID_UTF8", "text: byte " + std::to_string(i) + " is no UTF-8");
       }
+      if (static_cast<unsigned char>(text[i]) == 0xfe) throw std::bad_alloc();
+      if (static_cast<unsigned char>(text[i]) == 0xfd) throw std::runtime_error("as the test wants");
       const bool special = allow_special && text.substr(i, kSpecial.size()) == kSpecial;
       ids.push_back(special ? kFakeSpecial : static_cast<unsigned char>(text[i]));
       i += special ? kSpecial.size() : 1;

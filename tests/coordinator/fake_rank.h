@@ -29,7 +29,8 @@ inline constexpr int64_t kFakeVocab = 300;
 inline constexpr int64_t kFakeKvBytesPerToken = 64;
 
 ModelConfig FakeModel(int64_t max_positions);
-// One token a byte; "<|im_start|>" with allow_special. Puts a begin token first when `adds_bos`.
+// One token a byte; "<|im_start|>" with allow_special. Byte 0xff is refused, 0xfe throws bad_alloc, 0xfd runtime_error.
+// Puts a begin token first when `adds_bos`.
 std::unique_ptr<Tokenizer> FakeTokenizer(bool adds_bos = false);
 
 // What all ranks of one launch agree on; rank 0 decides. Not thread-safe.

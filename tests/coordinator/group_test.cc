@@ -136,6 +136,52 @@ TEST_F(GroupTest, ARankThatNeverGetsReadyEndsTheAttempt) {
   EXPECT_NE(simulation_.core().GetCluster().last_incident().find("rank 1 did not join"), std::string::npos);
 }
 
+TEST_F(GroupTest, AnIncompleteLaunchWaitsSilentlyAndIsThenRefused) {
+  ASSERT_TRUE(Join(Hello(1, 4)).ok());
+  simulation_.Advance(200);  // no heartbeats
+  ASSERT_TRUE(Join(Hello(2, 4)).ok());
+  simulation_.Advance(99);
+  EXPECT_EQ(simulation_.core().group().ranks().size(), 2u);
+  simulation_.Advance(2);  // 300 s after the first hello
+  EXPECT_TRUE(simulation_.core().group().ranks().empty());
+  EXPECT_EQ(simulation_.core().GetCluster().last_incident(), "rank 0, rank 3 did not dial in within 300.0 s");
+  ASSERT_TRUE(Join(Hello(0, 1, "next launch")).ok());
+  EXPECT_EQ(simulation_.core().group().state(), Group::State::kForming);
+}
+
+TEST_F(GroupTest, RanksWithOtherWeightsAreRefused) {
+  wire::Hello hello = Hello(1, 3);
+  hello.set_weights_hash("aaaa");
+  ASSERT_TRUE(Join(hello).ok());
+  hello = Hello(2, 3);
+  hello.set_weights_hash("bbbb");
+  const Status status = Join(hello);
+  EXPECT_EQ(ReasonOf(status), "MODEL_MISMATCH");
+  EXPECT_NE(std::string(status.message()).find("rank 2 has hash bbbb, rank 1 has aaaa"), std::string::npos) << status;
+  hello.set_weights_hash("aaaa");
+  EXPECT_TRUE(Join(hello).ok());
+}
+
+TEST_F(GroupTest, OnlyAPlannedStopIsCalledPlanned) {
+  simulation_.Launch(2);
+  simulation_.Run();
+  simulation_.Kill(1);
+  simulation_.Run();
+  EXPECT_FALSE(simulation_.links()[0].told_to_leave.empty());
+  EXPECT_FALSE(simulation_.links()[0].planned);
+  simulation_.Launch(2);
+  simulation_.Run();
+  testing::internal::CaptureStderr();
+  simulation_.core().BeginDrain();
+  simulation_.core().FinishDrain();
+  const std::string log = testing::internal::GetCapturedStderr();
+  simulation_.Collect();
+  simulation_.Run();
+  EXPECT_FALSE(simulation_.links()[0].told_to_leave.empty());
+  EXPECT_TRUE(simulation_.links()[0].planned);
+  EXPECT_EQ(log.find("ERROR"), std::string::npos) << log;
+}
+
 TEST_F(GroupTest, ResultsOfAnotherEpochOrStrangersAreDropped) {
   simulation_.Launch(2);
   simulation_.Run();

@@ -184,12 +184,19 @@ TEST_F(JobsTest, ACancelledPrefillLeavesNothing) {
 
 TEST_F(JobsTest, LastCallerWithCancelTakesThePrefillWithIt) {
   ASSERT_TRUE(simulation_.Create("a", 30'000).ok());
-  const auto job = *simulation_.Prefill("a");
-  const auto again = *simulation_.Prefill("a");
-  EXPECT_EQ(job, again);
+  const auto cancelled = *simulation_.Prefill("a", api::CANCEL);
+  EXPECT_EQ(*simulation_.Prefill("a", api::CANCEL), cancelled);
+  simulation_.core().Detach(*cancelled, true, api::CANCEL);
+  EXPECT_FALSE(cancelled->stopping());  // somebody else still waits
+  simulation_.core().Detach(*cancelled, true, api::CANCEL);
+  EXPECT_TRUE(cancelled->stopping());
+  simulation_.Run();
+  EXPECT_EQ(simulation_.State("a"), api::Context::CREATED);
+  // Work that a caller chose to keep is kept, whoever leaves last.
+  const auto job = *simulation_.Prefill("a", api::CONTINUE);
+  EXPECT_EQ(*simulation_.Prefill("a", api::CANCEL), job);
+  simulation_.core().Detach(*job, true, api::CONTINUE);
   simulation_.core().Detach(*job, true, api::CANCEL);
-  EXPECT_FALSE(job->stopping());  // somebody else still waits
-  simulation_.core().Detach(*job, true, api::ON_DISCONNECT_UNSPECIFIED);
   EXPECT_FALSE(job->stopping());
   simulation_.Run();
   EXPECT_EQ(simulation_.State("a"), api::Context::READY);
@@ -212,6 +219,76 @@ TEST_F(JobsTest, AdaptCommitsTheNextRevision) {
   const auto answer = *simulation_.Generate("a", 1, 3, "default");
   simulation_.Run();
   EXPECT_EQ(Text(*answer), "gjm");  // 'd' and three more each
+}
+
+TEST_F(JobsTest, AnAnswerDuringACommitUsesTheNewRevision) {
+  simulation_.CreateReady("a", 600);
+  ASSERT_TRUE(simulation_.Adapt(Simulation::AdaptRequest("a", 2)).ok());
+  simulation_.Run();
+  const auto adapt = *simulation_.Adapt(Simulation::AdaptRequest("a", 2));
+  while (Waiting().empty() || !Waiting().back().has_end_adapt()) Step();
+  const auto answer = *simulation_.Generate("a", 1, 3, "default");
+  const auto base = *simulation_.Generate("a", 1, 3);
+  for (const wire::Command& command : Waiting()) {
+    EXPECT_TRUE(command.has_end_adapt() || command.open_sequence().sequence() == base->id());
+  }
+  simulation_.Run();
+  ASSERT_TRUE(adapt->status().ok()) << adapt->status();
+  ASSERT_TRUE(answer->status().ok()) << answer->status();
+  EXPECT_EQ(answer->TakeEvents().back().summary().adapter_revision(), 2);
+  EXPECT_EQ(Text(*base), "efg");
+}
+
+TEST_F(JobsTest, AdaptersAreAccountedAndCapped) {
+  simulation_.CreateReady("a", 600);
+  const int64_t delta = 2 * AdaptDeltaBytes(simulation_.core().model());  // both ranks
+  const int64_t before = simulation_.core().kv_used_bytes();
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 1);
+  for (int i = 0; i < kMaxAdaptersPerContext; ++i) {
+    request.set_adapter_id("n" + std::to_string(i));
+    ASSERT_TRUE(simulation_.Adapt(request).ok());
+    EXPECT_EQ(simulation_.core().kv_used_bytes(), before + (i + 5) * delta);
+    simulation_.Run();
+    EXPECT_EQ(simulation_.core().kv_used_bytes(), before + (i + 1) * delta);
+  }
+  request.set_adapter_id("one-more");
+  EXPECT_EQ(ReasonOf(simulation_.Adapt(request).status()), "TOO_MANY_ADAPTERS");
+  request.set_adapter_id("n3");
+  const auto again = *simulation_.Adapt(request);
+  simulation_.Stop(*again);
+  simulation_.DeliverCancels();
+  simulation_.Run();
+  EXPECT_EQ(simulation_.core().kv_used_bytes(), before + kMaxAdaptersPerContext * delta);
+  api::DeleteAdapterRequest drop;
+  drop.set_name("contexts/a");
+  drop.set_adapter_id("n3");
+  ASSERT_TRUE(simulation_.core().DeleteAdapter(drop).ok());
+  simulation_.Collect();
+  EXPECT_EQ(simulation_.core().kv_used_bytes(), before + (kMaxAdaptersPerContext - 1) * delta);
+}
+
+TEST_F(JobsTest, AnAdaptationThatDoesNotFitIsRefusedBeforeAnyCommand) {
+  Simulation small;
+  const int64_t need = AdaptWorkBytes(small.core().model()) + AdaptDeltaBytes(small.core().model());
+  const int64_t room = 100 * kFakeKvBytesPerToken + need;
+  small.Launch(1, [&](FakeRank& rank, int32_t) { rank.kv_capacity_bytes = room; });
+  small.Run();
+  small.CreateReady("a", 101);
+  const size_t before = small.rank(0).executed.size();
+  const Status status = small.Adapt(Simulation::AdaptRequest("a", 1)).status();
+  EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
+  EXPECT_EQ(ReasonOf(status), "ADAPT_OUT_OF_MEMORY");
+  EXPECT_EQ(DetailOf(status).metadata[0], (std::pair<std::string, std::string>("need_bytes", std::to_string(need))));
+  EXPECT_EQ(DetailOf(status).metadata[1].second, std::to_string(need - kFakeKvBytesPerToken));
+  EXPECT_EQ(small.rank(0).executed.size(), before);
+  api::DeleteContextRequest drop;
+  drop.set_name("contexts/a");
+  ASSERT_TRUE(small.core().DeleteContext(drop).ok());
+  small.Run();
+  small.CreateReady("b", 100);
+  EXPECT_TRUE(small.Adapt(Simulation::AdaptRequest("b", 1)).ok());
+  small.Run();
+  small.ExpectConsistent();
 }
 
 // Whatever goes wrong, and wherever: r or r + 1, on all ranks alike.

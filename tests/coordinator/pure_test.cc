@@ -103,6 +103,30 @@ TEST(AnswerTextTest, EndsBeforeTheFirstStop) {
   EXPECT_FALSE(none.stopped());
 }
 
+TEST(AnswerTextTest, CutsDoNotMatter) {
+  const std::string said = "xabcde";
+  const std::vector<std::string> stops[] = {{"abcd", "c"}, {"c", "abcd"}, {"bcd", "abcd"}, {"abcd", "d"},
+                                            {"cde", "xabc"}};
+  for (const auto& set : stops) {
+    AnswerText whole(set);
+    const std::string expected = Feed(whole, {said});
+    ASSERT_TRUE(whole.stopped());
+    for (unsigned cuts = 0; cuts < 32; ++cuts) {
+      std::vector<std::string> tokens(1);
+      for (size_t i = 0; i < said.size(); ++i) {
+        if (i > 0 && (cuts >> (i - 1) & 1u) != 0) tokens.emplace_back();
+        tokens.back() += said[i];
+      }
+      AnswerText text(set);
+      EXPECT_EQ(Feed(text, tokens), expected) << set[0] << cuts;
+      EXPECT_EQ(text.stop(), whole.stop()) << set[0] << cuts;
+    }
+  }
+  AnswerText first({"abcd", "c"});
+  EXPECT_EQ(Feed(first, {said}), "xab");
+  EXPECT_EQ(first.stop(), "c");
+}
+
 TEST(AnswerTextTest, HoldsBackOnlyWhatMayBeAStop) {
   AnswerText text({"aab"});
   EXPECT_EQ(text.Push("aa"), "");
@@ -195,6 +219,35 @@ TEST(UploadTest, ChunksAreCapped) {
   EXPECT_LT(upload.held_bytes(), 1024);
 }
 
+TEST(UploadTest, TextThatCannotFitIsRefusedEarly) {
+  EXPECT_EQ(MaxTextBytes(10, 3), 120);
+  EXPECT_EQ(MaxTextBytes(10, 0), 40);
+  EXPECT_EQ(MaxTextBytes(kMaxContextTokens, 1000), kMaxTextBytes);
+  const ModelConfig model = FakeModel(10);
+  const auto tokenizer = FakeTokenizer();
+  Upload upload(model, tokenizer.get(), 10, MaxTextBytes(10, 1));
+  EXPECT_TRUE(upload.Add(TextChunk(0, std::string(40, 'x'))).ok());
+  EXPECT_EQ(ReasonOf(upload.Add(TextChunk(40, "x"))), "CONTEXT_TOO_LONG");
+}
+
+TEST(PlanTest, RowsOfAStepAreBounded) {
+  api::AdaptContextRequest request;
+  request.set_spans_per_step(9);
+  request.set_span_tokens(8192);
+  const Status status = PlanAdapt(request, 100'000, 1).status();
+  EXPECT_EQ(ReasonOf(status), "FIELD_OUT_OF_RANGE");
+  EXPECT_NE(std::string(status.message()).find("73728"), std::string::npos) << status;
+  EXPECT_TRUE(PlanAdapt(request, 1000, 1).ok());  // spans shrink to the context
+  auto* span = request.mutable_explicit_spans()->add_spans();
+  span->set_length(8192);
+  EXPECT_FALSE(PlanAdapt(request, 100'000, 1).ok());
+  span->set_length(7000);
+  EXPECT_TRUE(PlanAdapt(request, 100'000, 1).ok());
+  request.set_spans_per_step(8);
+  span->set_length(8192);
+  EXPECT_TRUE(PlanAdapt(request, 100'000, 1).ok());
+}
+
 TEST(UploadTest, BeginToken) {
   const ModelConfig model = FakeModel(10);
   const auto tokenizer = FakeTokenizer(/*adds_bos=*/true);
@@ -253,6 +306,88 @@ TEST_F(CoreTest, RepeatedRequestIdsRunOnce) {
   EXPECT_EQ(simulation_.Get("a").adapters(0).revision(), 1);
   request.set_steps(3);
   EXPECT_EQ(ReasonOf(simulation_.Adapt(request).status()), "REQUEST_ID_REUSED");
+}
+
+TEST_F(CoreTest, ARequestIdRunsAgainWhenItsAdapterIsGone) {
+  simulation_.CreateReady("a", 100);
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 2);
+  request.set_request_id("r");
+  const auto first = *simulation_.Adapt(request);
+  simulation_.Run();
+  ASSERT_TRUE(first->status().ok());
+  EXPECT_EQ(*simulation_.Adapt(request), nullptr);  // answered from the table
+  simulation_.Kill(0);
+  EXPECT_EQ(ReasonOf(simulation_.Adapt(request).status()), "GROUP_REBUILDING");
+  simulation_.Launch(1);
+  simulation_.Run();
+  EXPECT_EQ(ReasonOf(simulation_.Adapt(request).status()), "CONTEXT_NOT_READY");
+  ASSERT_TRUE(simulation_.Prefill("a").ok());
+  simulation_.Run();
+  const auto second = *simulation_.Adapt(request);
+  ASSERT_NE(second, nullptr);
+  simulation_.Run();
+  EXPECT_TRUE(second->status().ok());
+  EXPECT_EQ(*simulation_.Adapt(request), nullptr);
+  EXPECT_EQ(simulation_.Get("a").adapters_size(), 1);
+}
+
+TEST_F(CoreTest, NobodyAttachesToAStoppingAdaptation) {
+  simulation_.CreateReady("a", 100);
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 50);
+  request.set_request_id("r");
+  const auto first = *simulation_.Adapt(request);
+  simulation_.StepRank(simulation_.links()[0]);
+  simulation_.StepAnswer(simulation_.links()[0]);
+  simulation_.Stop(*first);
+  ASSERT_FALSE(first->ended());
+  const Status status = simulation_.Adapt(request).status();
+  EXPECT_EQ(status.code(), StatusCode::kAborted);
+  EXPECT_EQ(ReasonOf(status), "CONTEXT_BUSY");
+  simulation_.DeliverCancels();
+  simulation_.Run();
+  EXPECT_NE(*simulation_.Adapt(request), nullptr);
+  simulation_.Run();
+  simulation_.ExpectConsistent();
+}
+
+TEST_F(CoreTest, AContextThatIsBeingDeletedIsHidden) {
+  simulation_.CreateReady("a", 100);
+  const auto job = *simulation_.Generate("a", 0, 1000);
+  simulation_.StepRank(simulation_.links()[0]);
+  simulation_.StepAnswer(simulation_.links()[0]);
+  api::DeleteContextRequest request;
+  request.set_name("contexts/a");
+  request.set_force(true);
+  ASSERT_TRUE(simulation_.core().DeleteContext(request).ok());
+  EXPECT_FALSE(job->ended());
+  EXPECT_EQ(simulation_.core().ListContexts({})->contexts_size(), 0);
+  const Status status = simulation_.Create("a", 5);
+  EXPECT_EQ(status.code(), StatusCode::kAborted);
+  EXPECT_EQ(ReasonOf(status), "CONTEXT_BUSY");
+  simulation_.Collect();
+  simulation_.Run();
+  EXPECT_TRUE(simulation_.Create("a", 5).ok());
+}
+
+TEST_F(CoreTest, AnswersAreNamedInTheLogAndTheSummary) {
+  simulation_.CreateReady("a", 100);
+  testing::internal::CaptureStderr();
+  api::GenerateRequest request;
+  request.set_name("contexts/a");
+  request.set_max_tokens(2);
+  request.set_request_id("mine");
+  const auto job = *simulation_.core().Generate(request, {65});
+  request.clear_request_id();
+  const auto other = *simulation_.core().Generate(request, {65});
+  simulation_.Run();
+  const std::string log = testing::internal::GetCapturedStderr();
+  EXPECT_EQ(job->TakeEvents().back().summary().request_id(), "mine");
+  const std::string made = other->TakeEvents().back().summary().request_id();
+  EXPECT_EQ(made.size(), 16u);
+  for (const std::string& id : {std::string("mine"), made}) {
+    EXPECT_NE(log.find("generate " + id + ": begin"), std::string::npos) << log;
+    EXPECT_NE(log.find("generate " + id + ": end, OK, 2 tokens"), std::string::npos) << log;
+  }
 }
 
 TEST_F(CoreTest, AFailedAdaptationMayBeRepeatedAndDrawsTheSameSeed) {

@@ -1,5 +1,6 @@
 // Seeded random interleavings of everything: requests, cancels, deletes, answers in any order across ranks, lost ranks,
-// new launches, time. Whatever happens: every job ends with one status, and nothing is left behind anywhere.
+// new launches, time; and adaptations of an adapter that is being asked.
+// Whatever happens: every job ends with one status, and nothing is left behind anywhere.
 #include "tests/coordinator/simulation.h"
 
 namespace refocus {
@@ -15,6 +16,31 @@ class Chaos {
   void Run() {
     for (int i = 0; i < kEvents; ++i) Event();
     Settle();
+  }
+  // One context and one adapter: commits and answers meet all the time. The number of commits.
+  int64_t RunReadaptations() {
+    simulation_.Run();
+    simulation_.CreateReady("c0", 600);
+    Keep(simulation_.Adapt(Simulation::AdaptRequest("c0", 1)));
+    simulation_.Run();
+    for (int i = 0; i < kEvents; ++i) {
+      const uint64_t draw = Below(100);
+      if (draw < 45) {
+        AnyRank();
+      } else if (draw < 88) {
+        AnyAnswer();
+      } else if (draw < 92) {
+        Keep(simulation_.Adapt(Simulation::AdaptRequest("c0", 1)));
+      } else if (draw < 96) {
+        Keep(simulation_.Generate("c0", Below(3), 1 + Below(4), "default"));
+      } else if (draw < 99) {
+        ScoreSome("c0", "default");
+      } else if (!jobs_.empty()) {
+        simulation_.Stop(*jobs_[Below(jobs_.size())]);
+      }
+    }
+    Settle();
+    return simulation_.Get("c0").adapters(0).revision();
   }
 
  private:
@@ -35,7 +61,7 @@ class Chaos {
     if (draw < 87) return AdaptSome();
     if (draw < 92)
       return Keep(simulation_.Generate(AnyId(), Below(600), 1 + Below(40), Below(3) == 0 ? "default" : ""));
-    if (draw < 94) return ScoreSome();
+    if (draw < 94) return ScoreSome(AnyId(), Below(3) == 0 ? "default" : "");
     if (draw < 96 && !jobs_.empty()) return simulation_.Stop(*jobs_[Below(jobs_.size())]);
     if (draw < 97) return DeleteSome();
     if (draw < 98) return simulation_.Advance(0.5);
@@ -59,9 +85,10 @@ class Chaos {
     request.set_continue_adapter(Below(2) == 0);
     Keep(simulation_.Adapt(request));
   }
-  void ScoreSome() {
+  void ScoreSome(const std::string& id, const std::string& adapter) {
     api::ScoreRequest request;
-    request.set_name("contexts/" + AnyId());
+    request.set_name("contexts/" + id);
+    request.set_adapter_id(adapter);
     auto job = simulation_.core().Score(request, std::vector<int32_t>(Below(5), 1), {7, 8, 9});
     simulation_.Collect();
     Keep(job);
@@ -101,6 +128,16 @@ TEST(RandomTest, EveryInterleavingEndsClean) {
     Chaos(seed).Run();
     if (HasFailure()) return;
   }
+}
+
+TEST(RandomTest, AnswersAndCommitsOfOneAdapter) {
+  int64_t commits = 0;
+  for (uint64_t seed = 1; seed <= kSeeds / 3; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    commits += Chaos(seed).RunReadaptations();
+    if (HasFailure()) return;
+  }
+  EXPECT_GT(commits, static_cast<int64_t>(kSeeds / 3 * 2));
 }
 
 }  // namespace

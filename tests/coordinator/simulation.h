@@ -26,6 +26,7 @@ class Simulation {
     bool frozen = false;  // heartbeats without progress
     bool silent = false;  // no heartbeats
     std::string told_to_leave;
+    bool planned = false;
   };
 
   explicit Simulation(uint64_t seed = 1, CoordinatorOptions options = DefaultOptions())
@@ -90,6 +91,7 @@ class Simulation {
       link.rank->Cancel(message.cancel().job());
     } else {
       link.told_to_leave = message.shutdown().reason();
+      link.planned = message.shutdown().planned();
     }
   }
   // Its next message reaches the coordinator.
@@ -159,8 +161,10 @@ class Simulation {
                       "hash" + std::to_string(tokens))
         .status();
   }
-  StatusOr<std::shared_ptr<PrefillJob>> Prefill(const std::string& id) {
+  StatusOr<std::shared_ptr<PrefillJob>> Prefill(const std::string& id,
+                                                api::OnDisconnect mode = api::ON_DISCONNECT_UNSPECIFIED) {
     api::PrefillContextRequest request;
+    request.set_on_disconnect(mode);
     request.set_name("contexts/" + id);
     REFOCUS_ASSIGN_OR_RETURN(const auto start, core_.Prefill(request));
     Collect();
@@ -215,6 +219,7 @@ class Simulation {
       bytes += session->token_count() * kFakeKvBytesPerToken;
       adapters += session->ToProto(0, 0).adapters_size();
     }
+    bytes += static_cast<int64_t>(adapters) * core_.group().size() * AdaptDeltaBytes(core_.model());
     EXPECT_EQ(core_.kv_used_bytes(), bytes);
     if (core_.group().state() != Group::State::kServing) return;
     for (const Link& link : links_) {

@@ -29,8 +29,11 @@ class Demo(unittest.TestCase):
         result = subprocess.run([ROOT / "deploy/demo.sh", BIN], capture_output=True, text=True, timeout=800,
                                 stdin=subprocess.DEVNULL)
         self.assertEqual(0, result.returncode, result.stdout + result.stderr)
-        for pattern in (r"(?m)^prefill +[\d,]+ +[\d.]+ +[\d.,]+$", r"(?m)^adapt +4,096 ", r"(?m)^memory per rank [\d,]+ MiB, [\d,]+ MiB$",
-                        r"unseen pages: [\d.]+ nats per token before adapting, [\d.]+ after\nAdapting (helped|made|did not)"):
+        for pattern in (r"(?m)^prefill +[\d,]+ +[\d.]+ +[\d.,]+$", r"(?m)^adapt +4,096 ",
+                        r"(?m)^answer, adapted +\d+ +[\d.]+ +[\d.,-]+$",
+                        r"(?m)^memory per rank [\d,]+ MiB, [\d,]+ MiB$",
+                        r"unseen pages: [\d.]+ nats per token before adapting, [\d.]+ after\n"
+                        r"Adapting (helped|made|did not)"):
             self.assertRegex(result.stdout, pattern)
         self.assertEqual(32, sum(line.startswith("step ") for line in result.stderr.splitlines()))
         harness.wait_until("end of all that the demo started", lambda: not services() - before, 10)

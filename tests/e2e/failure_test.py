@@ -1,5 +1,5 @@
-"""Ranks, launcher, coordinator and supervisor are killed while a real model works: callers learn the cause within 10 s, health
-turns, the group comes back, and nothing outlives the service.
+"""Ranks, launcher, coordinator and supervisor are killed while a real model works: callers learn the cause within 10 s,
+health turns, the group comes back, and nothing outlives the service.
 
 Usage: failure_test.py BIN_FOLDER REPOSITORY [unittest arguments]
 """
@@ -79,8 +79,8 @@ class KilledRank(unittest.TestCase):
         self.service.call("context", "create", TEXT, "--id", "short", "--max-tokens", "300")
 
     def test_2_adapt(self):
-        self.kill_during(["adapt", "short", "--steps", "2000", "--learning-rate", "1e-5", "--max-probe-rise", "100"], "stderr",
-                         lambda line: line.startswith("step "))
+        work = ["adapt", "short", "--steps", "2000", "--learning-rate", "1e-5", "--max-probe-rise", "100"]
+        self.kill_during(work, "stderr", lambda line: line.startswith("step "))
         self.check_context_comes_back("short")
 
     def test_3_generate(self):

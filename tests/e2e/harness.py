@@ -1,4 +1,6 @@
-"""Starts `refocus serve` on free ports and drives it with the command line, for tests. Nothing that it starts outlives it."""
+"""Starts `refocus serve` on free ports and drives it with the command line, for tests. Nothing that it starts outlives
+it.
+"""
 import json
 import os
 import pathlib
@@ -121,8 +123,8 @@ class Service:
 
     def start(self, *arguments):
         """The command line in the background."""
-        return subprocess.Popen([self.bin / "refocus", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                text=True, stdin=subprocess.DEVNULL, env=self.variables)
+        return subprocess.Popen([self.bin / "refocus", *map(str, arguments)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL, env=self.variables)
 
     def call(self, *arguments, code=0, timeout=120):
         """Runs the command line; its stdout, or (stdout, stderr) when it is expected to fail."""
@@ -133,7 +135,8 @@ class Service:
             process.kill()
             raise Failed(f"no end after {timeout} s: refocus {' '.join(map(str, arguments))}") from None
         if process.returncode != code:
-            raise Failed(f"refocus {' '.join(map(str, arguments))}: exit code {process.returncode}, expected {code}\n{out}{err}")
+            words = " ".join(map(str, arguments))
+            raise Failed(f"refocus {words}: exit code {process.returncode}, expected {code}\n{out}{err}")
         return out if code == 0 else (out, err)
 
     def events(self, *arguments):

@@ -1,7 +1,8 @@
 """Runs the commands of README.md. Usage: readme_test.py BIN_FOLDER REPOSITORY [unittest arguments]
 
-Every ```sh block is run, in order, in one shell at the root of the repository, with free ports. Commands that build or test the
-whole project are run by ctest's `demo` and by the build that this test is part of; here it is checked that make knows them.
+Every ```sh block is run, in order, in one shell at the root of the repository, with free ports. Commands that build or
+test the whole project are run by ctest's `demo` and by the build that this test is part of; here it is checked that
+make knows them.
 """
 import os
 import pathlib
@@ -29,12 +30,14 @@ def free_port():
 
 class Readme(unittest.TestCase):
     def test_commands_run(self):
-        lines = [line for block in re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S) for line in block.splitlines()]
+        blocks = re.findall(r"^```sh\n(.*?)^```$", README, re.M | re.S)
+        lines = [line for block in blocks for line in block.splitlines()]
         here = [line for line in lines if not RUN_ELSEWHERE.match(line)]
         for line in lines:
             if line.startswith("make"):
                 target = line.split("#")[0].split()[1:]
-                subprocess.run(["make", "--no-print-directory", "-n", *target], cwd=ROOT, check=True, capture_output=True)
+                subprocess.run(["make", "--no-print-directory", "-n", *target], cwd=ROOT, check=True,
+                               capture_output=True)
         self.assertTrue([line for line in here if "serve" in line], "README shows how to serve")
         self.assertTrue([line for line in lines if line.startswith("make demo")])
         self.assertTrue([line for line in lines if line.startswith("make test")])
@@ -69,8 +72,8 @@ class Readme(unittest.TestCase):
         return found
 
     def test_verbs_and_exit_codes_are_described(self):
-        for verb in ("serve", "context create", "context list", "context show", "context rm", "prefill", "adapt", "ask", "score",
-                     "tokenize", "status", "version"):
+        for verb in ("serve", "context create", "context list", "context show", "context rm", "prefill", "adapt", "ask",
+                     "score", "tokenize", "status", "version"):
             self.assertIn(f"refocus {verb}", README)
         for code in (0, 1, 2, 3, 4, 5, 130):
             self.assertRegex(README, rf"(?m)^\| {code} \|")

@@ -1,4 +1,7 @@
-"""A real model on real text, through the command line. Usage: real_model_test.py BIN_FOLDER REPOSITORY [unittest arguments]"""
+"""A real model on real text, through the command line.
+
+Usage: real_model_test.py BIN_FOLDER REPOSITORY [unittest arguments]
+"""
 import pathlib
 import signal
 import sys
@@ -28,7 +31,8 @@ class RealModel(unittest.TestCase):
             self.assertEqual("147", base["token_count"])
             self.assertAlmostEqual(-541.228, base["sum_logprob"], delta=0.02)
 
-            events = service.events("adapt", "novel", "--steps", 4, "--span-tokens", 64, "--learning-rate", 3e-4, "--seed", 3)
+            events = service.events("adapt", "novel", "--steps", 4, "--span-tokens", 64, "--learning-rate", 3e-4,
+                                    "--seed", 3)
             steps = [event["step"] for event in events if "step" in event]
             self.assertEqual(4, len(steps))
             adapted, = service.events(*score)
@@ -41,10 +45,11 @@ class RealModel(unittest.TestCase):
             for answer in answers:
                 self.assertGreater(len(answer.strip()), 10)
             self.assertEqual(answers[0], service.call(*ask, "--base"))
-            self.results[ranks] = (answers, [step["loss"] for step in steps], base["sum_logprob"], adapted["sum_logprob"])
+            losses = [step["loss"] for step in steps]
+            self.results[ranks] = (answers, losses, base["sum_logprob"], adapted["sum_logprob"])
             for other in self.results.values():
                 self.assertEqual(other[0], answers)
-                for a, b in zip(other[1], [step["loss"] for step in steps]):
+                for a, b in zip(other[1], losses):
                     self.assertAlmostEqual(a, b, delta=1e-4)
                 self.assertAlmostEqual(other[2], base["sum_logprob"], delta=0.02)
                 self.assertAlmostEqual(other[3], adapted["sum_logprob"], delta=0.05)
@@ -56,9 +61,13 @@ class RealModel(unittest.TestCase):
     def test_2_ranks(self):
         self.run_on(2)
 
+    def wait_for(self, service, state, seconds):
+        harness.wait_until(state, lambda: service.events("context", "show", "novel")[0]["state"] == state, seconds)
+
     def test_watching_a_prefill_does_not_end_it(self):
         with harness.Service(BIN, MODEL, 1) as service:
-            work = [["context", "create", TEXT, "--id", "novel", "--max-tokens", "2500", "--keep-going"], ["prefill", "novel"]]
+            work = [["context", "create", TEXT, "--id", "novel", "--max-tokens", "1200", "--keep-going"],
+                    ["prefill", "novel"]]
             for words in work:
                 process = service.start(*words)
                 harness.first_line(process.stderr, lambda line: line.startswith("prefill: "))
@@ -68,16 +77,16 @@ class RealModel(unittest.TestCase):
                 self.assertIn("the work goes on", err)
                 shown, = service.events("context", "show", "novel")
                 self.assertEqual("PREFILLING", shown["state"])
-            harness.wait_until("READY", lambda: service.events("context", "show", "novel")[0]["state"] == "READY", 60)
+            self.wait_for(service, "READY", 100)
             # Begun by this call, it ends with it.
             service.call("context", "rm", "novel")
-            service.call("context", "create", TEXT, "--id", "novel", "--max-tokens", "2500", "--no-prefill")
+            service.call("context", "create", TEXT, "--id", "novel", "--max-tokens", "1200", "--no-prefill")
             process = service.start("prefill", "novel")
             harness.first_line(process.stderr, lambda line: line.startswith("prefill: "))
             process.send_signal(signal.SIGINT)
             _, err = process.communicate(timeout=20)
             self.assertIn("the request was cancelled", err)
-            harness.wait_until("CREATED", lambda: service.events("context", "show", "novel")[0]["state"] == "CREATED", 10)
+            self.wait_for(service, "CREATED", 10)
 
     def test_sampling_and_stops(self):
         with harness.Service(BIN, MODEL, 1) as service:

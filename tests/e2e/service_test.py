@@ -1,7 +1,8 @@
-"""The whole service through the command line, on the golden model: upload, prefill, adapt, ask, score; errors; start-up failures.
+"""The whole service through the command line, on the golden model: upload, prefill, adapt, ask, score; errors;
+start-up failures.
 
-Usage: service_test.py BIN_FOLDER REPOSITORY [unittest arguments]. The golden files were computed by an unsharded fp64 model
-that shares no code with the service (tests/golden/README.md).
+Usage: service_test.py BIN_FOLDER REPOSITORY [unittest arguments]. The golden files were computed by an unsharded
+fp64 model that shares no code with the service (tests/golden/README.md).
 """
 import json
 import pathlib
@@ -33,7 +34,8 @@ def upload(service, name, values, *options):
 
 def answer(service, name, prompt, count, *options):
     """Greedy tokens and their log-probabilities, and the closing summary."""
-    events = service.events("ask", name, ids(prompt), "--ids", "--max-tokens", count, "--ignore-eos", "--logprobs", 0, *options)
+    events = service.events("ask", name, ids(prompt), "--ids", "--max-tokens", count, "--ignore-eos", "--logprobs", 0,
+                            *options)
     tokens = [int(token) for event in events for token in event["token_ids"]]
     logprobs = [token["logprob"] for event in events for token in event["logprobs"]]
     return tokens, logprobs, events[-1]["summary"]
@@ -51,12 +53,13 @@ class Golden(unittest.TestCase):
             self.assertEqual(want["tokens"], tokens)
             self.close(want["logprobs"], logprobs, 1e-4)
             self.assertEqual(("0", str(len(GOLDEN["context"])), str(len(want["question"])), "FINISH_LENGTH"),
-                             tuple(summary[k] for k in ("adapter_revision", "context_tokens", "prompt_tokens", "finish_reason")))
+                             tuple(summary[k] for k in ("adapter_revision", "context_tokens", "prompt_tokens",
+                                                        "finish_reason")))
 
     def check_scores(self, service):
         want = GOLDEN["scores"]["base"]
-        event, = service.events("score", "golden", "--ids", "--prompt", ids(want["question"]), "--target", ids(want["targets"]),
-                                "--token-logprobs", "--base")
+        event, = service.events("score", "golden", "--ids", "--prompt", ids(want["question"]),
+                                "--target", ids(want["targets"]), "--token-logprobs", "--base")
         self.assertEqual(str(len(want["targets"])), event["token_count"])
         self.close(want["logprobs"], event["token_logprobs"], 1e-4)
         self.assertAlmostEqual(sum(want["logprobs"]), event["sum_logprob"], delta=1e-3)
@@ -169,8 +172,8 @@ class Requests(unittest.TestCase):
         self.assertEqual(("READY", []), (shown["state"], shown["adapters"]))
 
     def test_ctrl_c_cancels_an_adaptation_and_leaves_no_trace(self):
-        process = self.service.start("adapt", "doc", "--steps", "10000", "--learning-rate", "1e-6", "--span-tokens", "8",
-                                     "--max-probe-rise", "100")
+        process = self.service.start("adapt", "doc", "--steps", "10000", "--learning-rate", "1e-6",
+                                     "--span-tokens", "8", "--max-probe-rise", "100")
         harness.first_line(process.stderr, lambda line: line.startswith("step "))
         process.send_signal(signal.SIGINT)
         self.assertEqual(130, process.wait(timeout=20))
@@ -191,9 +194,10 @@ class Requests(unittest.TestCase):
         self.assertIn("the work goes on", err)
         request_id = err.split("--request-id ")[1].split()[0]
         events = self.service.events(*work, "--request-id", request_id)
-        self.assertEqual(("later", "1", "600"), tuple(events[-1]["adapter"][key] for key in ("id", "revision", "steps")))
+        adapter = events[-1]["adapter"]
+        self.assertEqual(("later", "1", "600"), tuple(adapter[key] for key in ("id", "revision", "steps")))
         again = self.service.events(*work, "--request-id", request_id)  # its result, not a second adaptation
-        self.assertEqual(events[-1]["adapter"], again[-1]["adapter"])
+        self.assertEqual(adapter, again[-1]["adapter"])
         self.service.call("context", "rm", "doc", "--adapter", "later")
 
     def test_status_screen(self):
@@ -207,8 +211,8 @@ class StartUp(unittest.TestCase):
     """Broken models end `refocus serve` with the documented exit code and one clear line."""
 
     def serve(self, model):
-        process = subprocess.run([BIN / "refocus", "serve", "--model", model, "--ranks", "2", "--listen", "127.0.0.1:0"],
-                                 capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+        command = [BIN / "refocus", "serve", "--model", model, "--ranks", "2", "--listen", "127.0.0.1:0"]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
         return process.returncode, process.stdout + process.stderr
 
     def broken(self, code, word, damage):

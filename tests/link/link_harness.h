@@ -30,7 +30,9 @@ using Script = std::function<grpc::Status(Stream&)>;
 inline constexpr int64_t kVocab = 100;
 inline constexpr int64_t kEpoch = 7;
 
-inline double SecondsSince(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
+inline double SecondsSince(Clock::time_point begin) {
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
 
 inline void Nap(int milliseconds) { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); }
 

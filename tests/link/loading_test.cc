@@ -31,12 +31,15 @@ void* operator new(size_t bytes) {
 void operator delete(void* memory) noexcept { std::free(memory); }
 void operator delete(void* memory, size_t) noexcept { std::free(memory); }
 
-extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*), void* argument) {
+#pragma GCC visibility push(default)
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*run)(void*),
+                              void* argument) {
   using Create = int (*)(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
   static const auto next = reinterpret_cast<Create>(dlsym(RTLD_NEXT, "pthread_create"));
   if (threads_left-- <= 0) return EAGAIN;
   return next(thread, attributes, run, argument);
 }
+#pragma GCC visibility pop
 
 namespace refocus {
 namespace {
@@ -90,11 +93,15 @@ TEST(LoadingTest, ExceptionsOfTheCallerAreErrorsToo) {
   auto config = LoadModelConfig(kModel);
   ASSERT_TRUE(config.ok());
   LoadOptions options;
-  options.threads = 3;
-  options.progress = [](int64_t, int64_t) { throw std::runtime_error("no room to report"); };
-  const auto weights = LoadWeights(kModel, *config, options);
-  ASSERT_FALSE(weights.ok());
-  EXPECT_EQ(DetailOf(weights.status()).reason, "HARDWARE");
+  for (const bool last : {false, true}) {
+    options.progress = [last](int64_t done, int64_t total) {
+      if ((done == total) == last) throw std::runtime_error("no room to report");
+    };
+    options.threads = last ? 3 : 1;
+    const auto weights = LoadWeights(kModel, *config, options);
+    ASSERT_FALSE(weights.ok());
+    EXPECT_EQ(DetailOf(weights.status()).reason, "HARDWARE");
+  }
 }
 
 TEST(LoadingTest, FewerThreadsThanAskedForDoTheWork) {
@@ -102,7 +109,7 @@ TEST(LoadingTest, FewerThreadsThanAskedForDoTheWork) {
   for (const int left : {0, 1}) {
     threads_left = left;
     const auto weights = Load(kModel, 4);
-    threads_left = 1 << 30;
+    EXPECT_EQ(threads_left.exchange(1 << 30), -1) << "asked for another number of threads";
     ASSERT_TRUE(weights.ok()) << weights.status();
     EXPECT_EQ(weights->content_hash, hash);
   }

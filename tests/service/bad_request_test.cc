@@ -210,6 +210,19 @@ TEST_F(BadRequestTest, BadPrompts) {
                INVALID_ARGUMENT, "TOKEN_ID_OUT_OF_RANGE");
 }
 
+TEST_F(BadRequestTest, TextThatIsNoUtf8) {
+  EXPECT_FAILS(Generate(GenerateRequest("a", "ab\xff", 2)).status, INVALID_ARGUMENT, "INVALID_UTF8");
+  EXPECT_FAILS(Score({ScoreRequest("p", "q\xff")}), INVALID_ARGUMENT, "INVALID_UTF8");
+  EXPECT_FAILS(Score({ScoreRequest("\xff", "q")}), INVALID_ARGUMENT, "INVALID_UTF8");
+  grpc::ClientContext call;
+  api::TokenizeRequest request;
+  request.set_text("a\xff");
+  api::TokenizeResponse response;
+  const grpc::Status status = inference_->Tokenize(&call, request, &response);
+  EXPECT_FAILS(status, INVALID_ARGUMENT, "INVALID_UTF8");
+  EXPECT_NE(status.error_message().find("byte 1"), std::string::npos);
+}
+
 TEST_F(BadRequestTest, Detokenize) {
   grpc::ClientContext call, second;
   api::DetokenizeRequest request;

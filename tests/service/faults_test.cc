@@ -1,16 +1,34 @@
 // What goes wrong while work runs: callers that leave, callers that do not read, ranks that die or hang, a server that
-// stops; and hostile use of the transport.
+// stops.
 #include <grpcpp/generic/generic_stub.h>
 #include <grpcpp/health_check_service_interface.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
-#include <unistd.h>
 
 #include "base/limits.h"
 #include "tests/service/service_fixture.h"
 
 namespace refocus {
 namespace {
+
+// grpc.health.v1: the request is one string field, the answer one enum field.
+int HealthOf(const std::shared_ptr<grpc::Channel>& channel, const std::string& service, grpc::StatusCode* code) {
+  grpc::GenericStub stub(channel);
+  grpc::ClientContext context;
+  std::string bytes = service.empty() ? "" : "\x0a" + std::string(1, static_cast<char>(service.size())) + service;
+  const grpc::Slice slice(bytes);
+  grpc::ByteBuffer request(&slice, 1), response;
+  grpc::CompletionQueue queue;
+  grpc::Status status;
+  const auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", request, &queue);
+  call->StartCall();
+  call->Finish(&response, &status, nullptr);
+  void* tag = nullptr;
+  bool ok = false;
+  queue.Next(&tag, &ok);
+  *code = status.error_code();
+  std::vector<grpc::Slice> slices;
+  if (!status.ok() || !response.Dump(&slices).ok() || slices.empty() || slices[0].size() < 2) return -1;
+  return slices[0].begin()[1];
+}
 
 void Pause(int milliseconds) { std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds)); }
 
@@ -210,6 +228,113 @@ TEST_F(FaultsTest, SlowReaderDoesNotDelayOthers) {
   ExpectUnharmed();
 }
 
+TEST_F(FaultsTest, CallersThatStopReadingLoseTheirCalls) {
+  ServerOptions options;
+  options.read_within_seconds = 0.4;
+  StartServer(std::move(options));
+  StartGroup(1);
+  CreateReady("a", std::string(600, 'x'));
+  grpc::ChannelArguments small;
+  small.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 1024);
+  small.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+  const auto channel = Channel(small);
+  const auto nobody_runs = [&] { return server_->hub().calls().running() == 0; };
+  const auto last_status = [](auto& reader, auto event) {
+    while (reader->Read(&event)) {
+    }
+    return reader->Finish();
+  };
+  {
+    grpc::ClientContext call;
+    api::GenerateRequest request = LongAnswer();
+    request.set_logprobs(20);
+    const auto reader = api::InferenceService::NewStub(channel)->Generate(&call, request);
+    Pause(100);
+    WaitFor(nobody_runs);
+    EXPECT_FAILS(last_status(reader, api::GenerateEvent()), RESOURCE_EXHAUSTED, "SLOW_READER");
+  }
+  {
+    grpc::ClientContext call;
+    api::AdaptContextRequest request = AdaptRequest("a");
+    request.set_steps(5000);
+    request.set_spans_per_step(64);
+    request.set_on_disconnect(api::CANCEL);
+    const auto reader = api::ContextService::NewStub(channel)->AdaptContext(&call, request);
+    Pause(100);
+    WaitFor(nobody_runs);
+    WaitFor([&] { return Get("a").state() == api::Context::READY; });
+    EXPECT_FAILS(last_status(reader, api::AdaptEvent()), RESOURCE_EXHAUSTED, "SLOW_READER");
+  }
+  ExpectUnharmed();
+}
+
+TEST_F(FaultsTest, AnExceptionEndsItsCallOnly) {
+  EXPECT_FAILS(Create("z", "some \xfe"), RESOURCE_EXHAUSTED, "SERVER_MEMORY");
+  EXPECT_FAILS(Create("z", "some \xfd"), INTERNAL, "EXCEPTION");
+  EXPECT_FAILS(Generate(GenerateRequest("a", "\xfd", 1)).status, INTERNAL, "EXCEPTION");
+  grpc::ClientContext call;
+  api::TokenizeRequest request;
+  request.set_text("\xfe");
+  api::TokenizeResponse response;
+  EXPECT_FAILS(inference_->Tokenize(&call, request, &response), RESOURCE_EXHAUSTED, "SERVER_MEMORY");
+  EXPECT_TRUE(Create("z", "text").ok());
+  ExpectUnharmed();
+}
+
+TEST_F(FaultsTest, ADeletionWaitsOnlySoLong) {
+  ServerOptions options;
+  options.delete_seconds = 0.3;
+  StartServer(std::move(options));
+  StartGroup(1);
+  CreateReady("a", std::string(600, 'x'));
+  workers_[0]->Freeze();
+  Answer answer;
+  std::thread generating([&] { answer = Generate(LongAnswer()); });
+  WaitFor([&] { return !Idle(); });
+  grpc::ClientContext call;
+  api::DeleteContextRequest request;
+  api::DeleteContextResponse response;
+  request.set_name("contexts/a");
+  request.set_force(true);
+  EXPECT_FAILS(contexts_->DeleteContext(&call, request, &response), DEADLINE_EXCEEDED, "DEADLINE");
+  EXPECT_FAILS(Create("a", "text"), ABORTED, "CONTEXT_BUSY");
+  workers_[0]->Kill();
+  generating.join();
+  EXPECT_EQ(answer.status.error_code(), grpc::CANCELLED);
+}
+
+TEST_F(FaultsTest, AScoreCallThatMovesIsNotIdle) {
+  ServerOptions options;
+  options.score_idle_seconds = 0.5;
+  StartServer(std::move(options));
+  StartGroup(1, [](FakeRank& rank) {
+    rank.pause = [](const wire::Command& command, int64_t) {
+      if (command.has_extend_sequence() && command.extend_sequence().score_ids_size() > 0) Pause(700);
+    };
+  });
+  grpc::ClientContext call;
+  const auto stream = inference_->Score(&call);
+  api::ScoreRequest request;
+  request.set_name("contexts/witness");
+  request.mutable_target()->set_text("q");
+  api::ScoreEvent event;
+  for (int i = 0; i < 2; ++i) {  // each takes longer than the limit, and so does the pause after it, nearly
+    ASSERT_TRUE(stream->Write(request));
+    ASSERT_TRUE(stream->Read(&event)) << i;
+    Pause(250);
+  }
+  EXPECT_FALSE(stream->Read(&event));  // nothing more is asked for
+  EXPECT_FAILS(stream->Finish(), DEADLINE_EXCEEDED, "DEADLINE");
+}
+
+TEST_F(FaultsTest, HealthStartsAsNotServing) {
+  StartServer();
+  grpc::StatusCode code;
+  EXPECT_EQ(HealthOf(channel_, "", &code), 2);
+  EXPECT_EQ(HealthOf(channel_, "refocus.v1.ContextService", &code), 2);
+  EXPECT_EQ(HealthOf(channel_, "liveness", &code), 1);
+}
+
 TEST_F(FaultsTest, DrainLetsRunningWorkFinish) {
   Answer answer;
   std::thread generating([&] {
@@ -241,105 +366,6 @@ TEST_F(FaultsTest, ASecondSignalEndsTheDrainAtOnce) {
   EXPECT_FAILS(answer.status, UNAVAILABLE, "DRAINING");
 }
 
-// ---- The transport.
-
-grpc::Status RawCall(const std::shared_ptr<grpc::Channel>& channel, const std::string& method, const std::string& bytes,
-                     const std::function<void(grpc::ClientContext&)>& setup = nullptr) {
-  grpc::GenericStub stub(channel);
-  grpc::ClientContext context;
-  if (setup) setup(context);
-  const grpc::Slice slice(bytes);
-  grpc::ByteBuffer request(&slice, 1), response;
-  grpc::CompletionQueue queue;
-  grpc::Status status;
-  const auto call = stub.PrepareUnaryCall(&context, method, request, &queue);
-  call->StartCall();
-  call->Finish(&response, &status, nullptr);
-  void* tag = nullptr;
-  bool ok = false;
-  queue.Next(&tag, &ok);
-  return status;
-}
-
-TEST_F(FaultsTest, Row88UnknownMethod) {
-  EXPECT_EQ(RawCall(channel_, "/refocus.v1.ContextService/Nothing", "").error_code(), grpc::UNIMPLEMENTED);
-  EXPECT_EQ(RawCall(channel_, "/refocus.internal.v1.GroupService/Join", "").error_code(), grpc::UNIMPLEMENTED);
-  EXPECT_EQ(RawCall(channel_, "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", "").error_code(),
-            grpc::UNIMPLEMENTED);
-  ExpectUnharmed();
-}
-
-TEST_F(FaultsTest, Row89BrokenProtobuf) {
-  for (const std::string& bytes :
-       {std::string("\xff\xff\xff\xff"), std::string("\x0a\xff"), std::string(200, '\x0b')}) {
-    for (const char* method : {"GetContext", "DeleteContext", "PrefillContext", "AdaptContext", "ListContexts"}) {
-      const grpc::Status status = RawCall(channel_, std::string("/refocus.v1.ContextService/") + method, bytes);
-      EXPECT_FALSE(status.ok()) << method;
-    }
-    EXPECT_FALSE(RawCall(channel_, "/refocus.v1.InferenceService/Generate", bytes).ok());
-    const grpc::Status upload = RawCall(channel_, "/refocus.v1.ContextService/CreateContext", bytes);
-    EXPECT_FAILS(upload, INVALID_ARGUMENT,
-                 "FIELD_OUT_OF_RANGE");  // looks like the end of the stream: never a short document
-  }
-  ExpectUnharmed();
-}
-
-TEST_F(FaultsTest, Row90UnknownFieldIsIgnoredMissingFieldIsRefused) {
-  api::GetContextRequest request;
-  request.set_name("contexts/a");
-  EXPECT_TRUE(
-      RawCall(channel_, "/refocus.v1.ContextService/GetContext", request.SerializeAsString() + "\xa2\x06\x02hi").ok());
-  EXPECT_FAILS(RawCall(channel_, "/refocus.v1.ContextService/GetContext", ""), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
-  ExpectUnharmed();
-}
-
-TEST_F(FaultsTest, Row91LargeOrCompressedMessages) {
-  EXPECT_EQ(RawCall(channel_, "/refocus.v1.InferenceService/Tokenize", std::string(5 << 20, 'x')).error_code(),
-            grpc::RESOURCE_EXHAUSTED);
-  api::TokenizeRequest request;
-  request.set_text(std::string(1 << 19, 'x'));
-  grpc::ClientContext call;
-  call.set_compression_algorithm(GRPC_COMPRESS_GZIP);
-  api::TokenizeResponse response;
-  EXPECT_EQ(inference_->Tokenize(&call, request, &response).error_code(), grpc::UNIMPLEMENTED);
-  ExpectUnharmed();
-}
-
-// The packaged gRPC answers RESOURCE_EXHAUSTED, and now and then closes that connection as well; never another client's.
-TEST_F(FaultsTest, Row92Metadata) {
-  const grpc::Status status =
-      RawCall(Channel(), "/refocus.v1.ClusterService/GetCluster", "",
-              [](grpc::ClientContext& context) { context.AddMetadata("large", std::string(17 << 10, 'm')); });
-  EXPECT_TRUE(status.error_code() == grpc::RESOURCE_EXHAUSTED || status.error_code() == grpc::UNAVAILABLE)
-      << status.error_message();
-  EXPECT_TRUE(RawCall(channel_, "/refocus.v1.ClusterService/GetCluster", "").ok());
-  ExpectUnharmed();
-}
-
-TEST_F(FaultsTest, Row96OtherProtocols) {
-  const int port = std::stoi(server_->public_address().substr(server_->public_address().rfind(':') + 1));
-  const std::string kinds[] = {"GET / HTTP/1.1\r\nHost: x\r\n\r\n", std::string("\x16\x03\x01\x02\x00\x01\x00", 7),
-                               std::string(4096, '\xee')};
-  for (const std::string& bytes : kinds) {
-    const int fd = socket(AF_INET, SOCK_STREAM, 0);
-    sockaddr_in address{};
-    address.sin_family = AF_INET;
-    address.sin_port = htons(static_cast<uint16_t>(port));
-    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    ASSERT_EQ(connect(fd, reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
-    const timeval limit{12, 0};
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
-    ASSERT_EQ(write(fd, bytes.data(), bytes.size()), static_cast<ssize_t>(bytes.size()));
-    char buffer[4096];
-    ssize_t got = 0;
-    while ((got = read(fd, buffer, sizeof(buffer))) > 0) {
-    }
-    EXPECT_TRUE(got == 0 || errno == ECONNRESET) << errno;  // closed, not left open
-    close(fd);
-  }
-  ExpectUnharmed();
-}
-
 TEST_F(FaultsTest, Row97Deadlines) {
   grpc::ClientContext call;
   call.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(30));
@@ -354,27 +380,6 @@ TEST_F(FaultsTest, Row97Deadlines) {
   api::GetClusterResponse response;
   EXPECT_TRUE(cluster_->GetCluster(&far, {}, &response).ok());
   ExpectUnharmed();
-}
-
-// grpc.health.v1: the request is one string field, the answer one enum field.
-int HealthOf(const std::shared_ptr<grpc::Channel>& channel, const std::string& service, grpc::StatusCode* code) {
-  grpc::GenericStub stub(channel);
-  grpc::ClientContext context;
-  std::string bytes = service.empty() ? "" : "\x0a" + std::string(1, static_cast<char>(service.size())) + service;
-  const grpc::Slice slice(bytes);
-  grpc::ByteBuffer request(&slice, 1), response;
-  grpc::CompletionQueue queue;
-  grpc::Status status;
-  const auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", request, &queue);
-  call->StartCall();
-  call->Finish(&response, &status, nullptr);
-  void* tag = nullptr;
-  bool ok = false;
-  queue.Next(&tag, &ok);
-  *code = status.error_code();
-  std::vector<grpc::Slice> slices;
-  if (!status.ok() || !response.Dump(&slices).ok() || slices.empty() || slices[0].size() < 2) return -1;
-  return slices[0].begin()[1];
 }
 
 TEST_F(FaultsTest, HealthFollowsTheGroup) {

@@ -2,7 +2,8 @@
 
     compare_reference.py BINARY MODEL [--novels Rdata.rdb] [--random N] [--code BYTES] [--seed S]
 
-MODEL is a folder with tokenizer.json, or a GGUF file (needs the `gguf` package; its reference is built from vocabulary, merges
+MODEL is a folder with tokenizer.json, or a GGUF file (needs the `gguf` package; its reference is built from vocabulary,
+merges
 and the documented pre-tokenizer). Not run by ctest, which has golden ids instead and needs no Python.
 """
 import argparse
@@ -14,7 +15,8 @@ import sys
 import texts
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+         r"|\s+(?!\S)|\s+")
 QWEN = LLAMA.replace("{1,3}", "")
 
 
@@ -40,7 +42,8 @@ def from_gguf(path):
 
 def ours(binary, model, items, special):
     data = b"".join(struct.pack("<q", len(b)) + b for b in (t.encode() for t in items))
-    result = subprocess.run([binary, model] + (["special"] if special else []), input=data, stdout=subprocess.PIPE, check=True)
+    result = subprocess.run([binary, model] + (["special"] if special else []), input=data,
+                            stdout=subprocess.PIPE, check=True)
     at = 0
     for _ in items:
         count = struct.unpack_from("<q", result.stdout, at)[0]
@@ -58,10 +61,12 @@ def main():
     parser.add_argument("--code", type=int, default=0)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    reference = from_gguf(args.model) if args.model.endswith(".gguf") else Tokenizer.from_file(args.model + "/tokenizer.json")
+    reference = from_gguf(args.model) if args.model.endswith(".gguf") else \
+        Tokenizer.from_file(args.model + "/tokenizer.json")
     specials = [t.content for t in reference.get_added_tokens_decoder().values()]
     rng = random.Random(args.seed)
-    items = ["", " ", "\n", "a", *(chr(c) for c in range(256)), *(a + " " + b for a in texts.SPACES for b in texts.SPACES)]
+    items = ["", " ", "\n", "a", *(chr(c) for c in range(256)),
+             *(a + " " + b for a in texts.SPACES for b in texts.SPACES)]
     items += [texts.random_text(rng, specials) for _ in range(args.random)]
     items += list(texts.novels(args.novels)) if args.novels else []
     items += list(texts.code(args.code)) if args.code else []
@@ -76,7 +81,8 @@ def main():
             tokens += len(want)
             if want != got:
                 bad += 1
-                first = next((i for i, (a, b) in enumerate(zip(want, got or [])) if a != b), min(len(want), len(got or [])))
+                first = next((i for i, (a, b) in enumerate(zip(want, got or [])) if a != b),
+                             min(len(want), len(got or [])))
                 if bad <= 5:
                     around = [reference.id_to_token(i) for i in want[max(first - 3, 0):first + 5]]
                     print(f"special={special} differs at token {first}: {text[:80]!r} want {want[first:first + 8]} "

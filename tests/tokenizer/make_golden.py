@@ -2,7 +2,8 @@
 
     make_golden.py RDATA [MODEL.gguf]
 
-RDATA holds the public-domain novels the vocabularies are trained on. With MODEL.gguf, golden ids of that model's own tokenizer too.
+RDATA holds the public-domain novels the vocabularies are trained on. With MODEL.gguf, golden ids of that
+model's own tokenizer too.
 """
 import json
 import pathlib
@@ -44,8 +45,10 @@ def train(kind, corpus):
     # SmolLM's vocabulary lacks bytes that its training text never had.
     alphabet = [] if kind == "smollm" else ByteLevel.alphabet()
     first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if kind == "smollm" else []
-    out.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=(200 if kind == "smollm" else 256) + 600 + len(first),
-                                                        initial_alphabet=alphabet, special_tokens=first, show_progress=False))
+    out.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=(200 if kind == "smollm" else 256) + 600 +
+                                                        len(first),
+                                                        initial_alphabet=alphabet, special_tokens=first,
+                                                        show_progress=False))
     tree = json.loads(out.to_str())
     if kind == "llama-bpe":
         tree["model"]["ignore_merges"] = True
@@ -74,9 +77,12 @@ def ByteLevel_post():
 def cases(tokenizer, seed, count, excerpts):
     rng = random.Random(seed)
     specials = [t.content for t in tokenizer.get_added_tokens_decoder().values()]
-    items = ["", " ", "  ", "\n", " \n \n  x", "a" * 100, " " * 70 + "x", "ab" * 90, "<|end|>>", "<|end|><|end|>", "x<|end|",
-             "cafe\u0301 A\u030angstr\u00f6m \u00c5ngstro\u0308m \u212bngstr\u00f6m", " unmergeable qzqzqz", "e" + "\u0301\u0323" * 40,
-             # Where versions of Unicode and engines differ: spaces, new letters and numbers, new combining marks, case folding.
+    items = ["", " ", "  ", "\n", " \n \n  x", "a" * 100, " " * 70 + "x", "ab" * 90,
+             "<|end|>>", "<|end|><|end|>", "x<|end|",
+             "cafe\u0301 A\u030angstr\u00f6m \u00c5ngstro\u0308m \u212bngstr\u00f6m", " unmergeable qzqzqz",
+             "e" + "\u0301\u0323" * 40,
+             # Where versions of Unicode and engines differ: spaces, new letters and numbers, new combining marks,
+             # case folding.
              "a \u180e b\u180e\u180ec \u180e", "x\U00031350\U00013460! \U00010d40\U000116d0\U00011de0a\U00016ff4",
              "a\u0345\u1ac1 e\u0334\u0898 \U00011935\U00011930", "a'\u017f a'\u212a A'RE",
              "a--b---c----\t\td 12 345x6", *excerpts, *(texts.random_text(rng, specials) for _ in range(count))]

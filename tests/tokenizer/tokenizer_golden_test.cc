@@ -82,7 +82,8 @@ TEST(Golden, ThreadsShareOneTokenizer) {
   for (std::thread& thread : threads) thread.join();
 }
 
-// What a pattern keeps of a text, with everything else dropped: shows a class as it is. Expected values are the reference's.
+// What a pattern keeps of a text, with everything else dropped: shows a class as it is. Expected values are the
+// reference's.
 TEST(Tokens, CharacterClassesAreTheReferences) {
   const std::tuple<const char*, const char*, const char*> cases[] = {
       {"\\p{L}+", "a1\u00e9\U00031350 \U00013460-\U0001e5f0\u0301", "a\u00e9\U00031350\U00013460\U0001e5f0"},
