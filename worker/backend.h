@@ -1,5 +1,5 @@
 // The three operations that sharding changes: partial attention, its gradient with respect to the queries, and the
-// combination of partials. Everything else is LibTorch. Two implementations: backend_cpu (fp32), backend_cuda.
+// combination of partials. Everything else is LibTorch. Implemented by backend_cpu (fp32).
 //
 // A partial is attention over the keys that one rank holds: `out` normalised within the slice, `lse` the natural
 // logarithm of the sum of exponentials of the scaled scores. No visible key <=> lse = -inf and out = 0, which is

@@ -3,9 +3,9 @@
 // rank within that deadline, and every later call throws at once: the group is lost (one lost rank loses the
 // communicator).
 //
-// Three implementations: local (ranks are threads of one process: tests, sanitizers), mpi (CPU ranks), nccl (GPU
-// ranks). Rows are dimension 0 of contiguous tensors; counts are per rank and may be 0. Sums are formed in rank order,
-// so results are the same bits on every rank and in every run.
+// Two implementations: local (ranks are threads of one process: tests, sanitizers) and mpi (CPU ranks). Rows are
+// dimension 0 of contiguous tensors; counts are per rank and may be 0. Sums are formed in rank order, so results are the
+// same bits on every rank and in every run.
 #pragma once
 
 #include <ATen/core/Tensor.h>
