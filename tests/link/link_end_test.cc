@@ -89,6 +89,8 @@ TEST(LinkEndTest, EndOfTheStreamIsALossToldOnce) {
     FakeEngine engine;
     Link link(Options(coordinator.address()), Identity(), engine.Callbacks());
     ASSERT_TRUE(link.Join().ok());
+    // Join returns before its GroupReady is read; the coordinator must go after that, not before.
+    while (!formed) std::this_thread::yield();
     if (!polite) coordinator.Stop();
     ASSERT_TRUE(engine.WaitFor([&] { return !engine.losses.empty(); }));
     link.Send(Result{});
