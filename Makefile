@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 CTEST := ctest --output-on-failure -j 2 --test-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-all demo test test-all asan tsan bench clean
+.PHONY: help setup build build-all demo test test-all asan tsan bench bundle clean
 
 help:
 	@echo "make demo      read a novel on two ranks, adapt to it, ask it a question (sets everything up)"
@@ -16,6 +16,7 @@ help:
 	@echo "make build     set up and build build/release/bin/{refocus,refocus-coordinator,refocus-worker}"
 	@echo "make asan      the fast tests under AddressSanitizer and UBSan;  make tsan: under ThreadSanitizer"
 	@echo "make bench     attention, tokenizer, and a whole context on one rank and on two: tables, about 5 minutes on 2 cores"
+	@echo "make bundle    build/refocus-bundle.tar.gz: the programs for other machines, with CUDA where nvcc is (PRESET=release: without)"
 	@echo "make clean     remove build/ (what was fetched stays in .deps/)"
 
 setup:
@@ -47,6 +48,16 @@ bench: setup
 	@cmake --preset release $(CONFIGURE) -DREFOCUS_BENCH=ON
 	@cmake --build $(BUILD) -j $(JOBS) --target attention_bench context_bench tokenizer_bench
 	@./deploy/bench.sh $(BUILD)/bin
+
+# The archive's folder is refocus/; what is in it does not name this machine.
+PRESET ?= $(if $(or $(wildcard /usr/local/cuda/bin/nvcc),$(shell command -v nvcc)),cuda,release)
+bundle: setup
+	@cmake --preset $(PRESET) $(CONFIGURE)
+	@cmake --build build/$(PRESET) -j $(JOBS) --target refocus refocus-coordinator refocus-worker
+	@rm -rf build/bundle
+	@cmake --install build/$(PRESET) --prefix build/bundle/refocus >/dev/null
+	@tar -C build/bundle --owner=0 --group=0 --numeric-owner -czf build/refocus-bundle.tar.gz refocus
+	@ls -l build/refocus-bundle.tar.gz
 
 clean:
 	rm -rf build

@@ -1,45 +1,56 @@
-// One context through the engine, without the service around it: prefill, adaptation steps, decode. Each rank runs this
-// program; start several with mpirun. Prints a table (share: of the matrix-multiply and read rates measured in the same
-// run, times ranks) and, with --jsonl, one line per row.
+// Contexts through the engine, without the service around it: prefill, adaptation steps, decode. Each rank runs this
+// program; start several with mpirun. Prints a table (floor: the time that the arithmetic or the bytes need at the
+// matrix-multiply and copy rates measured in the same run) and, with --jsonl, one line per row.
 //
 //   mpirun -np 2 context_bench --model MODEL --tokens 4096 --threads 1
+//   mpirun -np 2 context_bench --model FOLDER --random-weights 1 --device cuda --tokens 32768,131072
 #include <ATen/Parallel.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/ones.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/randn.h>
-#include <mpi.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <fstream>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "base/check.h"
+#include "worker/device.h"
 #include "worker/engine.h"
+#include "worker/launch.h"
 
 namespace refocus {
 namespace {
 
 struct Options {
   std::string model;
+  std::string device = "cpu";
   std::string ids_file;  // int32, little-endian
   std::string jsonl;
-  int64_t tokens = 4096;
-  int64_t chunk = 512;
+  std::string results;
+  std::vector<int64_t> tokens = {4096};
+  int64_t layers = 0;
+  int64_t chunk = 0;
   int64_t steps = 32;
   int64_t span = 128;
   int64_t spans_per_step = 1;
+  double at = -1.0;
   int64_t decode = 32;
   double learning_rate = 1e-4;
+  std::optional<uint64_t> random_weights;
   uint64_t seed = 1;
   int threads = 1;
+  bool synthetic_cache = false;
+  bool cuda() const { return device == "cuda"; }
 };
 
 double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -59,6 +70,7 @@ class Driver {
 
   void OnResult(Result result) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    for (Token& token : result.tokens) tokens_.push_back(std::move(token));
     if (!result.final) return;
     result_ = std::move(result);
     done_ = true;
@@ -84,8 +96,15 @@ class Driver {
     return result_;
   }
 
+  // Of all results since the last call.
+  std::vector<Token> TakeTokens() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(tokens_, {});
+  }
+
  private:
   Engine& engine_;
+  std::vector<Token> tokens_;
   std::mutex mutex_;
   std::condition_variable wake_;
   bool done_ = false;
@@ -95,10 +114,13 @@ class Driver {
 
 struct Row {
   std::string what;
-  int64_t units = 0;  // tokens or steps
-  double seconds = 0.0;
-  double flops = 0.0;  // arithmetic that the method needs, all ranks
-  double bytes = 0.0;  // memory that must be read once per unit
+  int64_t tokens = 0;
+  int64_t units = 0;          // tokens or steps
+  double seconds = 0.0;       // of all units
+  double median_seconds = 0.0;  // of one unit, where each was timed
+  double flops = 0.0;         // arithmetic that the method needs, all ranks
+  double bytes = 0.0;         // memory that must be moved, on one rank
+  double floor_seconds = 0.0;
 };
 
 // Multiplications and additions of the linear layers for one row; keys: with K and V; output: with the output matrix.
@@ -110,25 +132,34 @@ double LinearFlops(const ModelConfig& c, bool keys, bool output) {
 
 struct Ceilings {
   double gemm_flops = 0.0;
-  double read_bytes = 0.0;
+  double copy_bytes = 0.0;  // read and written
 };
 
-Ceilings MeasureCeilings() {
+// On the device and in the type that the model uses.
+Ceilings MeasureCeilings(Backend& backend) {
   Ceilings best;
-  const at::Tensor a = at::randn({2048, 2048}), b = at::randn({2048, 2048}), big = at::ones({int64_t{64} << 20});
-  for (int i = 0; i < 3; ++i) {
+  const bool cpu = backend.device().is_cpu();
+  const int64_t n = cpu ? 2048 : 8192;
+  const auto options = at::TensorOptions(backend.device()).dtype(backend.dtype());
+  const at::Tensor a = at::randn({n, n}, options), b = at::randn({n, n}, options);
+  const at::Tensor from = at::randn({cpu ? int64_t{64} << 20 : int64_t{1} << 30}, options);
+  at::Tensor to = at::empty(from.sizes(), options);
+  for (int i = 0; i < 5; ++i) {
+    backend.Synchronize();
     double begin = Now();
     at::mm(a, b);
-    best.gemm_flops = std::max(best.gemm_flops, 2.0 * 2048 * 2048 * 2048 / (Now() - begin));
+    backend.Synchronize();
+    best.gemm_flops = std::max(best.gemm_flops, 2.0 * std::pow(static_cast<double>(n), 3) / (Now() - begin));
     begin = Now();
-    big.sum();
-    best.read_bytes = std::max(best.read_bytes, static_cast<double>(big.nbytes()) / (Now() - begin));
+    to.copy_(from);
+    backend.Synchronize();
+    best.copy_bytes = std::max(best.copy_bytes, 2.0 * static_cast<double>(from.nbytes()) / (Now() - begin));
   }
   return best;
 }
 
-std::vector<int32_t> ReadIds(const Options& options, int64_t vocab) {
-  std::vector<int32_t> ids(options.tokens);
+std::vector<int32_t> ReadIds(const Options& options, int64_t count, int64_t vocab) {
+  std::vector<int32_t> ids(count);
   if (!options.ids_file.empty()) {
     std::ifstream in(options.ids_file, std::ios::binary);
     in.read(reinterpret_cast<char*>(ids.data()), static_cast<std::streamsize>(ids.size() * 4));
@@ -140,99 +171,230 @@ std::vector<int32_t> ReadIds(const Options& options, int64_t vocab) {
   return ids;
 }
 
-std::vector<Row> Measure(Driver& driver, const ModelConfig& c, const Options& options, const std::vector<int32_t>& ids,
-                         std::vector<double>* losses) {
-  const double tokens = static_cast<double>(options.tokens);
-  const double attention_row = 4.0 * static_cast<double>(c.q_dim() * c.layers);  // per visible key
-  std::vector<Row> rows;
-  driver.Run(OpenContext{1, options.tokens});
-
-  double begin = Now();
-  for (int64_t pos = 0; pos < options.tokens; pos += options.chunk) {
-    const int64_t end = std::min(pos + options.chunk, options.tokens);
-    driver.Run(PrefillChunk{1, pos, {ids.begin() + pos, ids.begin() + end}});
-  }
-  rows.push_back({"prefill", options.tokens, Now() - begin,
-                  LinearFlops(c, true, false) * tokens + attention_row * tokens * (tokens + 1) / 2, 0.0});
-
-  AdamWConfig optimizer;
-  optimizer.learning_rate = static_cast<float>(options.learning_rate);
-  driver.Run(BeginAdapt{1, 1, false, optimizer});
-  std::mt19937_64 random(options.seed);
-  double step_flops = 0.0;
-  begin = Now();
-  for (int64_t step = 1; step <= options.steps; ++step) {
-    AdaptStep command{1, step, {}};
-    for (int64_t s = 0; s < options.spans_per_step; ++s) {
-      const auto start = static_cast<int64_t>(random() % static_cast<uint64_t>(options.tokens - options.span));
-      command.spans.push_back({start, {ids.begin() + start, ids.begin() + start + options.span + 1}});
-      const double rows_in_span = static_cast<double>(options.span);
-      // Forward and activation gradient, dW_Q (as much as the projection's forward); attention 2 + 3 matrix products.
-      step_flops += rows_in_span * (2 * LinearFlops(c, false, true) + 2.0 * static_cast<double>(c.query_parameters()));
-      step_flops += attention_row * 2.5 * rows_in_span * (static_cast<double>(start) + (rows_in_span + 1) / 2);
-    }
-    losses->push_back(driver.Run(std::move(command)).loss);
-  }
-  rows.push_back({"adapt step", options.steps, Now() - begin, step_flops, 0.0});
-  driver.Run(EndAdapt{1, true, 1});
-
-  for (const bool adapted : {false, true}) {
-    OpenSequence open{adapted ? 2u : 1u, 1, adapted ? 1u : 0u, adapted ? 1 : 0, options.decode + 2, {}};
-    driver.Run(open);
-    driver.Run(ExtendSequence{open.sequence, options.tokens - 1, {ids.back(), ids.front()}, true, {}});
-    begin = Now();
-    driver.Run(DecodeSteps{open.sequence, static_cast<int32_t>(options.decode)});
-    const double weights = 4.0 * static_cast<double>(c.parameters() + (adapted ? c.query_parameters() : 0));
-    rows.push_back(
-        {adapted ? "decode adapted" : "decode", options.decode, Now() - begin,
-         (LinearFlops(c, true, true) + attention_row * tokens) * static_cast<double>(options.decode),
-         (weights + static_cast<double>(c.kv_bytes_per_token(4)) * tokens) * static_cast<double>(options.decode)});
-    driver.Run(CloseSequence{open.sequence});
-  }
-  return rows;
+double Median(std::vector<double> values) {
+  std::nth_element(values.begin(), values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2), values.end());
+  return values[values.size() / 2];
 }
 
-void Report(const std::vector<Row>& rows, const Ceilings& ceilings, int ranks, const Options& options,
-            const std::vector<double>& losses) {
-  std::printf("# %s, %lld tokens, %d ranks x %d threads; per rank: GEMM %.0f GFLOP/s, read %.1f GB/s\n",
-              options.model.c_str(), static_cast<long long>(options.tokens), ranks, options.threads,
-              ceilings.gemm_flops / 1e9, ceilings.read_bytes / 1e9);
-  std::printf("%-15s %8s %10s %12s %10s %10s %8s\n", "phase", "units", "seconds", "ms/unit", "GFLOP/s", "GB/s",
-              "share");
+// What the run computed, for comparison with a peer on the same weights and ids.
+struct Results {
+  std::vector<double> losses, grad_norms, seconds;
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs;
+};
+
+class ContextBench {
+ public:
+  ContextBench(Driver& driver, const ModelConfig& config, const Options& options, const Ceilings& ceilings, int ranks,
+               int64_t element_bytes)
+      : driver_(driver), c_(config), options_(options), ceilings_(ceilings), ranks_(ranks), element_(element_bytes) {}
+
+  std::vector<Row> Run(int64_t tokens, Results* results) {
+    tokens_ = tokens;
+    ids_ = ReadIds(options_, tokens, c_.vocab);
+    rows_.clear();
+    driver_.Run(OpenContext{1, tokens});
+    if (!options_.synthetic_cache) Prefill();
+    Adapt(results);
+    Decode(0, results);
+    Decode(1, results);
+    driver_.Run(CloseContext{1});
+    return rows_;
+  }
+
+ private:
+  double attention_row() const { return 4.0 * static_cast<double>(c_.q_dim() * c_.layers); }  // per visible key
+  double Real(int64_t value) const { return static_cast<double>(value); }
+  double weight_bytes() const { return Real(c_.parameters() * element_); }
+
+  void Prefill() {
+    const int64_t chunk = options_.chunk > 0 ? options_.chunk : (options_.cuda() ? 8192 : 512);
+    const double begin = Now();
+    for (int64_t pos = 0; pos < tokens_; pos += chunk) {
+      const int64_t end = std::min(pos + chunk, tokens_);
+      driver_.Run(PrefillChunk{1, pos, {ids_.begin() + pos, ids_.begin() + end}});
+    }
+    Row row{"prefill", tokens_, tokens_, Now() - begin};
+    row.flops = LinearFlops(c_, true, false) * Real(tokens_) + attention_row() * Real(tokens_) * Real(tokens_ + 1) / 2;
+    row.floor_seconds = row.flops / (ceilings_.gemm_flops * ranks_);
+    rows_.push_back(row);
+  }
+
+  void Adapt(Results* results) {
+    AdamWConfig optimizer;
+    optimizer.learning_rate = static_cast<float>(options_.learning_rate);
+    driver_.Run(BeginAdapt{1, 1, false, optimizer});
+    std::mt19937_64 random(options_.seed);
+    const double k = Real(options_.span * options_.spans_per_step);
+    std::vector<double> each;
+    Row row{"adapt step", tokens_, options_.steps};
+    for (int64_t step = 1; step <= options_.steps; ++step) {
+      AdaptStep command{1, step, {}};
+      for (int64_t s = 0; s < options_.spans_per_step; ++s) {
+        const int64_t last = tokens_ - options_.span - 1;
+        int64_t start = static_cast<int64_t>(random() % static_cast<uint64_t>(last + 1));
+        if (options_.at >= 0.0) start = std::min(last, static_cast<int64_t>(options_.at * Real(tokens_)) + step - 1);
+        command.spans.push_back({start, {ids_.begin() + start, ids_.begin() + start + options_.span + 1}});
+        // Forward and activation gradient, dW_Q (as much as the projection's forward); attention: 2 + 3 products.
+        row.flops += attention_row() * 2.5 * Real(options_.span) * (Real(start) + (Real(options_.span) + 1) / 2);
+      }
+      const double begin = Now();
+      const Result result = driver_.Run(std::move(command));
+      each.push_back(Now() - begin);
+      results->losses.push_back(result.loss);
+      results->grad_norms.push_back(result.grad_norm);
+    }
+    // Attention by arithmetic, spread over the ranks; linear layers by arithmetic or by reading the weights twice; AdamW
+    // by bytes: gradient, moments and delta read, all but the gradient and the rounded delta written.
+    const double steps = Real(options_.steps);
+    const double linear = k * (2 * LinearFlops(c_, false, true) + 2.0 * Real(c_.query_parameters()));
+    const double adam = Real(c_.query_parameters()) * (16.0 + 12.0 + (element_ == 4 ? 0.0 : 2.0));
+    row.floor_seconds = row.flops / (ceilings_.gemm_flops * ranks_) +
+                        steps * (std::max(linear / ceilings_.gemm_flops, 2.0 * weight_bytes() / ceilings_.copy_bytes) +
+                                 adam / ceilings_.copy_bytes);
+    row.flops += steps * linear;
+    for (const double seconds : each) row.seconds += seconds;
+    row.median_seconds = Median({each.begin() + (each.size() > 4 ? 3 : 0), each.end()});
+    rows_.push_back(row);
+    driver_.Run(EndAdapt{1, true, 1});
+  }
+
+  void Decode(uint64_t adapter, Results* results) {
+    constexpr int kWarm = 4;
+    OpenSequence open{1 + adapter, 1, adapter, adapter == 0 ? 0 : 1, options_.decode + kWarm + 2, {}};
+    driver_.Run(open);
+    driver_.Run(ExtendSequence{open.sequence, tokens_ - 1, {ids_.back(), ids_.front()}, true, {}});
+    driver_.Run(DecodeSteps{open.sequence, kWarm});
+    Row row{adapter == 0 ? "decode" : "decode adapted", tokens_, options_.decode};
+    const double begin = Now();
+    driver_.Run(DecodeSteps{open.sequence, static_cast<int32_t>(options_.decode)});
+    row.seconds = Now() - begin;
+    const double count = Real(options_.decode);
+    row.flops = (LinearFlops(c_, true, true) + attention_row() * Real(tokens_)) * count;
+    row.bytes = count * (weight_bytes() + (adapter == 0 ? 0.0 : Real(c_.query_parameters() * element_)) +
+                         Real(c_.kv_bytes_per_token(element_)) * Real(tokens_) / ranks_);
+    row.floor_seconds = row.bytes / ceilings_.copy_bytes;
+    rows_.push_back(row);
+    driver_.Run(CloseSequence{open.sequence});
+    if (adapter != 0) return;
+    for (const Token& token : driver_.TakeTokens()) {
+      results->tokens.push_back(token.id);
+      results->logprobs.push_back(token.logprob);
+    }
+  }
+
+  Driver& driver_;
+  const ModelConfig& c_;
+  const Options& options_;
+  const Ceilings ceilings_;
+  const int ranks_;
+  const int64_t element_;
+  int64_t tokens_ = 0;
+  std::vector<int32_t> ids_;
+  std::vector<Row> rows_;
+};
+
+void Report(const std::vector<Row>& rows, const std::string& device, int ranks, const Options& options) {
   std::ofstream jsonl;
   if (!options.jsonl.empty()) jsonl.open(options.jsonl, std::ios::app);
   for (const Row& row : rows) {
-    const bool by_bytes = row.bytes > 0.0;
-    const double share = by_bytes ? row.bytes / row.seconds / ceilings.read_bytes
-                                  : row.flops / row.seconds / (ceilings.gemm_flops * ranks);
-    std::printf("%-15s %8lld %10.3f %12.3f %10.1f %10.1f %7.0f%%\n", row.what.c_str(),
-                static_cast<long long>(row.units), row.seconds, row.seconds / static_cast<double>(row.units) * 1e3,
-                row.flops / row.seconds / 1e9, row.bytes / row.seconds / 1e9, share * 100);
+    const double unit = row.median_seconds > 0.0 ? row.median_seconds : row.seconds / static_cast<double>(row.units);
+    const double floor = row.floor_seconds / static_cast<double>(row.units);
+    std::printf("| %-14s | %8lld | %9.3f | %10.3f | %10.1f | %8.1f | %7.2f | %6.3f | %4.0f%% |\n", row.what.c_str(),
+                static_cast<long long>(row.tokens), row.seconds, unit * 1e3, 1.0 / unit,
+                row.flops / static_cast<double>(row.units) / unit / 1e12,
+                row.bytes / static_cast<double>(row.units) / unit / 1e12, floor * 1e3, 100.0 * floor / unit);
     if (jsonl) {
-      jsonl << "{\"phase\":\"" << row.what << "\",\"tokens\":" << options.tokens << ",\"ranks\":" << ranks
+      jsonl << "{\"phase\":\"" << row.what << "\",\"tokens\":" << row.tokens << ",\"ranks\":" << ranks << ",\"device\":\""
+            << device << "\",\"synthetic_cache\":" << (options.synthetic_cache ? "true" : "false")
             << ",\"threads\":" << options.threads << ",\"units\":" << row.units << ",\"seconds\":" << row.seconds
-            << ",\"gflops\":" << row.flops / row.seconds / 1e9 << ",\"share\":" << share << "}\n";
+            << ",\"unit_ms\":" << unit * 1e3 << ",\"floor_ms\":" << floor * 1e3
+            << ",\"tflops\":" << row.flops / static_cast<double>(row.units) / unit / 1e12 << "}\n";
     }
   }
-  std::printf("# loss of first and last step %.4f %.4f; peak resident per rank %.0f MB\n", losses.front(),
-              losses.back(), static_cast<double>(ResidentBytes("VmHWM")) / 1e6);
+  std::fflush(stdout);
+}
+
+void WriteResults(const std::string& path, const Results& results) {
+  if (path.empty()) return;
+  std::ofstream out(path);
+  out.precision(17);
+  const auto list = [&](const char* name, const auto& values, const char* end) {
+    out << "\"" << name << "\":[";
+    for (size_t i = 0; i < values.size(); ++i) out << (i == 0 ? "" : ",") << values[i];
+    out << "]" << end;
+  };
+  out << "{";
+  list("losses", results.losses, ",");
+  list("grad_norms", results.grad_norms, ",");
+  list("tokens", results.tokens, ",");
+  list("logprobs", results.logprobs, "}\n");
+}
+
+template <typename T>
+T OrDie(StatusOr<T> value) {
+  if (value.ok()) return std::move(value).value();
+  std::fprintf(stderr, "context_bench: %s\n", value.status().ToString().c_str());
+  std::_Exit(1);
 }
 
 // The collective is gone when this returns, as MPI_Finalize wants it.
-Status RunRank(const Options& options, const ModelConfig& config, std::shared_ptr<const Weights> weights) {
-  const std::shared_ptr<Collective> collective = MakeMpiCollective(600.0);
-  const int rank = collective->rank(), ranks = collective->size();
-  const Ceilings ceilings = MeasureCeilings();
-  const std::vector<int32_t> ids = ReadIds(options, config.vocab);
+Status RunRank(const Options& options, const Launch& launch) {
+  Gpu gpu;
+  if (options.cuda()) gpu = OrDie(UseGpu(launch.local_rank, launch.ranks_on_host));
+  ModelConfig config = OrDie(LoadModelConfig(options.model));
+  if (options.layers > 0) config.layers = options.layers;
+  std::shared_ptr<Collective> collective;
+  std::unique_ptr<Backend> backend;
+  if (options.cuda()) {
+    std::string id;
+    if (launch.size > 1 && launch.rank == 0) id = MakeGpuGroupId();
+    if (launch.size > 1) ShareFromRankZero(&id);
+    collective = MakeGpuCollective(id, launch.rank, launch.size, 600.0);
+    backend = MakeGpuBackend(config, gpu);
+  } else {
+    collective = MakeMpiCollective(600.0);
+    backend = MakeCpuBackend(config);
+  }
+  LoadOptions load;
+  load.threads = options.cuda() ? std::max(launch.threads, 1) : options.threads;
+  load.random_seed = options.random_weights;
+  load.device = backend->device();
+  const double begin = Now();
+  auto weights = std::make_shared<const Weights>(OrDie(LoadWeights(options.model, config, load)));
+  const double load_seconds = Now() - begin;
+  const std::string device = options.cuda() ? gpu.name : "CPU";
+  const Ceilings ceilings = MeasureCeilings(*backend);
+  const int64_t element_bytes = static_cast<int64_t>(c10::elementSize(backend->dtype()));
+  if (launch.rank == 0) {
+    std::printf("# %s, %lld layers, %d x %s%s; GEMM %.3f TFLOP/s, copy %.3f TB/s; %.2f GB of weights in %.1f s\n",
+                config.name.c_str(), static_cast<long long>(config.layers), launch.size, device.c_str(),
+                options.synthetic_cache ? ", synthetic cache" : "", ceilings.gemm_flops / 1e12,
+                ceilings.copy_bytes / 1e12, static_cast<double>(weights->bytes) / 1e9, load_seconds);
+    std::printf("| phase | tokens | seconds | ms a unit | units/s | TFLOP/s | TB/s a rank | floor ms | of floor |\n");
+    std::printf("|---|---:|---:|---:|---:|---:|---:|---:|---:|\n");
+  }
   Driver* driver_pointer = nullptr;
-  Engine engine({}, std::move(weights), MakeCpuBackend(), collective,
+  EngineOptions engine_options;
+  engine_options.kv_capacity_bytes = int64_t{1} << 40;  // what does not fit fails
+  engine_options.synthetic_cache = options.synthetic_cache;
+  Engine engine(engine_options, std::move(weights), std::move(backend), collective,
                 [&](Result result) { driver_pointer->OnResult(std::move(result)); });
   Driver driver(engine);
   driver_pointer = &driver;
   std::thread commands([&] {
-    std::vector<double> losses;
-    const std::vector<Row> rows = Measure(driver, config, options, ids, &losses);
-    if (rank == 0) Report(rows, ceilings, ranks, options, losses);
+    for (const int64_t tokens : options.tokens) {
+      Results results;
+      ContextBench bench(driver, config, options, ceilings, launch.size, element_bytes);
+      const std::vector<Row> rows = bench.Run(tokens, &results);
+      if (launch.rank != 0) continue;
+      Report(rows, device, launch.size, options);
+      WriteResults(options.results, results);
+      const double held = options.cuda() ? static_cast<double>(GpuUsedBytes()) : static_cast<double>(ResidentBytes("VmHWM"));
+      std::printf("# %lld tokens: loss of first and last step %.4f %.4f; %s %.2f GB\n", static_cast<long long>(tokens),
+                  results.losses.front(), results.losses.back(),
+                  options.cuda() ? "GPU memory held by rank 0" : "peak resident of rank 0", held / 1e9);
+    }
     engine.Stop();
   });
   const Status status = engine.Run();
@@ -242,31 +404,34 @@ Status RunRank(const Options& options, const ModelConfig& config, std::shared_pt
 
 int Main(int argc, char** argv) {
   Options options;
-  CLI::App app("One context through the engine: prefill, adaptation steps, decode");
+  CLI::App app("Contexts through the engine: prefill, adaptation steps, decode");
   app.add_option("--model", options.model, "Hugging Face folder or GGUF file")->required();
+  app.add_option("--device", options.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
+  app.add_option("--random-weights", options.random_weights, "Weights made from this seed instead of read");
+  app.add_option("--layers", options.layers, "With random weights: fewer layers than the configuration says");
   app.add_option("--ids", options.ids_file, "Token ids, little-endian int32; random ids without it");
-  app.add_option("--tokens", options.tokens, "Length of the context")->capture_default_str();
-  app.add_option("--chunk", options.chunk, "Rows of a prefill chunk")->capture_default_str();
+  app.add_option("--tokens", options.tokens, "Lengths of the contexts")->delimiter(',')->capture_default_str();
+  app.add_flag("--synthetic-cache", options.synthetic_cache, "Random K/V instead of a prefill: times of steps and decode");
+  app.add_option("--chunk", options.chunk, "Rows of a prefill chunk; 0: 512 on the CPU, 8192 on a GPU");
   app.add_option("--steps", options.steps, "Adaptation steps")->capture_default_str();
   app.add_option("--span", options.span, "Rows of a span")->capture_default_str();
   app.add_option("--spans-per-step", options.spans_per_step, "Spans of a step")->capture_default_str();
+  app.add_option("--at", options.at, "Where spans begin, as a fraction of the context; negative: anywhere");
   app.add_option("--decode", options.decode, "Tokens to decode")->capture_default_str();
   app.add_option("--learning-rate", options.learning_rate, "AdamW's")->capture_default_str();
-  app.add_option("--threads", options.threads, "Threads of each rank")->capture_default_str();
+  app.add_option("--threads", options.threads, "Threads of each CPU rank")->capture_default_str();
   app.add_option("--jsonl", options.jsonl, "Append one line per row to this file");
+  app.add_option("--results", options.results, "Write losses, gradient norms and decoded tokens to this file");
   CLI11_PARSE(app, argc, argv);
-
-  int provided = 0;
-  MPI_Init_thread(nullptr, nullptr, MPI_THREAD_FUNNELED, &provided);
+  const Launch launch = StartLaunch();
   at::set_num_threads(options.threads);
-  const auto config = LoadModelConfig(options.model);
-  if (!config.ok()) return std::fprintf(stderr, "%s\n", config.status().ToString().c_str()), 2;
-  auto weights = LoadWeights(options.model, *config, {});
-  if (!weights.ok()) return std::fprintf(stderr, "%s\n", weights.status().ToString().c_str()), 3;
-
-  const Status status = RunRank(options, *config, std::make_shared<const Weights>(std::move(*weights)));
-  MPI_Finalize();
-  return status.ok() ? 0 : kExitGroup;
+  const Status status = RunRank(options, launch);
+  if (!status.ok()) {
+    std::fprintf(stderr, "context_bench: %s\n", status.ToString().c_str());
+    std::_Exit(1);
+  }
+  FinishLaunch(launch);
+  return 0;
 }
 
 }  // namespace

@@ -33,6 +33,7 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run);
 void AddAsk(CLI::App& app, Settings* settings, Run* run);
 void AddScore(CLI::App& app, Settings* settings, Run* run);
 void AddTokenize(CLI::App& app, Settings* settings, Run* run);
+void AddPlan(CLI::App& app, Run* run);
 void AddStatus(CLI::App& app, Settings* settings, Run* run);
 void AddVersion(CLI::App& app, Run* run);
 

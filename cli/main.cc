@@ -21,7 +21,7 @@ Exit codes:
   1    the call failed; stderr says what, what was got, what is allowed and what to do, with a reason code in brackets
   2    configuration: an unknown or bad option, a file that cannot be read
   3    weights: the model's files are broken (serve)
-  4    hardware (serve)
+  4    hardware: memory, devices (serve, plan)
   5    the worker group failed for good (serve)
   130  interrupted: the first Ctrl-C cancels the request, the second ends the program
 
@@ -104,6 +104,7 @@ int Main(int argc, char** argv) {
   AddAsk(app, &settings, &run);
   AddScore(app, &settings, &run);
   AddTokenize(app, &settings, &run);
+  AddPlan(app, &run);
   AddStatus(app, &settings, &run);
   AddVersion(app, &run);
   app.footer(kFooter);  // last: verbs would inherit it

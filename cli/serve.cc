@@ -16,6 +16,7 @@ struct ServeFlags {
   ServeOptions options;
   std::optional<int> threads;
   std::string kv_memory;
+  std::string device;
   std::optional<double> collective_deadline;
   std::optional<double> default_ttl;
   std::optional<double> stuck;
@@ -59,6 +60,7 @@ int Serve(ServeFlags flags) {
   if (flags.reflection) coordinator.push_back("--enable-reflection");
   if (flags.insecure) coordinator.push_back("--insecure");
   add(&worker, "--log-level", flags.log_level);
+  if (!flags.device.empty()) add(&worker, "--device", flags.device);
   if (flags.threads) add(&worker, "--threads", std::to_string(*flags.threads));
   if (!flags.kv_memory.empty()) add(&worker, "--kv-memory", flags.kv_memory);
   if (flags.collective_deadline) add(&worker, "--collective-deadline", std::to_string(*flags.collective_deadline));
@@ -75,6 +77,8 @@ void AddServe(CLI::App& app, Run* run) {
       ->envname("REFOCUS_MODEL")->type_name("PATH")->required()->group("Model");
   verb->add_option("--ranks", f->options.ranks, "Worker processes, 1 to 256; each owns a part of every context")
       ->check(CLI::Range(1, 256))->capture_default_str()->group("Model");
+  verb->add_option("--device", f->device, "Where ranks compute; cuda: one GPU a rank (cpu)")
+      ->envname("REFOCUS_DEVICE")->check(CLI::IsMember({"cpu", "cuda"}))->group("Model");
   const std::string memory = "Memory and cores";
   verb->add_option("--kv-memory", f->kv_memory, "Memory for K and V, per rank, such as 4GiB (from the free memory)")
       ->type_name("SIZE")->group(memory);

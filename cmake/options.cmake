@@ -1,6 +1,7 @@
 # Warnings are errors in our own code; generated code and dependencies are SYSTEM.
 add_library(refocus_options INTERFACE)
-target_compile_options(refocus_options INTERFACE -Wall -Wextra -Werror -Wno-missing-field-initializers)
+target_compile_options(refocus_options INTERFACE
+                       $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;-Wno-missing-field-initializers>)
 # GCC 12 sees overlaps (-Wrestrict) in std::string's operator+ that are not there.
 target_compile_options(refocus_options INTERFACE $<$<COMPILE_LANG_AND_ID:CXX,GNU>:-Wno-restrict>)
 

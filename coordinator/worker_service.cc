@@ -50,7 +50,7 @@ Status Serve(JoinCall& call, Hub& hub, uint64_t link) {
 Status Join(JoinCall& call, Hub& hub) {
   wire::Hello hello;
   REFOCUS_RETURN_IF_ERROR(TakeHello(call, &hello));
-  const std::string who = "rank " + std::to_string(hello.rank()) + " of " + std::to_string(hello.size()) + " (" +
+  const std::string who = (hello.wants_rank() ? "a rank" : "rank " + std::to_string(hello.rank())) + " of " + std::to_string(hello.size()) + " (" +
                           hello.host() + ", pid " + std::to_string(hello.pid()) + ")";
   const uint64_t link = hub.OpenLink(call.wakeup());
   Status status = hub.With([&](Coordinator& core) { return core.OnHello(link, hello); });

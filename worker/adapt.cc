@@ -3,13 +3,11 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 
 #include "base/check.h"
 
@@ -19,52 +17,64 @@ namespace {
 // Rows are put through the output matrix in slices: [slice, vocab] is the largest tensor of a step.
 constexpr int64_t kLogitRows = 128;
 
-// Adds every rank's value in rank order: the same double everywhere.
-double SumOverRanks(Collective& collective, double value) {
-  const at::Tensor own = at::tensor({value}, at::kDouble);
-  at::Tensor all = at::empty({collective.size()}, at::kDouble);
-  collective.AllGatherRows(own, std::vector<int64_t>(collective.size(), 1), all);
-  const double* values = all.const_data_ptr<double>();
-  return std::accumulate(values, values + collective.size(), 0.0);
-}
-
-// Sum of the own rows' losses; with `dhidden` also its gradient divided by `rows` (the mean over all ranks' rows).
-double OwnLoss(Model& model, const at::Tensor& hidden, const at::Tensor& targets, int64_t rows, at::Tensor* dhidden) {
-  double sum = 0.0;
+// Adds the own rows' losses to `sum` [1] fp64; with `dhidden` also their gradient, of the mean over all ranks' `total`.
+void AddOwnLoss(Model& model, const at::Tensor& hidden, const at::Tensor& targets, int64_t total, at::Tensor& sum,
+                Gradient* dhidden) {
+  Backend& backend = model.backend();
   for (int64_t begin = 0; begin < hidden.size(0); begin += kLogitRows) {
     const int64_t count = std::min(kLogitRows, hidden.size(0) - begin);
     const at::Tensor slice = hidden.narrow(0, begin, count);
-    const at::Tensor target = targets.narrow(0, begin, count).unsqueeze(1);
-    at::Tensor logits = model.Logits(slice);
-    const at::Tensor lse = at::logsumexp(logits, {1}, /*keepdim=*/true);
-    sum += (lse - logits.gather(1, target)).sum(at::kDouble).item<double>();
+    const Losses losses = backend.CrossEntropy(model.Logits(slice), targets.narrow(0, begin, count),
+                                               dhidden != nullptr, 1.0 / static_cast<double>(total));
+    sum.add_(losses.loss.sum(at::kDouble));
     if (dhidden == nullptr) continue;
-    logits.sub_(lse).exp_();
-    logits.scatter_add_(1, target, at::zeros({count, 1}, at::kFloat).sub_(1.0));
-    logits.div_(static_cast<double>(rows));
-    dhidden->narrow(0, begin, count).copy_(model.LogitsGrad(slice, logits));
+    const Gradient part = model.LogitsGrad(slice, losses.dlogits);
+    if (count == hidden.size(0)) {
+      *dhidden = part;
+      return;
+    }
+    dhidden->sum.narrow(0, begin, count).copy_(part.sum);
+    dhidden->rounded.narrow(0, begin, count).copy_(part.rounded);
   }
-  return sum;
 }
 
-ForwardInput SpanInput(const SpanRows& rows, const KvExtent& extent, const at::Tensor& delta) {
-  ForwardInput input;
-  input.rows = &rows.plan;
-  input.ids = rows.ids;
-  input.extents = {&extent};
-  input.delta = delta;
-  return input;
+// The mean loss of all rows to `loss` [1] fp64, the same on every rank; with `grad` its gradient, likewise.
+void EnqueueLoss(Model& model, const StepRows& rows, at::Tensor loss, at::Tensor* grad) {
+  loss.zero_();
+  bool add = false;
+  for (const std::unique_ptr<SpanRows>& batch : rows.batches) {
+    std::vector<LayerTrace> trace;
+    const at::Tensor hidden = model.Forward(batch->input, grad != nullptr ? &trace : nullptr);
+    Gradient dhidden;
+    if (grad != nullptr && hidden.size(0) > kLogitRows) {
+      dhidden = {at::empty(hidden.sizes(), hidden.options()),
+                 at::empty(hidden.sizes(), hidden.options().dtype(model.backend().dtype()))};
+    } else if (grad != nullptr && hidden.size(0) == 0) {
+      dhidden = {hidden, model.backend().Rounded(hidden)};
+    }
+    AddOwnLoss(model, hidden, batch->targets, rows.total, loss, grad != nullptr ? &dhidden : nullptr);
+    if (grad != nullptr) model.Backward(batch->input, trace, dhidden, add, *grad);
+    add = true;
+  }
+  loss.div_(static_cast<double>(rows.total));
+  if (!rows.split) return;
+  const int64_t ranks = model.collective().size();
+  at::Tensor all = at::empty({ranks}, loss.options());
+  model.collective().AllGatherRows(loss, std::vector<int64_t>(ranks, 1), all);
+  loss.copy_(all.sum(0, /*keepdim=*/true));
+  if (grad != nullptr) model.collective().AllReduceSum(*grad);
 }
 
-// Mean over all rows of what `own_loss(rows, total rows)` sums up over this rank's.
-template <typename OwnLossOf>
-double OverMicroBatches(Model& model, const std::vector<Span>& spans, const OwnLossOf& own_loss) {
-  const int64_t total = TotalRows(spans);
-  double own = 0.0;
-  for (int64_t first = 0; first < total; first += kMicroBatchRows) {
-    own += own_loss(MakeSpanRows(spans, first, std::min(kMicroBatchRows, total - first), model.plan()), total);
-  }
-  return SumOverRanks(model.collective(), own) / static_cast<double>(total);
+double OnHost(Model& model, const at::Tensor& loss) {
+  model.collective().Check();
+  return loss.cpu().item<double>();
+}
+
+void Refill(const SpanRows& from, SpanRows& to) {
+  to.input.ids.copy_(from.input.ids);
+  to.input.own_pos.copy_(from.input.own_pos);
+  to.input.pos.copy_(from.input.pos);
+  to.targets.copy_(from.targets);
 }
 
 }  // namespace
@@ -75,76 +85,101 @@ int64_t TotalRows(const std::vector<Span>& spans) {
   return rows;
 }
 
-SpanRows MakeSpanRows(const std::vector<Span>& spans, int64_t first, int64_t count, const ShardPlan& plan) {
-  REFOCUS_CHECK_GT(count, 0);
-  std::vector<int64_t> positions, ids, targets;
-  int64_t before = 0;  // rows of the spans so far
+StepRows MakeStepRows(const Model& model, const KvExtent& extent, const at::Tensor& delta,
+                      const std::vector<Span>& spans) {
+  StepRows step;
+  std::vector<int64_t> positions;
+  std::vector<int32_t> ids;
+  std::vector<int64_t> targets;
   for (const Span& span : spans) {
-    const int64_t begin = std::max<int64_t>(first - before, 0);
-    const int64_t end = std::min(first + count - before, span.rows());
-    for (int64_t row = begin; row < end; ++row) {
+    for (int64_t row = 0; row < span.rows(); ++row) {
       positions.push_back(span.start + row);
       ids.push_back(span.ids[row]);
       targets.push_back(span.ids[row + 1]);
     }
-    before += span.rows();
   }
-  REFOCUS_CHECK_EQ(static_cast<int64_t>(positions.size()), count);
-  SpanRows rows{RowPlan::Even(positions, plan), {}, {}};
-  std::vector<int64_t> own_ids, own_targets;
-  for (const int64_t index : rows.plan.own_order()) {
-    own_ids.push_back(ids[index]);
-    own_targets.push_back(targets[index]);
+  step.total = static_cast<int64_t>(positions.size());
+  REFOCUS_CHECK_GT(step.total, 0);
+  const ShardPlan& plan = model.plan();
+  step.split = plan.shards > 1 && step.total >= plan.shards * model.backend().min_split_rows();
+  for (int64_t first = 0; first < step.total; first += kMicroBatchRows) {
+    const int64_t end = std::min(first + kMicroBatchRows, step.total);
+    const std::vector<int64_t> at(positions.begin() + first, positions.begin() + end);
+    auto batch = std::make_unique<SpanRows>();
+    batch->plan = step.split ? RowPlan::Even(at, plan) : RowPlan::Replicated(at, plan);
+    batch->input = model.MakeInput(batch->plan, {ids.begin() + first, ids.begin() + end});
+    batch->input.extents = {&extent};
+    batch->input.delta = delta;
+    std::vector<int64_t> own;
+    for (const int64_t index : batch->plan.own_order()) own.push_back(targets[first + index]);
+    batch->targets = at::tensor(own, at::kLong).to(model.backend().device());
+    step.batches.push_back(std::move(batch));
   }
-  rows.ids = at::tensor(own_ids, at::kLong);
-  rows.targets = at::tensor(own_targets, at::kLong);
-  return rows;
+  return step;
 }
 
 double SpanLoss(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans) {
-  return OverMicroBatches(model, spans, [&](const SpanRows& rows, int64_t total) {
-    const at::Tensor hidden = model.Forward(SpanInput(rows, extent, delta));
-    return OwnLoss(model, hidden, rows.targets, total, nullptr);
-  });
+  const at::Tensor loss = at::empty({1}, at::TensorOptions(model.backend().device()).dtype(at::kDouble));
+  EnqueueLoss(model, MakeStepRows(model, extent, delta, spans), loss, nullptr);
+  return OnHost(model, loss);
 }
 
 double SpanGradient(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans,
                     at::Tensor& grad) {
-  grad.zero_();
-  const double loss = OverMicroBatches(model, spans, [&](const SpanRows& rows, int64_t total) {
-    const ForwardInput input = SpanInput(rows, extent, delta);
-    std::vector<LayerTrace> trace;
-    const at::Tensor hidden = model.Forward(input, &trace);
-    at::Tensor dhidden = at::empty(hidden.sizes(), hidden.options());
-    const double own = OwnLoss(model, hidden, rows.targets, total, &dhidden);
-    model.Backward(input, trace, dhidden, grad);
-    return own;
-  });
-  model.collective().AllReduceSum(grad);
-  return loss;
+  const at::Tensor loss = at::empty({1}, grad.options().dtype(at::kDouble));
+  EnqueueLoss(model, MakeStepRows(model, extent, delta, spans), loss, &grad);
+  return OnHost(model, loss);
 }
 
-void Adapter::Begin(const ModelConfig& config, const AdamWConfig& optimizer, bool from_committed) {
+int64_t Adapter::CommittedBytes(const ModelConfig& config, at::ScalarType dtype) {
+  return config.query_parameters() * (4 + (dtype == at::kFloat ? 0 : 2));
+}
+
+int64_t Adapter::AdaptingBytes(const ModelConfig& config, at::ScalarType dtype) {
+  return CommittedBytes(config, dtype) + config.query_parameters() * 12;  // gradient and two moments
+}
+
+void Adapter::Begin(Model& model, const AdamWConfig& optimizer, bool from_committed) {
+  const ModelConfig& config = model.config();
+  Backend& backend = model.backend();
+  const auto options = at::TensorOptions(backend.device()).dtype(at::kFloat);
   const std::vector<int64_t> shape = {config.layers, config.q_dim(), config.hidden};
-  at::Tensor delta = from_committed && committed_.defined() ? committed_.clone() : at::zeros(shape, at::kFloat);
-  at::Tensor grad = at::empty(shape, at::kFloat);
-  AdamW adamw(optimizer, delta);
+  Delta delta;
+  delta.master = from_committed && committed_.master.defined() ? committed_.master.clone() : at::zeros(shape, options);
+  delta.rounded = backend.Rounded(delta.master);
+  at::Tensor grad = at::empty(shape, options);
+  AdamW adamw(optimizer, delta.master, grad);
   steps_ = 0;
-  work_.emplace(Work{std::move(delta), std::move(grad), std::move(adamw)});
+  work_ = std::make_unique<Work>(
+      Work{std::move(delta), std::move(grad), at::zeros({2}, options.dtype(at::kDouble)), std::move(adamw), {}, {}});
+}
+
+void Adapter::EnqueueStep(Model& model) {
+  Work& work = *work_;
+  EnqueueLoss(model, work.rows, work.stats.narrow(0, 0, 1), &work.grad);
+  work.stats.select(0, 1).copy_(at::linalg_vector_norm(work.grad, 2));
+  // Rank 0's word counts, so that all ranks clip and skip by the same bits.
+  model.collective().Broadcast(work.stats, 0);
+  work.optimizer.Step(work.stats);
+  if (!work.delta.rounded.is_same(work.delta.master)) work.delta.rounded.copy_(work.delta.master);
 }
 
 Adapter::StepResult Adapter::Step(Model& model, const KvExtent& extent, const std::vector<Span>& spans) {
   ++steps_;
-  StepResult result;
-  result.loss = SpanGradient(model, extent, work_->delta, spans, work_->grad);
-  // Rank 0's norm counts, so that a rank with another number of threads clips by the same bits.
-  at::Tensor norm = at::linalg_vector_norm(work_->grad, 2).to(at::kDouble);
-  model.collective().Broadcast(norm, 0);
-  result.grad_norm = norm.item<double>();
-  if (std::isfinite(result.loss) && std::isfinite(result.grad_norm)) {
-    work_->optimizer.Step(work_->delta, work_->grad, result.grad_norm);
+  Work& work = *work_;
+  StepRows rows = MakeStepRows(model, extent, work.delta.rounded, spans);
+  if (work.repeat != nullptr && work.rows.total == rows.total) {
+    for (size_t i = 0; i < rows.batches.size(); ++i) Refill(*rows.batches[i], *work.rows.batches[i]);
+  } else {
+    work.repeat.reset();  // reads the old rows
+    work.rows = std::move(rows);
+    work.repeat = model.backend().Repeated([this, &model] { EnqueueStep(model); });
   }
-  return result;
+  model.collective().BeforeReplay();
+  work.repeat->Run();
+  model.collective().Check();
+  const at::Tensor stats = work.stats.cpu();
+  return {stats.const_data_ptr<double>()[0], stats.const_data_ptr<double>()[1]};
 }
 
 void Adapter::Commit(int64_t revision) {

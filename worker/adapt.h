@@ -10,7 +10,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "worker/command.h"
@@ -25,19 +24,27 @@ inline constexpr int64_t kMicroBatchRows = 512;
 // Rows [first, first + count) of the spans laid end to end, with their targets.
 struct SpanRows {
   RowPlan plan;
-  at::Tensor ids;      // [n] int64, own rows
-  at::Tensor targets;  // [n] int64
+  ForwardInput input;  // points to `plan`
+  at::Tensor targets;  // [n] int64, own rows
 };
-// Split evenly over the ranks. count >= 1.
-SpanRows MakeSpanRows(const std::vector<Span>& spans, int64_t first, int64_t count, const ShardPlan& plan);
+
+// All rows of a step in micro-batches. Split evenly over the ranks where that leaves each enough of them, else every
+// rank computes them all and no gradient needs to travel. `extent` and `delta` (rounded) must outlive it.
+struct StepRows {
+  int64_t total = 0;  // of all ranks
+  bool split = false;
+  std::vector<std::unique_ptr<SpanRows>> batches;
+};
+StepRows MakeStepRows(const Model& model, const KvExtent& extent, const at::Tensor& delta,
+                      const std::vector<Span>& spans);
 
 int64_t TotalRows(const std::vector<Span>& spans);
 
-// Mean loss over all ranks' rows, nats. The same double on every rank.
+// Mean loss over all ranks' rows, nats. The same double on every rank. `delta` as queries read it (dtype).
 double SpanLoss(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans);
 
-// The same, and the gradient with respect to the delta summed over ranks: `grad` [layers, heads * head_dim, hidden] is
-// overwritten with the same bits on every rank.
+// The same, and the gradient with respect to the delta summed over ranks: `grad` [layers, heads * head_dim, hidden] fp32
+// is overwritten with the same bits on every rank.
 double SpanGradient(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans,
                     at::Tensor& grad);
 
@@ -48,35 +55,50 @@ class Adapter {
   uint64_t context() const { return context_; }
   int64_t revision() const { return revision_; }
   int64_t steps() const { return steps_; }  // of the adaptation under way
-  bool adapting() const { return work_.has_value(); }
-  // Committed delta; undefined before the first commit. Never written again: a request keeps the one it was opened
-  // with.
-  const at::Tensor& committed() const { return committed_; }
-  // The delta under adaptation, [layers, heads * head_dim, hidden].
-  const at::Tensor& working() const { return work_->delta; }
+  bool adapting() const { return work_ != nullptr; }
+  // Committed delta as queries read it (dtype); undefined before the first commit. Never written again: a request keeps
+  // the one it was opened with.
+  const at::Tensor& committed() const { return committed_.rounded; }
+  // The delta under adaptation, [layers, heads * head_dim, hidden]: fp32, and as queries read it.
+  const at::Tensor& working() const { return work_->delta.master; }
+  const at::Tensor& working_rounded() const { return work_->delta.rounded; }
   // Global norm of the last gradient before clipping, loss of the last step.
   struct StepResult {
     double loss = 0.0;
     double grad_norm = 0.0;
   };
 
-  void Begin(const ModelConfig& config, const AdamWConfig& optimizer, bool from_committed);
-  // One gradient step. A loss or norm that is not finite leaves the delta as it was.
+  void Begin(Model& model, const AdamWConfig& optimizer, bool from_committed);
+  // One gradient step. A loss or norm that is not finite leaves the delta as it was. `model` and `extent` are the same
+  // in all steps between Begin and Commit or Rollback, and outlive them: a step is recorded and repeated.
   StepResult Step(Model& model, const KvExtent& extent, const std::vector<Span>& spans);
+
+  // Bytes that a delta takes: committed, and under adaptation with gradient and moments.
+  static int64_t CommittedBytes(const ModelConfig& config, at::ScalarType dtype);
+  static int64_t AdaptingBytes(const ModelConfig& config, at::ScalarType dtype);
   void Commit(int64_t revision);
   void Rollback();
 
  private:
-  struct Work {
-    at::Tensor delta;
-    at::Tensor grad;
-    AdamW optimizer;
+  struct Delta {
+    at::Tensor master;   // fp32
+    at::Tensor rounded;  // dtype; the same tensor where that is fp32
   };
+  struct Work {
+    Delta delta;
+    at::Tensor grad;   // fp32
+    at::Tensor stats;  // [2] fp64: loss, gradient norm
+    AdamW optimizer;
+    StepRows rows;                   // what `step` reads
+    std::unique_ptr<Repeat> repeat;  // a step over `rows`
+  };
+  void EnqueueStep(Model& model);
+
   uint64_t context_;
   int64_t revision_ = 0;
   int64_t steps_ = 0;
-  at::Tensor committed_;
-  std::optional<Work> work_;
+  Delta committed_;
+  std::unique_ptr<Work> work_;
 };
 
 }  // namespace refocus

@@ -1,29 +1,39 @@
-// The three operations that sharding changes: partial attention, its gradient with respect to the queries, and the
-// combination of partials. Everything else is LibTorch. Implemented by backend_cpu (fp32).
+// What a device does for the model: the three operations that sharding changes (partial attention, its gradient with
+// respect to the queries, the combination of partials), the matrix products, and the row-wise steps between them.
+// Implemented by backend_cpu (fp32 throughout) and backend_cuda (bf16 with fp32 accumulation).
+//
+// Two kinds of floating-point tensors: `dtype()` is what matrix products read (weights, K/V, activations); everything
+// said to be fp32 (residual stream and its gradient, attention partials, logits, dq, gradients of the delta) is fp32 on
+// both devices. All tensors, positions and ids included, are contiguous and live on `device()`.
 //
 // A partial is attention over the keys that one rank holds: `out` normalised within the slice, `lse` the natural
 // logarithm of the sum of exponentials of the scaled scores. No visible key <=> lse = -inf and out = 0, which is
 // Combine's identity. Scores are scaled by 1 / sqrt(head_dim). Query head h reads K/V head h / (heads / kv_heads).
 //
-// Threads: called from the engine thread only; may use several threads inside. Outputs never alias inputs.
+// Threads: called from the engine thread only; may use several threads inside. Outputs never alias inputs. On a GPU
+// calls enqueue work and return; nothing reads results on the host but Synchronize and Repeat.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
+#include "base/model_config.h"
 #include "base/shard_plan.h"
+#include "worker/command.h"
 
 namespace refocus {
 
 // One extent's K and V of one layer. Slot i holds the token with local index first_index + i of `plan`; slots hold
 // rising positions, so the keys that a query at position p may see (key_pos <= p) are the first VisibleSlots(p) ones.
+// They must have been written; no other slot is read.
 struct KvView {
-  at::Tensor k;             // [kv_heads, capacity, head_dim] after RoPE (and QK-norm); slots >= length are never read
+  at::Tensor k;             // [kv_heads, capacity, head_dim] after RoPE (and QK-norm)
   at::Tensor v;             // [kv_heads, capacity, head_dim]
-  int64_t length = 0;       // written slots
+  int64_t length = 0;       // slots that belong to the extent, written or not; at most capacity
   int64_t first_index = 0;  // local index of slot 0
   ShardPlan plan;
 
@@ -38,28 +48,137 @@ struct Partial {
   at::Tensor lse;  // [rows, heads] fp32, natural log
 };
 
+// Rotary embedding at the positions of n rows: whatever the device keeps for it.
+struct Rotation {
+  at::Tensor pos;  // [n] int64
+  at::Tensor cos;  // [n, 1, head_dim] fp32; CPU only
+  at::Tensor sin;  // the same, first half negated: rotated = x * cos + swap_halves(x) * sin
+};
+
+struct Normed {
+  at::Tensor sum;  // [n, hidden] fp32: the residual stream behind the addition
+  at::Tensor h;    // [n, hidden] dtype: its norm
+};
+
+// A gradient in the residual stream, and rounded for the next matrix product (the same tensor on the CPU).
+struct Gradient {
+  at::Tensor sum;      // [n, hidden] fp32
+  at::Tensor rounded;  // [n, hidden] dtype
+};
+
+struct Losses {
+  at::Tensor loss;     // [m] fp32, nats
+  at::Tensor greedy;   // [m] fp32: 1 when the target has the highest logit
+  at::Tensor dlogits;  // [m, vocab] dtype; undefined unless asked for
+};
+
+// The state of a sequence between two decode steps, on the device, so that a step can be recorded once and repeated.
+struct DecodeState {
+  at::Tensor ids;      // [1] int64: the token that the next step reads
+  at::Tensor pos;      // [1] int64: its position
+  at::Tensor slots;    // [1] int64: its slot in the tail's extent, -1 on ranks that do not own it
+  at::Tensor index;    // [1] int64: tokens sampled so far
+  at::Tensor token;    // [1] int64: the last sampled token; negative: see Sample
+  at::Tensor logprob;  // [1] fp32
+};
+
+// A pass that is run many times over tensors that stay where they are.
+class Repeat {
+ public:
+  virtual ~Repeat() = default;
+  // Enqueues one run. Throws what the pass throws.
+  virtual void Run() = 0;
+};
+
 class Backend {
  public:
   virtual ~Backend() = default;
 
-  // q [rows, heads, head_dim] contiguous, after RoPE; pos [rows] int64 on the CPU, any order, may repeat. `extents` may
-  // be empty or have empty members; a key is visible iff its position <= the row's. rows may be 0.
+  virtual at::Device device() const = 0;
+  virtual at::ScalarType dtype() const = 0;
+  // Fewer rows than this a rank are not worth splitting over the ranks: the linear layers are bound by reading weights.
+  virtual int64_t min_split_rows() const = 0;
+
+  // Once, on the thread that will call everything else, before anything else.
+  virtual void Bind() = 0;
+  // Returns when everything enqueued is done. Throws what the device reports.
+  virtual void Synchronize() = 0;
+  // `pass` enqueues work whose shapes and addresses are the same in every run; it must not synchronize and must stay
+  // valid as long as the result. On a GPU the first run is eager, the second is recorded as a graph, the others replay
+  // it; where recording fails all are eager, with one warning.
+  virtual std::unique_ptr<Repeat> Repeated(std::function<void()> pass) = 0;
+
+  // q [rows, heads, head_dim] dtype, after RoPE; pos [rows] int64, any order, may repeat. `extents` may be empty or have
+  // empty members; a key is visible iff its position <= the row's. rows may be 0.
   virtual Partial Attend(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) = 0;
 
   // dq of this rank's keys; slices' dq add up. lse and row_dot = rowsum(dout * out) [rows, heads] fp32 are those of the
-  // *combined* attention; dout [rows, heads, head_dim]. With P = exp(s - lse): ds = P * (dout.v - row_dot),
-  // dq = scale * ds.k. Rows with lse = -inf give 0. -> [rows, heads, head_dim]
+  // *combined* attention; dout [rows, heads, head_dim] dtype. With P = exp(s - lse): ds = P * (dout.v - row_dot),
+  // dq = scale * ds.k. Rows with lse = -inf give 0. -> [rows, heads, head_dim] fp32
   virtual at::Tensor QueryGrad(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents,
                                const at::Tensor& dout, const at::Tensor& lse, const at::Tensor& row_dot) = 0;
 
   // out [parts, rows, heads, head_dim], lse [parts, rows, heads], added up in fp32 in the order of parts.
   virtual Partial Combine(const at::Tensor& out, const at::Tensor& lse) = 0;
 
-  // y = x . w^T: x [rows, in], w [out, in] -> [rows, out]. The one linear layer of the model; here because few rows
-  // are bound by reading w and deserve a kernel of their own.
+  // y = x . w^T: x [rows, in], w [out, in], both dtype -> [rows, out] dtype.
   virtual at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) = 0;
+  // x . w^T + x . delta^T, added in fp32 before any rounding; delta [out, in] dtype or undefined -> [rows, out] fp32.
+  virtual at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) = 0;
+  // dx = dy . w (+ dy . delta): dy [rows, out], w and delta [out, in] -> [rows, in] dtype.
+  virtual at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) = 0;
+  // grad [out, in] fp32 = dy^T . x, or += when `add`: dy [rows, out], x [rows, in] dtype.
+  virtual void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) = 0;
+
+  // A tensor as matrix products read it.
+  virtual at::Tensor Rounded(const at::Tensor& t) = 0;
+  // table [vocab, hidden] dtype, ids [n] -> [n, hidden] fp32.
+  virtual at::Tensor Embed(const at::Tensor& table, const at::Tensor& ids) = 0;
+  // RMSNorm of x [n, hidden] fp32: x / sqrt(mean(x^2) + eps) * weight -> dtype.
+  virtual at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) = 0;
+  // The same of x + y; y [n, hidden] dtype.
+  virtual Normed AddNorm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight) = 0;
+  // x + y -> fp32.
+  virtual at::Tensor Add(const at::Tensor& x, const at::Tensor& y) = 0;
+  // The gradient behind Norm(x), added to `residual` (fp32, may be undefined); dh [n, hidden] dtype.
+  virtual Gradient NormGrad(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dh,
+                            const at::Tensor& residual) = 0;
+
+  virtual Rotation RotationAt(const at::Tensor& pos) = 0;
+  // raw [n, heads, head_dim] fp32, RMSNorm over head_dim with `norm` (undefined: none), then RoPE -> dtype.
+  virtual at::Tensor Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) = 0;
+  // The gradient behind it: dq [n, heads, head_dim] fp32 -> [n, heads, head_dim] dtype.
+  virtual at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+                                const Rotation& rotation) = 0;
+  // Keys and values of rows h [n, hidden] dtype, written to slots[i] of `extent`; rows with slots[i] < 0 are skipped.
+  virtual void Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
+                      const Rotation& rotation, const at::Tensor& slots, const KvView& extent) = 0;
+
+  // silu(gate) * up, [n, mlp] dtype.
+  virtual at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) = 0;
+  struct SiluGrads {
+    at::Tensor gate;
+    at::Tensor up;
+  };
+  virtual SiluGrads SiluMulGrad(const at::Tensor& dact, const at::Tensor& gate, const at::Tensor& up) = 0;
+  // rowsum(dout * out): dout dtype, out fp32 [n, heads, head_dim] -> [n, heads] fp32.
+  virtual at::Tensor RowDot(const at::Tensor& dout, const at::Tensor& out) = 0;
+
+  // Next-token cross-entropy of logits [m, vocab] fp32, which may be overwritten; targets [m] int64. With `grad`:
+  // dlogits = (softmax - onehot) * grad_scale.
+  virtual Losses CrossEntropy(at::Tensor logits, const at::Tensor& targets, bool grad, double grad_scale) = 0;
+
+  // state.token and state.logprob from logits [1, vocab] fp32, as worker/sampler.h defines it: the state.index-th token
+  // of an answer. token = -1: the logits are not finite.
+  virtual void Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) = 0;
+  // state.token becomes the token that the next step reads, one position further; slots for `tail`'s plan.
+  virtual void Advance(const KvView& tail, DecodeState& state) = 0;
 };
 
-std::unique_ptr<Backend> MakeCpuBackend();
+// fp32; `config` gives rotary frequencies and epsilon.
+std::unique_ptr<Backend> MakeCpuBackend(const ModelConfig& config = {});
+
+// bf16 on GPU `index`. Throws c10::Error when the device cannot be used.
+std::unique_ptr<Backend> MakeCudaBackend(const ModelConfig& config, int index);
 
 }  // namespace refocus

@@ -16,6 +16,7 @@
 #include <ATen/ops/linear.h>
 
 #include "base/check.h"
+#include "worker/backend_cpu_rowwise.h"
 #include "worker/backend_cpu_threads.h"
 
 namespace refocus {
@@ -323,9 +324,9 @@ void QueryGradItem(const CpuKernels& kernels, const Problem& problem, const Tile
   for (int64_t i = 0; i < tile.count; ++i) run.Scatter(i, problem.scale, dq);
 }
 
-class CpuBackend : public Backend {
+class CpuBackend : public CpuRowwise {
  public:
-  explicit CpuBackend(const CpuKernels& kernels) : kernels_(kernels) {}
+  CpuBackend(const ModelConfig& config, const CpuKernels& kernels) : CpuRowwise(config), kernels_(kernels) {}
 
   Partial Attend(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) override {
     Problem problem = MakeProblem(q, pos, extents);
@@ -452,8 +453,10 @@ class CpuBackend : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels) { return std::make_unique<CpuBackend>(kernels); }
+std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels, const ModelConfig& config) {
+  return std::make_unique<CpuBackend>(config, kernels);
+}
 
-std::unique_ptr<Backend> MakeCpuBackend() { return MakeCpuBackend(BestCpuKernels()); }
+std::unique_ptr<Backend> MakeCpuBackend(const ModelConfig& config) { return MakeCpuBackend(BestCpuKernels(), config); }
 
 }  // namespace refocus

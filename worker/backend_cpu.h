@@ -9,6 +9,6 @@
 namespace refocus {
 
 // `kernels` must run on this processor and outlive the backend.
-std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels);
+std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels, const ModelConfig& config = {});
 
 }  // namespace refocus

@@ -3,9 +3,16 @@
 // rank within that deadline, and every later call throws at once: the group is lost (one lost rank loses the
 // communicator).
 //
-// Two implementations: local (ranks are threads of one process: tests, sanitizers) and mpi (CPU ranks). Rows are
-// dimension 0 of contiguous tensors; counts are per rank and may be 0. Sums are formed in rank order, so results are the
-// same bits on every rank and in every run.
+// Three implementations: local (ranks are threads of one process: tests, sanitizers), mpi (CPU ranks) and nccl (one GPU
+// a rank). Rows are dimension 0 of contiguous tensors; counts are per rank and may be 0. Sums are formed in rank order,
+// so results are the same bits on every rank and in every run; but for AllReduceSum of nccl, whose order is NCCL's: the
+// same bits on every rank, and in every run on the same machine.
+//
+// nccl enqueues tensors of the GPU on the current stream and returns: what fails later is thrown by the next call or by
+// Check. It may run while that stream is captured into a graph, once the same call has run outside a capture. Tensors
+// on the CPU (control words, losses) are taken as well, waited for, and not allowed in a capture. A rank that gives up
+// tells no other: they find out by their own deadline or through the coordinator, and a call whose data had arrived
+// before still ends well.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -42,6 +49,14 @@ class Collective {
   // t contiguous, any dtype; root's bytes everywhere.
   virtual void Broadcast(at::Tensor& t, int root) = 0;
 
+  // Before results are read on the host: waits until the current stream has done what was enqueued, and throws when the
+  // group is lost. Never waits longer than the deadline after the last call. Not in a capture. Local and mpi have
+  // nothing to wait for.
+  virtual void Check() = 0;
+  // Before a captured graph that holds collectives is launched: they do not pass through the calls above. Throws when
+  // the group is lost; the deadline counts from here.
+  virtual void BeforeReplay() { Check(); }
+
   // From any thread: running and later calls throw on all ranks that can still be told.
   virtual void Abort(const std::string& reason) = 0;
 };
@@ -52,5 +67,14 @@ std::vector<std::shared_ptr<Collective>> MakeLocalCollectives(int size, double d
 // MPI_COMM_WORLD. MPI_Init_thread(MPI_THREAD_FUNNELED at least) was called by this thread. Non-blocking calls polled
 // under the deadline.
 std::shared_ptr<Collective> MakeMpiCollective(double deadline_seconds);
+
+// What the ranks of one NCCL group must share; made by one of them and sent to the others. Throws CollectiveError.
+std::string MakeNcclId();
+
+// Ranks are processes with a GPU each; the calling thread's current device is this rank's, and the same thread makes
+// all calls. Waits for the other ranks, a minute or the deadline, whichever is longer. One rank with an empty id needs
+// no NCCL. After a failure the process must end without destroying captured graphs (std::_Exit): NCCL was told to give
+// up, and graphs with its kernels cannot be taken apart any more.
+std::shared_ptr<Collective> MakeNcclCollective(const std::string& id, int rank, int size, double deadline_seconds);
 
 }  // namespace refocus

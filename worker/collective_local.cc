@@ -85,6 +85,11 @@ class Meeting {
     FailLocked("aborted: " + reason);
   }
 
+  void Check() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ThrowIfFailed();
+  }
+
  private:
   void FailLocked(const std::string& reason) {
     if (!failed_) reason_ = reason;
@@ -184,6 +189,8 @@ class LocalCollective : public Collective {
     if (rank_ != root) Copy(Bytes(t), Bytes(meeting_->post(root).in), bytes);
     meeting_->End(rank_, deadline);
   }
+
+  void Check() override { meeting_->Check(); }
 
   void Abort(const std::string& reason) override { meeting_->Abort(reason); }
 

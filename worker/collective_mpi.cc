@@ -9,9 +9,7 @@
 #include <array>
 #include <atomic>
 #include <chrono>
-#include <csignal>
 #include <cstdio>
-#include <cstdlib>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -20,6 +18,7 @@
 #include <ATen/ops/empty.h>
 
 #include "worker/collective.h"
+#include "worker/collective_failpoint.h"
 #include "worker/collective_rows.h"
 
 namespace refocus {
@@ -38,23 +37,6 @@ constexpr int kSpins = 200;
 constexpr std::chrono::milliseconds kPatience{50};    // without any message before a waiting rank starts to sleep
 constexpr std::chrono::microseconds kNap{50};
 
-// Test only, REFOCUS_FAILPOINT="rank=1,at=5,do=kill": this rank's 5th collective ends (kill) or freezes (stop) the
-// process.
-struct Failpoint {
-  int64_t at = 0;  // 0: none
-  int signal = 0;
-};
-
-Failpoint ReadFailpoint(int rank) {
-  const char* text = std::getenv("REFOCUS_FAILPOINT");
-  int at_rank = -1;
-  long long at = 0;
-  char action[5] = "";
-  if (text == nullptr || std::sscanf(text, "rank=%d,at=%lld,do=%4s", &at_rank, &at, action) != 3) return {};
-  if (at_rank != rank) return {};
-  return {at, std::string(action) == "stop" ? SIGSTOP : SIGKILL};
-}
-
 // Whatever unfinished messages may still write to; never freed.
 std::vector<at::Tensor>& KeptForGood() {
   static auto* kept = new std::vector<at::Tensor>;
@@ -71,7 +53,7 @@ class MpiCollective : public Collective {
     MPI_Comm_rank(MPI_COMM_WORLD, &rank_);
     MPI_Comm_size(MPI_COMM_WORLD, &size_);
     if (size_ > 1) MakeCommunicator();
-    failpoint_ = ReadFailpoint(rank_);
+    failpoint_ = Failpoint(rank_);
   }
 
   // Before MPI_Finalize, which frees the communicator.
@@ -163,6 +145,12 @@ class MpiCollective : public Collective {
     EndCall();
   }
 
+  void Check() override {
+    REFOCUS_CHECK(std::this_thread::get_id() == owner_);
+    if (failed_ || aborted_) Fail("");
+    CheckNotice();
+  }
+
   // The others hear of it at once when the owner calls, and with the owner's next poll otherwise.
   void Abort(const std::string& reason) override {
     {
@@ -212,7 +200,7 @@ class MpiCollective : public Collective {
     if (failed_ || aborted_) Fail("");
     CheckNotice();
     op_ = op;
-    if (++calls_ == failpoint_.at) std::raise(failpoint_.signal);
+    failpoint_.Pass(++calls_);
     in_use_ = std::move(tensors);
     start_ = Clock::now();
     requests_.clear();
@@ -389,7 +377,7 @@ class MpiCollective : public Collective {
   int rank_ = 0;
   int size_ = 1;
   MPI_Comm comm_ = MPI_COMM_NULL;
-  Failpoint failpoint_;
+  Failpoint failpoint_{-1};
 
   const char* op_ = "";
   int64_t calls_ = 0;

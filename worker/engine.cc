@@ -45,6 +45,8 @@ class EngineState {
         collective_(collective),
         model_(*weights_, *backend_, collective, engine.progress_) {}
 
+  void Bind() { backend_->Bind(); }
+
   // Runs one command to its final result. Throws CollectiveError and whatever only this rank ran into.
   Result Execute(const Command& command) {
     Result result;
@@ -56,6 +58,8 @@ class EngineState {
       const Status status = std::visit([&](const auto& body) { return Do(body, result); }, command.body);
       if (!status.ok()) result.status = status;
     }
+    collective_.Check();  // before a wait that a lost peer could prolong
+    backend_->Synchronize();
     result.kv_used_bytes = kv_used_bytes_;
     if (collective_.rank() != 0) {  // rank 0 speaks for all
       result.tokens.clear();
@@ -98,15 +102,17 @@ class EngineState {
 
   // What K/V, deltas and their optimizer state may still take on this rank.
   int64_t FreeBytes() const { return options_.kv_capacity_bytes - kv_used_bytes_ - adapter_bytes_; }
-  // A committed delta; an adaptation holds four of that size: delta, gradient and two moments.
-  int64_t DeltaBytes() const { return 4 * model_.config().query_parameters(); }
-  static int64_t DeltasHeld(const Adapter& adapter) {
-    return (adapter.revision() > 0 ? 1 : 0) + (adapter.adapting() ? 4 : 0);
+  // What an adapter holds: its committed delta, and one under adaptation.
+  int64_t Held(const Adapter& adapter) const {
+    return (adapter.revision() > 0 ? Adapter::CommittedBytes(model_.config(), backend_->dtype()) : 0) +
+           (adapter.adapting() ? Adapter::AdaptingBytes(model_.config(), backend_->dtype()) : 0);
   }
+  at::TensorOptions KvOptions() const { return at::TensorOptions(backend_->device()).dtype(backend_->dtype()); }
 
   // Reserves an extent on every rank or on none.
   Status Reserve(int64_t first_position, int64_t capacity, std::unique_ptr<KvExtent>* extent) {
-    const int64_t need = KvExtent::Bytes(model_.config(), model_.plan(), first_position, capacity);
+    const int64_t need = KvExtent::Bytes(model_.config(), model_.plan(), first_position, capacity,
+                                         static_cast<int64_t>(c10::elementSize(backend_->dtype())));
     const int64_t free = FreeBytes();
     Status status;
     const auto refuse = [&](const std::string& why) {
@@ -118,7 +124,7 @@ class EngineState {
     if (need > free) status = refuse("");
     if (status.ok()) {
       try {
-        *extent = std::make_unique<KvExtent>(model_.config(), model_.plan(), first_position, capacity,
+        *extent = std::make_unique<KvExtent>(model_.config(), model_.plan(), first_position, capacity, KvOptions(),
                                              options_.poison_memory);
       } catch (const std::exception& error) {  // LibTorch reports a failed allocation as c10::Error
         status = refuse(" but the allocation failed");
@@ -183,6 +189,10 @@ class EngineState {
     }
     Context context;
     REFOCUS_RETURN_IF_ERROR(Reserve(0, open.capacity, &context.extent));
+    if (options_.synthetic_cache) {
+      context.extent->FillRandom();
+      context.prefilled = open.capacity;
+    }
     contexts_.emplace(open.context, std::move(context));
     return {};
   }
@@ -200,7 +210,7 @@ class EngineState {
     }
     std::erase_if(adapters_, [&](const auto& entry) {
       if (entry.second.context() != close.context) return false;
-      adapter_bytes_ -= DeltasHeld(entry.second) * DeltaBytes();
+      adapter_bytes_ -= Held(entry.second);
       return true;
     });
     kv_used_bytes_ -= found->second.extent->bytes();
@@ -237,7 +247,7 @@ class EngineState {
     if (found != adapters_.end() && found->second.adapting()) {
       return Precondition("adapter " + std::to_string(begin.adapter), "an adaptation under way", "none");
     }
-    const int64_t need = 4 * DeltaBytes();
+    const int64_t need = Adapter::AdaptingBytes(model_.config(), backend_->dtype());
     const int64_t free = FreeBytes();
     Adapter& adapter = adapters_.try_emplace(begin.adapter, begin.context).first->second;
     Status status;
@@ -251,7 +261,7 @@ class EngineState {
     if (need > free) status = refuse("");
     if (status.ok()) {
       try {
-        adapter.Begin(model_.config(), begin.optimizer, begin.from_committed);
+        adapter.Begin(model_, begin.optimizer, begin.from_committed);
       } catch (const std::exception& error) {
         status = refuse(" but the allocation failed");
       }
@@ -286,7 +296,7 @@ class EngineState {
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindAdapting(probe.adapter, &adapter, &context));
     REFOCUS_RETURN_IF_ERROR(CheckSpans(probe.spans, context->extent->capacity()));
-    if (!probe.spans.empty()) result.loss = SpanLoss(model_, *context->extent, adapter->working(), probe.spans);
+    if (!probe.spans.empty()) result.loss = SpanLoss(model_, *context->extent, adapter->working_rounded(), probe.spans);
     result.agree = HashTensor(adapter->working());
     return {};
   }
@@ -300,9 +310,9 @@ class EngineState {
     if (end.commit && end.revision != adapter.revision() + 1) {
       return Precondition("revision", std::to_string(end.revision), std::to_string(adapter.revision() + 1));
     }
-    adapter_bytes_ -= DeltasHeld(adapter) * DeltaBytes();
+    adapter_bytes_ -= Held(adapter);
     end.commit ? adapter.Commit(end.revision) : adapter.Rollback();
-    adapter_bytes_ += DeltasHeld(adapter) * DeltaBytes();
+    adapter_bytes_ += Held(adapter);
     if (adapter.revision() == 0) adapters_.erase(found);
     return {};
   }
@@ -310,7 +320,7 @@ class EngineState {
   Status Do(const DropAdapter& drop, Result&) {
     const auto found = adapters_.find(drop.adapter);
     if (found == adapters_.end()) return Absent("adapter", drop.adapter);
-    adapter_bytes_ -= DeltasHeld(found->second) * DeltaBytes();
+    adapter_bytes_ -= Held(found->second);
     adapters_.erase(found);
     return {};
   }
@@ -450,6 +460,7 @@ bool Engine::IsCancelled(uint64_t job) {
 
 Status Engine::Run() {
   const c10::InferenceMode inference;
+  state_->Bind();
   int64_t last_seq = 0;
   Command command;
   while (NextCommand(&command)) {

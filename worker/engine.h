@@ -22,6 +22,7 @@ namespace refocus {
 struct EngineOptions {
   int64_t kv_capacity_bytes = int64_t{4} << 30;  // K/V that this rank may reserve
   bool poison_memory = false;                    // NaN in every reserved slot: reads of unwritten slots become loud
+  bool synthetic_cache = false;  // contexts open with random K/V, prefilled: for timing steps and decode only
 };
 
 class EngineState;

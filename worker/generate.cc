@@ -1,12 +1,10 @@
 #include "worker/generate.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/argmax.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/logsumexp.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 
 #include <cmath>
 
@@ -16,6 +14,7 @@ namespace refocus {
 namespace {
 
 constexpr int64_t kLogitRows = 128;  // scored at once: [rows, vocab] is the largest tensor
+constexpr int64_t kLeave = -2;       // instead of a token: rank 0 wants all to stop
 
 Status NonFiniteLogits() {
   return Error(
@@ -40,36 +39,47 @@ Sequence::Sequence(const OpenSequence& open, const KvExtent& context, std::uniqu
       next_position_(context.capacity()) {}
 
 at::Tensor Sequence::Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids) {
-  std::vector<int64_t> own_ids;
-  for (const int64_t index : plan.own_order()) own_ids.push_back(ids[index]);
-  ForwardInput input;
-  input.rows = &plan;
-  input.ids = at::tensor(own_ids, at::kLong);
+  int64_t writing = 0;
+  ForwardInput input = model.MakeInput(plan, ids, tail_.get(), &writing);
   input.extents = {&context_};
-  input.append = tail_.get();
   input.delta = delta_;
-  return model.Forward(input);
+  at::Tensor hidden = model.Forward(input);
+  tail_->Advance(writing);
+  return hidden;
 }
 
-bool Sequence::SampleNext(Model& model, const at::Tensor& hidden, bool leave, Result& result) {
-  constexpr int64_t kLeave = -2;
-  at::Tensor word = at::empty({1}, at::kLong);
-  Token token;
-  if (model.collective().rank() == 0) {
-    token.id = -1;
-    if (!leave) token = SampleToken(model.Logits(hidden).view({-1}), open_.sampling, sampled_);
-    word.fill_(leave ? kLeave : static_cast<int64_t>(token.id));
+void Sequence::EnqueueSample(Model& model, const at::Tensor& hidden) {
+  Collective& collective = model.collective();
+  if (collective.rank() == 0) {
+    logits_ = model.Logits(hidden);
+    model.backend().Sample(logits_, open_.sampling, state_);
+    state_.token.masked_fill_(leave_.ne(0), kLeave);
   }
-  model.collective().Broadcast(word, 0);
-  const int64_t id = word.item<int64_t>();
+  collective.Broadcast(state_.token, 0);
+  word_.select(0, 0).copy_(state_.token.squeeze(0), /*non_blocking=*/true);
+  word_.select(0, 1).copy_(state_.logprob.squeeze(0), /*non_blocking=*/true);
+}
+
+void Sequence::EnqueueStep(Model& model) {
+  EnqueueSample(model, model.Forward(step_input_));
+  model.backend().Advance(tail_->View(0), state_);
+}
+
+bool Sequence::TakeToken(Model& model, Result& result) {
+  model.collective().Check();
+  model.backend().Synchronize();
+  const int64_t id = static_cast<int64_t>(word_.const_data_ptr<double>()[0]);
   if (id == kLeave) return false;
   if (id < 0) {
     result.status = NonFiniteLogits();
     return false;
   }
+  Token token;
   token.id = static_cast<int32_t>(id);
-  ++sampled_;
-  pending_token_ = token.id;
+  token.logprob = static_cast<float>(word_.const_data_ptr<double>()[1]);
+  if (open_.sampling.top_logprobs > 0 && model.collective().rank() == 0) {
+    AddTopLogprobs(logits_.cpu().view({-1}), open_.sampling.top_logprobs, token);
+  }
   has_pending_ = true;
   for (const int32_t stop : open_.sampling.stop_ids) finished_ = finished_ || stop == token.id;
   result.tokens.push_back(std::move(token));
@@ -89,22 +99,45 @@ void Sequence::Extend(Model& model, const ExtendSequence& command, Result& resul
   if (!command.score_ids.empty()) Score(model, plan, hidden, command, result);
   if (!command.sample || !result.status.ok()) return;
   const auto [rank, row] = plan.Locate(rows - 1);
-  at::Tensor last = at::empty({1, model.config().hidden}, at::kFloat);
+  at::Tensor last = at::empty({1, model.config().hidden}, hidden.options());
   if (model.collective().rank() == rank) last.copy_(hidden.narrow(0, row, 1));
   if (plan.split()) model.collective().Broadcast(last, static_cast<int>(rank));
-  SampleNext(model, last, /*leave=*/false, result);
+  if (!state_.token.defined()) {
+    const auto on_device = at::TensorOptions(model.backend().device());
+    for (at::Tensor* t : {&state_.ids, &state_.pos, &state_.slots, &state_.index, &state_.token, &leave_})
+      *t = at::zeros({1}, on_device.dtype(at::kLong));
+    state_.logprob = at::zeros({1}, on_device.dtype(at::kFloat));
+    word_ = at::empty({2}, at::TensorOptions(at::kDouble).pinned_memory(!model.backend().device().is_cpu()));
+  }
+  state_.pos.fill_(next_position_ - 1);
+  EnqueueSample(model, last);
+  model.backend().Advance(tail_->View(0), state_);
+  TakeToken(model, result);
 }
 
 bool Sequence::Decode(Model& model, int64_t steps, const std::function<bool()>& cancelled,
                       const std::function<void(const Token&)>& emit, Result& result) {
+  const bool first_rank = model.collective().rank() == 0;
   for (int64_t step = 0; step < steps && has_pending_ && !finished_ && next_position_ < end_position(); ++step) {
-    const RowPlan plan = RowPlan::Replicated({next_position_}, model.plan());
-    const at::Tensor hidden = Rows(model, plan, {pending_token_});
+    if (step_ == nullptr) {
+      step_plan_ = RowPlan::Replicated({next_position_}, model.plan());
+      step_input_.rows = &step_plan_;
+      step_input_.ids = state_.ids;
+      step_input_.own_pos = step_input_.pos = state_.pos;
+      step_input_.slots = state_.slots;
+      step_input_.append = tail_.get();
+      step_input_.extents = {&context_};
+      step_input_.delta = delta_;
+      step_ = model.backend().Repeated([this, &model] { EnqueueStep(model); });
+    }
+    if (first_rank && cancelled()) leave_.fill_(1);
+    model.collective().BeforeReplay();
+    step_->Run();
+    if (tail_->SlotOf(next_position_) >= 0) tail_->Advance(1);
     ++next_position_;
     has_pending_ = false;
-    const bool leave = model.collective().rank() == 0 && cancelled();
-    if (!SampleNext(model, hidden, leave, result)) return result.status.ok();
-    if (model.collective().rank() == 0) emit(result.tokens.back());
+    if (!TakeToken(model, result)) return result.status.ok();
+    if (first_rank) emit(result.tokens.back());
   }
   return false;
 }
@@ -130,18 +163,22 @@ void Sequence::Score(Model& model, const RowPlan& plan, const at::Tensor& hidden
     }
   }
   const int64_t own = counts[model.collective().rank()];
-  at::Tensor scores = at::empty({own, 2}, at::kFloat);  // log-probability, 1 when most likely
+  at::Tensor scores = at::empty({own, 2}, hidden.options());  // log-probability, 1 when most likely
   for (int64_t begin = 0; begin < own; begin += kLogitRows) {
     const int64_t size = std::min(kLogitRows, own - begin);
-    const at::Tensor rows = at::tensor(at::IntArrayRef(own_rows).slice(begin, size), at::kLong);
-    const at::Tensor targets = at::tensor(at::IntArrayRef(own_targets).slice(begin, size), at::kLong).unsqueeze(1);
-    const at::Tensor logits = model.Logits(at::index_select(hidden, 0, rows));
+    const auto part = [&](const std::vector<int64_t>& values) {
+      return at::tensor(at::IntArrayRef(values).slice(begin, size), at::kLong).to(hidden.device());
+    };
+    const Losses losses = model.backend().CrossEntropy(model.Logits(at::index_select(hidden, 0, part(own_rows))),
+                                                       part(own_targets), /*grad=*/false, 1.0);
     const at::Tensor slice = scores.narrow(0, begin, size);
-    slice.select(1, 0).copy_((logits.gather(1, targets) - at::logsumexp(logits, {1}, /*keepdim=*/true)).squeeze(1));
-    slice.select(1, 1).copy_(at::argmax(logits, 1).eq(targets.squeeze(1)));
+    slice.select(1, 0).copy_(losses.loss.neg());
+    slice.select(1, 1).copy_(losses.greedy);
   }
-  at::Tensor all = at::empty({count, 2}, at::kFloat);
+  at::Tensor all = at::empty({count, 2}, hidden.options());
   model.collective().AllGatherRows(scores, counts, all);
+  model.collective().Check();
+  all = all.cpu();
   const float* values = all.const_data_ptr<float>();
   result.score_logprobs.assign(count, 0.0f);
   result.score_greedy.assign(count, false);

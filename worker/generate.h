@@ -37,8 +37,13 @@ class Sequence {
 
  private:
   at::Tensor Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids);
-  // Samples on rank 0 from the hidden row and tells everybody. `leave`: rank 0 wants all to stop instead.
-  bool SampleNext(Model& model, const at::Tensor& hidden, bool leave, Result& result);
+  // Samples on rank 0 from hidden [1, hidden] and tells everybody: state_.token, and what Publish reads.
+  void EnqueueSample(Model& model, const at::Tensor& hidden);
+  // One decode step: the pending token's row, and the next token.
+  void EnqueueStep(Model& model);
+  // Waits for what was enqueued and takes the token over. False when rank 0 wanted all to leave, or (status) when the
+  // logits were not finite.
+  bool TakeToken(Model& model, Result& result);
   void Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command,
              Result& result);
 
@@ -47,10 +52,17 @@ class Sequence {
   std::unique_ptr<KvExtent> tail_;
   at::Tensor delta_;
   int64_t next_position_;
-  int64_t sampled_ = 0;
-  int32_t pending_token_ = 0;
   bool has_pending_ = false;
   bool finished_ = false;
+
+  // For decode steps, which are recorded once and repeated; made with the first sampled token.
+  DecodeState state_;
+  at::Tensor leave_;    // [1] int64 on the device: not 0 when rank 0 wants all to stop
+  at::Tensor word_;     // [2] fp64 on the host, page-locked for a GPU: token (or why there is none), log-probability
+  at::Tensor logits_;   // [1, vocab] fp32 of the last token, on rank 0
+  RowPlan step_plan_;
+  ForwardInput step_input_;
+  std::unique_ptr<Repeat> step_;
 };
 
 }  // namespace refocus

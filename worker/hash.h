@@ -7,7 +7,8 @@
 
 namespace refocus {
 
-// t contiguous, on the CPU; `seed` chains hashes. xxHash3.
+// t contiguous; `seed` chains hashes. xxHash3 of the bytes on the CPU; on a GPU of the exact integer sums of each row's
+// elements, so that a delta of gigabytes is read once where it lies (not comparable with the CPU's hash).
 uint64_t HashTensor(const at::Tensor& t, uint64_t seed = 0);
 uint64_t HashBytes(const void* data, int64_t bytes, uint64_t seed = 0);
 

@@ -10,37 +10,43 @@
 namespace refocus {
 
 KvExtent::KvExtent(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity,
-                   bool poison)
+                   const at::TensorOptions& options, bool poison)
     : plan_(plan),
       first_position_(first_position),
       capacity_(capacity),
       first_index_(plan.CountBelow(first_position)),
-      slots_(plan.CountBelow(first_position + capacity) - first_index_),
-      bytes_(Bytes(config, plan, first_position, capacity)) {
+      slots_(plan.CountBelow(first_position + capacity) - first_index_) {
   const std::vector<int64_t> shape = {config.layers, config.kv_heads, slots_, config.head_dim};
-  k_ = at::empty(shape, at::kFloat);
-  v_ = at::empty(shape, at::kFloat);
+  k_ = at::empty(shape, options);
+  v_ = at::empty(shape, options);
+  bytes_ = static_cast<int64_t>(k_.nbytes() + v_.nbytes());
   if (poison) {
     k_.fill_(std::numeric_limits<float>::quiet_NaN());
     v_.fill_(std::numeric_limits<float>::quiet_NaN());
   }
 }
 
-int64_t KvExtent::Bytes(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity) {
+int64_t KvExtent::Bytes(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity,
+                        int64_t element_bytes) {
   const int64_t slots = plan.CountBelow(first_position + capacity) - plan.CountBelow(first_position);
-  return slots * config.kv_bytes_per_token(sizeof(float));
+  return slots * config.kv_bytes_per_token(element_bytes);
 }
 
-KvView KvExtent::View(int64_t layer, int64_t pending) const {
-  return KvView{k_.select(0, layer), v_.select(0, layer), length_ + pending, first_index_, plan_};
+KvView KvExtent::View(int64_t layer) const {
+  return KvView{k_.select(0, layer), v_.select(0, layer), slots_, first_index_, plan_};
 }
 
-void KvExtent::Append(int64_t layer, const at::Tensor& k, const at::Tensor& v) {
-  const int64_t rows = k.size(0);
-  if (rows == 0) return;
-  REFOCUS_CHECK_LE(length_ + rows, slots_);
-  k_.select(0, layer).narrow(1, length_, rows).copy_(k.transpose(0, 1));
-  v_.select(0, layer).narrow(1, length_, rows).copy_(v.transpose(0, 1));
+int64_t KvExtent::SlotOf(int64_t position) const {
+  if (position < first_position_ || position >= first_position_ + capacity_ || !plan_.Owns(position)) return -1;
+  return plan_.CountBelow(position) - first_index_;
+}
+
+void KvExtent::FillRandom() {
+  for (int64_t layer = 0; layer < k_.size(0); ++layer) {
+    k_.select(0, layer).normal_();
+    v_.select(0, layer).normal_();
+  }
+  length_ = slots_;
 }
 
 void KvExtent::Advance(int64_t rows) {

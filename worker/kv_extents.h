@@ -16,26 +16,32 @@ namespace refocus {
 // Tokens [first_position, first_position + capacity) as far as this shard owns them.
 class KvExtent {
  public:
-  // Reserves k and v [layers, kv_heads, slots, head_dim] fp32; `poison` fills them with NaN. Throws c10::Error when the
-  // memory cannot be had.
-  KvExtent(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity, bool poison);
+  // Reserves k and v [layers, kv_heads, slots, head_dim] of the backend's dtype on its device; `poison` fills them with
+  // NaN. Throws c10::Error when the memory cannot be had.
+  KvExtent(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity,
+           const at::TensorOptions& options, bool poison);
 
-  // Bytes that such an extent takes on this shard.
-  static int64_t Bytes(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity);
+  // Bytes that such an extent takes on this shard, at `element_bytes` an element.
+  static int64_t Bytes(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity,
+                       int64_t element_bytes);
 
-  // One layer's K/V; what Append wrote with Advance still to come is visible too when `pending` says how many slots.
-  KvView View(int64_t layer, int64_t pending) const;
+  // One layer's K/V, all slots.
+  KvView View(int64_t layer) const;
 
-  // Writes k, v [rows, kv_heads, head_dim] behind the `length` slots of this layer. Advance makes them part of every
-  // layer.
-  void Append(int64_t layer, const at::Tensor& k, const at::Tensor& v);
+  // The slot that holds `position`, or -1 when it is not this shard's or not in this extent.
+  int64_t SlotOf(int64_t position) const;
+
+  // All slots written with normally distributed values.
+  void FillRandom();
+
+  // `rows` more slots were written in every layer, behind the others.
   void Advance(int64_t rows);
 
   int64_t first_position() const { return first_position_; }
   int64_t capacity() const { return capacity_; }
   int64_t length() const { return length_; }
   int64_t bytes() const { return bytes_; }
-  // Over the written slots of all layers; for tests and debug checks.
+  // Over the written slots of all layers; for tests.
   uint64_t Hash() const;
 
  private:

@@ -3,9 +3,11 @@
 #include <mpi.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -16,13 +18,19 @@
 namespace refocus {
 namespace {
 
-// Cores are shared by the ranks whose affinity masks name them; with mpirun's binding every rank has its own.
-int ShareOfCores(MPI_Comm host) {
+// 1 for every core that this process may run on; all 0 when unknown.
+std::vector<int> OwnCores() {
   std::vector<int> mine(CPU_SETSIZE, 0);
   cpu_set_t set;
   CPU_ZERO(&set);
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return mine;
   for (int core = 0; core < CPU_SETSIZE; ++core) mine[core] = CPU_ISSET(core, &set) ? 1 : 0;
+  return mine;
+}
+
+// Cores are shared by the ranks whose affinity masks name them; with mpirun's binding every rank has its own.
+int ShareOfCores(MPI_Comm host) {
+  const std::vector<int> mine = OwnCores();
   std::vector<int> users(CPU_SETSIZE, 0);
   MPI_Allreduce(mine.data(), users.data(), CPU_SETSIZE, MPI_INT, MPI_SUM, host);
   double share = 1e-9;
@@ -53,6 +61,7 @@ Launch StartLaunch() {
   MPI_Comm host = MPI_COMM_NULL;
   MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &host);
   MPI_Comm_size(host, &launch.ranks_on_host);
+  MPI_Comm_rank(host, &launch.local_rank);
   launch.threads = ShareOfCores(host);
   // One rank looks before any of them allocates; later the answer would depend on how far the others are.
   launch.free_bytes = FreeMemoryBytes();
@@ -64,6 +73,27 @@ Launch StartLaunch() {
   return launch;
 }
 
-void FinishLaunch() { MPI_Finalize(); }
+Launch StartByItself(int size, const std::string& nonce) {
+  Launch launch;
+  launch.mpi = false;
+  launch.rank = size == 1 ? 0 : -1;
+  launch.size = size;
+  const std::vector<int> cores = OwnCores();
+  launch.threads = std::max<int>(std::accumulate(cores.begin(), cores.end(), 0), 1);
+  launch.free_bytes = FreeMemoryBytes();
+  launch.nonce = nonce.empty() ? MakeNonce() : nonce;
+  return launch;
+}
+
+void ShareFromRankZero(std::string* bytes) {
+  auto size = static_cast<int64_t>(bytes->size());
+  MPI_Bcast(&size, 1, MPI_INT64_T, 0, MPI_COMM_WORLD);
+  bytes->resize(static_cast<size_t>(size));
+  MPI_Bcast(bytes->data(), static_cast<int>(size), MPI_BYTE, 0, MPI_COMM_WORLD);
+}
+
+void FinishLaunch(const Launch& launch) {
+  if (launch.mpi) MPI_Finalize();
+}
 
 }  // namespace refocus

@@ -52,7 +52,8 @@ pb::WorkerMessage HelloOf(const RankIdentity& identity) {
   pb::WorkerMessage message;
   pb::Hello* hello = message.mutable_hello();
   hello->set_nonce(identity.nonce);
-  hello->set_rank(identity.rank);
+  hello->set_wants_rank(identity.rank < 0);
+  hello->set_rank(std::max(identity.rank, 0));
   hello->set_size(identity.size);
   hello->set_host(HostName());
   hello->set_pid(getpid());
@@ -69,6 +70,10 @@ pb::WorkerMessage HelloOf(const RankIdentity& identity) {
 
 Status GivenUp(const pb::Shutdown& message) {
   return Error(StatusCode::kUnavailable, "WORKER_LOST", "the coordinator gave this group up: " + message.reason());
+}
+
+Status Interrupted() {
+  return Error(StatusCode::kCancelled, "INTERRUPTED", "interrupted before the group was formed");
 }
 
 // Holds a command's place in the engine's order while changing nothing: no context has uid 0.
@@ -98,12 +103,17 @@ class Link::Impl {
 
   Status TryOnce(pb::CoordinatorMessage* first);
   Status Form(const pb::CoordinatorMessage& first);
+  Status CheckForm(const pb::FormGroup& group) const;
+  Status Connect(int32_t rank);
+  StatusOr<std::string> Share(int32_t rank, const std::string& own);
+  void StartThreads();
   Status Unreachable(const std::string& what, const std::string& message) const;
   bool WaitUnlessInterrupted(Clock::duration time);
   void ReadLoop();
   void WriteLoop();
   void HeartbeatLoop();
   void Handle(const pb::CoordinatorMessage& message);
+  void HandleKey(const pb::GroupKey& message);
   void HandleCommand(const pb::Command& message);
   void HandleShutdown(const pb::Shutdown& message);
   void Push(pb::WorkerMessage message);  // mutex_ held
@@ -127,8 +137,10 @@ class Link::Impl {
   std::map<int64_t, Status> refused_;  // by number; the engine holds a placeholder
   int64_t outstanding_ = 0;            // submitted, no final result yet
   bool heartbeat_queued_ = false;
+  std::string key_;            // rank 0's, as it came
   bool interrupted_ = false;
-  bool joined_ = false;
+  bool joined_ = false;        // the threads run
+  bool connecting_ = false;    // in callbacks_.form
   bool closing_ = false;
   bool ended_ = false;         // the stream: nothing can be sent any more
   bool writer_done_ = false;
@@ -166,7 +178,7 @@ Status Link::Impl::Join() {
     const Status status = TryOnce(&first);
     if (status.ok()) {
       const Status formed = Form(first);
-      if (!formed.ok()) {
+      if (!formed.ok() && !joined_) {
         context_->TryCancel();
         stream_->Finish();
       }
@@ -180,7 +192,7 @@ Status Link::Impl::Join() {
     WaitUnlessInterrupted(std::chrono::milliseconds(wait_ms));
     backoff_ms = std::min(2 * backoff_ms, kLastBackoffMs);
   }
-  return Error(StatusCode::kCancelled, "INTERRUPTED", "interrupted before the group was formed");
+  return Interrupted();
 }
 
 // Says Hello and waits for the first answer.
@@ -203,33 +215,75 @@ Status Link::Impl::TryOnce(pb::CoordinatorMessage* first) {
                "coordinator " + options_.coordinator + " refused this rank: " + end.error_message());
 }
 
+Status Link::Impl::CheckForm(const pb::FormGroup& group) const {
+  const bool placed = identity_.rank >= 0 || (group.rank() >= 0 && group.rank() < group.size());
+  if (group.size() == identity_.size && group.epoch() >= 1 && placed) return {};
+  return Error(StatusCode::kFailedPrecondition, "GROUP_REFUSED",
+               "FormGroup: got epoch " + std::to_string(group.epoch()) + ", rank " + std::to_string(group.rank()) +
+                   " of " + std::to_string(group.size()) + " ranks, allowed an epoch above 0 and a rank below " +
+                   std::to_string(identity_.size) + " of as many");
+}
+
 Status Link::Impl::Form(const pb::CoordinatorMessage& first) {
-  if (first.has_form_group()) {
-    const pb::FormGroup& group = first.form_group();
-    if (group.size() != identity_.size || group.epoch() < 1) {
-      return Error(StatusCode::kFailedPrecondition, "GROUP_REFUSED",
-                   "FormGroup: got epoch " + std::to_string(group.epoch()) + " of " + std::to_string(group.size()) +
-                       " ranks, allowed an epoch above 0 of " + std::to_string(identity_.size) + " ranks");
-    }
-    epoch_ = group.epoch();
-    pb::WorkerMessage ready;
-    ready.mutable_ready()->set_epoch(epoch_);
-    if (!stream_->Write(ready)) return Unreachable("went away while the group was formed", "");
-  } else if (first.has_shutdown() && !first.shutdown().planned()) {
-    return GivenUp(first.shutdown());
-  } else if (!first.has_shutdown()) {
+  if (first.has_shutdown()) {
+    if (!first.shutdown().planned()) return GivenUp(first.shutdown());
+    StartThreads();
+    HandleShutdown(first.shutdown());
+    return {};
+  }
+  if (!first.has_form_group()) {
     return Error(StatusCode::kFailedPrecondition, "GROUP_REFUSED",
                  "first message of coordinator " + options_.coordinator + ": got no FormGroup; run equal versions");
   }
+  REFOCUS_RETURN_IF_ERROR(CheckForm(first.form_group()));
+  epoch_ = first.form_group().epoch();
+  pb::WorkerMessage ready;
+  ready.mutable_ready()->set_epoch(epoch_);
+  if (identity_.rank >= 0) {
+    if (!stream_->Write(ready)) return Unreachable("went away while the group was formed", "");
+    StartThreads();
+    return {};
+  }
+  StartThreads();
+  REFOCUS_RETURN_IF_ERROR(Connect(first.form_group().rank()));
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Push(std::move(ready));
+  return {};
+}
+
+void Link::Impl::StartThreads() {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     joined_ = true;
+    connecting_ = epoch_ > 0 && identity_.rank < 0;
   }
   writer_ = std::thread([this] { WriteLoop(); });
   heart_ = std::thread([this] { HeartbeatLoop(); });
   reader_ = std::thread([this] { ReadLoop(); });
-  if (first.has_shutdown()) HandleShutdown(first.shutdown());
-  return {};
+}
+
+Status Link::Impl::Connect(int32_t rank) {
+  const Status status =
+      callbacks_.form(rank, [this, rank](const std::string& own) { return Share(rank, own); });
+  const std::lock_guard<std::mutex> lock(mutex_);
+  connecting_ = false;
+  if (interrupted_) return Interrupted();
+  return status;
+}
+
+StatusOr<std::string> Link::Impl::Share(int32_t rank, const std::string& own) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (rank == 0) {
+    pb::WorkerMessage message;
+    message.mutable_key()->set_epoch(epoch_);
+    message.mutable_key()->set_key(own);
+    Push(std::move(message));
+    return own;
+  }
+  wake_.wait(lock, [&] { return !key_.empty() || ended_ || shutdown_ || told_ || interrupted_; });
+  if (!key_.empty()) return key_;
+  if (interrupted_) return Interrupted();
+  return Unreachable("went away, or gave the group up, while the ranks connected", "");
 }
 
 void Link::Impl::Push(pb::WorkerMessage message) {
@@ -321,7 +375,7 @@ void Link::Impl::ReadLoop() {
 void Link::Impl::LoseStream(const Status& cause) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (shutdown_) return;
+    if (shutdown_ || interrupted_) return;
   }
   Lose(cause);
 }
@@ -331,6 +385,7 @@ void Link::Impl::Lose(const Status& cause) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (told_ || closing_) return;
     told_ = true;
+    wake_.notify_all();
   }
   callbacks_.lost(cause);
 }
@@ -345,9 +400,17 @@ void Link::Impl::Handle(const pb::CoordinatorMessage& message) {
     case pb::CoordinatorMessage::kFormGroup:
       return Lose(Error(StatusCode::kFailedPrecondition, "STALE_EPOCH",
                         "FormGroup: got a second one, allowed one a stream"));
+    case pb::CoordinatorMessage::kKey: return HandleKey(message.key());
     case pb::CoordinatorMessage::MESSAGE_NOT_SET:
       LogWarning("message from the coordinator ignored: this version does not know it");
   }
+}
+
+void Link::Impl::HandleKey(const pb::GroupKey& message) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (message.epoch() != epoch_ || !connecting_ || !key_.empty()) return;
+  key_ = message.key();
+  wake_.notify_all();
 }
 
 void Link::Impl::HandleCommand(const pb::Command& message) {
@@ -383,6 +446,7 @@ void Link::Impl::HandleShutdown(const pb::Shutdown& message) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (shutdown_ || told_) return;
     shutdown_ = true;
+    wake_.notify_all();
     shutdown_reason_ = message.reason();
     if (outstanding_ > 0) return;  // Send goes on
     told_ = true;
@@ -407,7 +471,7 @@ void Link::Impl::Close(double flush_seconds) {
 
 void Link::Impl::Interrupt() {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (joined_) return;
+  if (joined_ && !connecting_) return;
   interrupted_ = true;
   if (context_ != nullptr) context_->TryCancel();
   wake_.notify_all();

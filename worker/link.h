@@ -23,7 +23,7 @@ namespace refocus {
 // What this rank tells the coordinator first.
 struct RankIdentity {
   std::string nonce;
-  int32_t rank = 0;
+  int32_t rank = 0;  // negative: the coordinator shall say, see LinkCallbacks::form
   int32_t size = 1;
   std::string model_fingerprint;
   std::string weights_hash;  // 16 hex digits
@@ -41,7 +41,14 @@ struct LinkOptions {
   double heartbeat_seconds = 1.0;
 };
 
+// Rank 0's bytes, on all ranks; the others' argument is ignored. Waits without limit, as Join does: UNAVAILABLE when the
+// group is lost meanwhile, CANCELLED when interrupted. Once.
+using ShareBytes = std::function<StatusOr<std::string>(const std::string& own)>;
+
 struct LinkCallbacks {
+  // For a rank that came without one: it is `rank` and is to connect with the others, for which `share` helps. On the
+  // thread of Join, with heartbeats running; no command comes before it returned. Its failure is that of Join.
+  std::function<Status(int32_t rank, const ShareBytes& share)> form;
   std::function<void(Command)> submit;
   std::function<void(uint64_t job)> cancel;
   // The coordinator ends this launch as planned: no command follows, and every one that was submitted has its final
@@ -60,7 +67,7 @@ class Link {
   Link(const LinkOptions& options, const RankIdentity& identity, LinkCallbacks callbacks);
   ~Link();  // as Close(0)
 
-  // Dials with back-off, says Hello and waits until the group is formed, without limit once the coordinator has taken
+  // Dials with back-off, says Hello and waits until the group is complete, without limit once the coordinator has taken
   // the Hello. UNAVAILABLE when it was not reached in time, went away or gave the group up; FAILED_PRECONDITION or
   // INVALID_ARGUMENT when it refused this rank. Callbacks may come before it returns. Once.
   Status Join();

@@ -22,10 +22,12 @@
 #include <ATen/Parallel.h>
 
 #include "base/log.h"
+#include "base/memory_plan.h"
 #include "base/model_config.h"
 #include "base/status.h"
 #include "worker/backend.h"
 #include "worker/collective.h"
+#include "worker/device.h"
 #include "worker/engine.h"
 #include "worker/host.h"
 #include "worker/launch.h"
@@ -38,7 +40,6 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr int64_t kElementBytes = 4;  // fp32
 constexpr double kFlushSeconds = 2.0;
 constexpr std::chrono::seconds kStopGrace{8};
 
@@ -57,7 +58,12 @@ std::string Seconds(Clock::time_point since) {
 }
 
 std::string Place(const Launch& launch) {
-  return "rank " + std::to_string(launch.rank) + " of " + std::to_string(launch.size) + " on " + HostName();
+  return (launch.rank < 0 ? "a rank" : "rank " + std::to_string(launch.rank)) + " of " + std::to_string(launch.size) +
+         " on " + HostName();
+}
+
+void SetLogOf(const Launch& launch, LogLevel level) {
+  SetLog(launch.rank < 0 ? "worker" : "worker[" + std::to_string(launch.rank) + "]", level);
 }
 
 // Why this process ends; the first cause wins.
@@ -106,38 +112,62 @@ struct Rank {
   Launch launch;
   WorkerOptions options;
   ModelConfig config;
+  int64_t gpu_free_bytes = -1;  // of this rank's own GPU; set before Plan where the device is cuda
+  Gpu gpu;
   int threads = 1;
   int64_t kv_bytes = 0;
   int64_t weight_bytes = 0;  // expected
+
+  bool on_gpu() const { return options.device == DeviceKind::kCuda; }
+  // Of mpirun's ranks one speaks for all; processes that start by themselves may be far from each other.
+  bool talks() const { return launch.rank <= 0; }
 };
+
+// Takes this rank's GPU, where it is to have one.
+Status TakeDevice(Rank& rank) {
+  if (!rank.on_gpu()) return {};
+  REFOCUS_ASSIGN_OR_RETURN(rank.gpu, UseGpu(rank.launch.local_rank, rank.launch.ranks_on_host));
+  rank.gpu_free_bytes = rank.gpu.free_bytes;
+  LogInfo("GPU " + std::to_string(rank.gpu.index) + ": " + rank.gpu.name + ", free " + Size(rank.gpu.free_bytes) +
+          " of " + Size(rank.gpu.total_bytes));
+  return {};
+}
 
 // Decides on threads and memory and says so before a weight is read.
 Status Plan(Rank& rank) {
   const Launch& launch = rank.launch;
   rank.threads = rank.options.threads > 0 ? rank.options.threads : launch.threads;
-  rank.weight_bytes = rank.config.parameters() * kElementBytes;
-  const int64_t token_bytes = rank.config.kv_bytes_per_token(kElementBytes);
-  const int64_t left = launch.free_bytes / launch.ranks_on_host - rank.weight_bytes;
-  const bool known = launch.free_bytes >= 0;
+  const bool gpu = rank.on_gpu();
+  const int64_t free_bytes = gpu ? rank.gpu_free_bytes : launch.free_bytes;
+  const bool known = free_bytes >= 0;
+  MemoryQuestion question;
+  question.device = rank.options.device;
+  question.ranks = launch.size;
+  question.memory_bytes = known ? free_bytes / (gpu ? 1 : launch.ranks_on_host) : 0;
+  REFOCUS_ASSIGN_OR_RETURN(const MemoryPlan memory, PlanMemory(rank.config, question));
+  rank.weight_bytes = memory.weights;
   rank.kv_bytes = rank.options.kv_bytes;
   if (rank.kv_bytes == 0) {
     if (!known) {
       return Error(StatusCode::kInvalidArgument, "CONFIG_INVALID",
                    "--kv-memory: the host's free memory is unknown; set it");
     }
-    rank.kv_bytes = std::max<int64_t>(left / 2, 0);
+    rank.kv_bytes = memory.pool;
   }
-  const std::string plan = "weights " + Size(rank.weight_bytes) + ", K/V " + Size(rank.kv_bytes) + " on each of " +
-                           std::to_string(launch.ranks_on_host) + " ranks of this host, free " +
-                           (known ? Size(launch.free_bytes) : "unknown");
-  if (known && (left < rank.kv_bytes || rank.kv_bytes < token_bytes)) {
+  const std::string plan =
+      "weights " + Size(rank.weight_bytes) +
+      (gpu ? ", workspace " + Size(memory.workspace) + ", CUDA and NCCL " + Size(memory.runtime) : "") + ", K/V " +
+      Size(rank.kv_bytes) + " on each of " + std::to_string(launch.ranks_on_host) + " ranks of this host, free " +
+      (known ? Size(free_bytes) + (gpu ? " on this rank's GPU" : "") : "unknown");
+  if (known && (memory.limit < rank.kv_bytes || rank.kv_bytes < memory.kv_per_token)) {
     return Error(StatusCode::kResourceExhausted, "HARDWARE",
-                 "memory: " + plan + "; use fewer ranks per host, a smaller --kv-memory or a smaller model");
+                 "memory: " + plan + "; use " + (gpu ? "a GPU with more memory" : "fewer ranks per host") +
+                     ", a smaller --kv-memory or a smaller model");
   }
-  if (launch.rank == 0) {
-    LogInfo("memory: " + plan + "; K/V of 1000 tokens " + Size(1000 * token_bytes) + ", room for " +
-            std::to_string(rank.kv_bytes / token_bytes * launch.size) + " tokens on " + std::to_string(launch.size) +
-            " ranks; " + std::to_string(rank.threads) + " threads a rank");
+  if (rank.talks()) {
+    LogInfo("memory: " + plan + "; K/V of 1000 tokens " + Size(1000 * memory.kv_per_token) + ", room for " +
+            std::to_string(rank.kv_bytes / memory.kv_per_token * launch.size) + " tokens on " +
+            std::to_string(launch.size) + " ranks; " + std::to_string(rank.threads) + " threads a rank");
   }
   return {};
 }
@@ -148,7 +178,9 @@ StatusOr<std::shared_ptr<const Weights>> Load(const Rank& rank) {
   LoadOptions options;
   options.threads = rank.threads;
   options.check_finite = rank.options.check_finite;
-  if (rank.launch.rank == 0) {
+  options.random_seed = rank.options.random_seed;
+  if (rank.on_gpu()) options.device = at::Device(at::kCUDA, static_cast<at::DeviceIndex>(rank.gpu.index));
+  if (rank.talks()) {
     options.progress = [&](int64_t done, int64_t total) {
       if (Clock::now() - told < std::chrono::seconds(2) || done <= 0) return;
       told = Clock::now();
@@ -159,7 +191,7 @@ StatusOr<std::shared_ptr<const Weights>> Load(const Rank& rank) {
   }
   try {
     REFOCUS_ASSIGN_OR_RETURN(Weights weights, LoadWeights(rank.options.model, rank.config, options));
-    if (rank.launch.rank == 0) LogInfo("loaded " + Size(weights.bytes) + " in " + Seconds(begin));
+    if (rank.talks()) LogInfo("loaded " + Size(weights.bytes) + " in " + Seconds(begin));
     return std::make_shared<const Weights>(std::move(weights));
   } catch (const std::exception& error) {  // LibTorch reports a failed allocation as an exception
     return Error(StatusCode::kResourceExhausted, "HARDWARE", std::string("loading the weights: ") + error.what());
@@ -175,10 +207,10 @@ RankIdentity Identity(const Rank& rank, const Weights& weights) {
   char hash[17];
   std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(weights.content_hash));
   identity.weights_hash = hash;
-  identity.device = rank.options.device;
+  identity.device = rank.on_gpu() ? "cuda (" + rank.gpu.name + ")" : "cpu";
   identity.vocab = rank.config.vocab;
   identity.kv_capacity_bytes = rank.kv_bytes;
-  identity.kv_bytes_per_token = rank.config.kv_bytes_per_token(kElementBytes);
+  identity.kv_bytes_per_token = KvBytesPerToken(rank.config, rank.options.device);
   identity.weight_bytes = weights.bytes;
   identity.parameters = rank.config.parameters();
   return identity;
@@ -224,51 +256,123 @@ int ExitCodeOfJoin(const Status& status) {
   return refused ? kExitConfig : kExitGroup;
 }
 
-StatusOr<std::shared_ptr<Collective>> Connect(const Rank& rank) {
+// For ranks that know each other through mpirun, and for a group of one.
+std::shared_ptr<Collective> MakeCollective(const Rank& rank) {
+  const Launch& launch = rank.launch;
+  const double deadline = rank.options.deadline_seconds;
+  if (!rank.on_gpu()) return launch.mpi ? MakeMpiCollective(deadline) : MakeLocalCollectives(1, deadline)[0];
+  std::string id;
+  if (launch.size > 1) {
+    if (launch.rank == 0) id = MakeGpuGroupId();
+    ShareFromRankZero(&id);
+  }
+  return MakeGpuCollective(id, launch.rank, launch.size, deadline);
+}
+
+// The others are ranks that the coordinator has brought together.
+StatusOr<std::shared_ptr<Collective>> MakeCollective(const Rank& rank, const ShareBytes& share) {
+  const std::string own = rank.launch.rank == 0 ? MakeGpuGroupId() : "";
+  REFOCUS_ASSIGN_OR_RETURN(const std::string id, share(own));
+  return MakeGpuCollective(id, rank.launch.rank, rank.launch.size, rank.options.deadline_seconds);
+}
+
+// `make` returns a collective or a StatusOr of one.
+template <typename Make>
+StatusOr<std::shared_ptr<Collective>> Connect(const Make& make) {
   try {
-    return MakeMpiCollective(rank.options.deadline_seconds);
+    return make();
   } catch (const CollectiveError& error) {
     return Error(StatusCode::kUnavailable, "WORKER_LOST", error.what());
   }
 }
 
-// From the loaded model to the end of the group's work. Returns when the end is planned, with `collective` destroyed.
-void Serve(const Rank& rank, std::shared_ptr<const Weights> weights, std::shared_ptr<Collective> collective,
-           Ending& ending, StopTarget& target) {
-  EngineOptions engine_options;
-  engine_options.kv_capacity_bytes = rank.kv_bytes;
-  std::unique_ptr<Link> link;
-  Engine engine(engine_options, weights, MakeCpuBackend(), std::move(collective),
-                [&link](Result result) { link->Send(std::move(result)); });
+// The engine for threads that may ask before it is there: a rank without a place gets it late.
+class EngineSlot {
+ public:
+  void Set(Engine* engine) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    engine_ = engine;
+    if (stopped_) engine_->Stop();
+  }
+  void Stop() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    stopped_ = true;
+    if (engine_ != nullptr) engine_->Stop();
+  }
+  // No command comes, and no cancel counts, before the group serves.
+  template <typename F>
+  auto Ask(const F& ask) -> decltype(ask(std::declval<Engine&>())) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (engine_ != nullptr) return ask(*engine_);
+    return decltype(ask(*engine_))();
+  }
 
+ private:
+  std::mutex mutex_;
+  Engine* engine_ = nullptr;
+  bool stopped_ = false;
+};
+
+// What the link calls; `make_engine` is called once there is a collective.
+template <typename MakeEngine>
+LinkCallbacks Callbacks(Rank& rank, EngineSlot& slot, Ending& ending, std::shared_ptr<Collective>& collective,
+                        const MakeEngine& make_engine) {
   LinkCallbacks callbacks;
-  callbacks.submit = [&](Command command) { engine.Submit(std::move(command)); };
-  callbacks.cancel = [&](uint64_t job) { engine.Cancel(job); };
-  callbacks.shutdown = [&](const std::string& reason) {
-    if (ending.Plan(kExitOk)) LogInfo("the coordinator ends this launch: " + reason);
-    engine.Stop();
+  callbacks.form = [&rank, &collective, make_engine](int32_t number, const ShareBytes& share) -> Status {
+    rank.launch.rank = number;
+    SetLogOf(rank.launch, rank.options.log_level);
+    REFOCUS_ASSIGN_OR_RETURN(collective, Connect([&] { return MakeCollective(rank, share); }));
+    make_engine();
+    return {};
   };
-  callbacks.lost = [&](const Status& cause) {
+  callbacks.submit = [&slot](Command command) { slot.Ask([&](Engine& e) { e.Submit(std::move(command)); }); };
+  callbacks.cancel = [&slot](uint64_t job) { slot.Ask([&](Engine& e) { e.Cancel(job); }); };
+  callbacks.shutdown = [&slot, &ending](const std::string& reason) {
+    if (ending.Plan(kExitOk)) LogInfo("the coordinator ends this launch: " + reason);
+    slot.Stop();
+  };
+  callbacks.lost = [&ending](const Status& cause) {
     ending.Fail(cause, kExitGroup);
     std::_Exit(ending.code());  // a signal had planned the end, but now nobody waits for what is in progress
   };
-  callbacks.progress = [&] { return engine.progress(); };
-  callbacks.running_seq = [&] { return engine.running_seq(); };
+  callbacks.progress = [&slot] { return slot.Ask([](Engine& e) { return e.progress(); }); };
+  callbacks.running_seq = [&slot] { return slot.Ask([](Engine& e) { return e.running_seq(); }); };
+  return callbacks;
+}
+
+// From the loaded model to the end of the group's work. Returns when the end is planned, with the collective destroyed.
+// `collective` is null for a rank that gets its place from the coordinator. It outlives the engine, whose graphs hold
+// work of it.
+void Serve(Rank& rank, std::shared_ptr<const Weights> weights, std::shared_ptr<Collective> collective, Ending& ending,
+           StopTarget& target) {
+  std::unique_ptr<Link> link;
+  EngineSlot slot;
+  std::unique_ptr<Engine> engine;
+  const auto make_engine = [&] {
+    EngineOptions options;
+    options.kv_capacity_bytes = rank.kv_bytes;
+    auto backend = rank.on_gpu() ? MakeGpuBackend(rank.config, rank.gpu) : MakeCpuBackend(rank.config);
+    engine = std::make_unique<Engine>(options, weights, std::move(backend), collective,
+                                      [&link](Result result) { link->Send(std::move(result)); });
+    slot.Set(engine.get());
+  };
+  if (collective != nullptr) make_engine();
   LinkOptions link_options;
   link_options.coordinator = rank.options.coordinator;
   link_options.connect_seconds = rank.options.connect_seconds;
-  link = std::make_unique<Link>(link_options, Identity(rank, *weights), std::move(callbacks));
+  link = std::make_unique<Link>(link_options, Identity(rank, *weights),
+                                Callbacks(rank, slot, ending, collective, make_engine));
   target.Set([&] {
     link->Interrupt();
-    engine.Stop();
+    slot.Stop();
   });
 
   const Status joined = link->Join();
   if (!joined.ok()) {
     ending.Fail(joined, ExitCodeOfJoin(joined));
-  } else {
+  } else if (engine != nullptr) {  // else told to stop instead of to form a group
     LogInfo("joined the group: " + Place(rank.launch) + ", model " + rank.config.name);
-    const Status status = engine.Run();
+    const Status status = engine->Run();
     if (!status.ok()) {
       if (!ending.planned()) link->Close(0.5);  // what was found out before is worth sending
       ending.Fail(status, kExitGroup);
@@ -298,24 +402,32 @@ int Main(int argc, char** argv) {
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
 
-  rank.launch = StartLaunch();
-  SetLog("worker[" + std::to_string(rank.launch.rank) + "]", rank.options.log_level);
+  const int group_size = rank.options.group_size;
+  rank.launch = group_size > 0 ? StartByItself(group_size, rank.options.group_name) : StartLaunch();
+  SetLogOf(rank.launch, rank.options.log_level);
   // Both outlive every thread that may end the process.
   auto& ending = *new Ending(Place(rank.launch));
   auto& target = *new StopTarget;
   std::thread([signals, &ending, &target] { WaitForSignals(signals, ending, target); }).detach();
 
+  const Status taken = TakeDevice(rank);
+  if (!taken.ok()) ending.Fail(taken, ExitCodeOf(taken));
   const Status planned = Plan(rank);
   if (!planned.ok()) ending.Fail(planned, ExitCodeOf(planned));
   at::set_num_threads(rank.threads);
-  // Before the ranks' ways part: they may load for minutes more or less than each other.
-  StatusOr<std::shared_ptr<Collective>> collective = Connect(rank);
+  // Before the ranks' ways part, where they know each other: they may load for minutes more or less than each other.
+  StatusOr<std::shared_ptr<Collective>> collective(nullptr);
+  if (rank.launch.rank >= 0) collective = Connect([&] { return MakeCollective(rank); });
   if (!collective.ok()) ending.Fail(collective.status(), kExitGroup);
   StatusOr<std::shared_ptr<const Weights>> weights = Load(rank);
   if (!weights.ok()) ending.Fail(weights.status(), ExitCodeOf(weights.status()));
 
   Serve(rank, std::move(weights).value(), std::move(collective).value(), ending, target);
-  FinishLaunch();
+  FinishLaunch(rank.launch);
+  if (rank.on_gpu()) {
+    std::fflush(nullptr);
+    std::_Exit(ending.code());  // NCCL frees in threads of its own, which must not meet the end of CUDA's globals
+  }
   return ending.code();
 }
 

@@ -18,26 +18,31 @@
 
 namespace refocus {
 
-// What one layer's backward pass needs from its forward pass; own rows unless said otherwise.
+// What one layer's backward pass needs from its forward pass; own rows unless said otherwise. fp32 and dtype as in
+// worker/backend.h.
 struct LayerTrace {
-  at::Tensor x;      // [n, hidden] input of the layer
+  at::Tensor x;      // [n, hidden] fp32, input of the layer
   at::Tensor h;      // [n, hidden] attn_norm(x)
-  at::Tensor q_raw;  // [n, H, d] before QK-norm; only with qk_norm
+  at::Tensor q_raw;  // [n, H, d] fp32, before QK-norm and RoPE
   at::Tensor q_all;  // [rows, H, d] all ranks' rows, after RoPE
-  at::Tensor out;    // [n, H, d] combined attention
-  at::Tensor lse;    // [n, H]
-  at::Tensor x_mid;  // [n, hidden] after attention
+  at::Tensor out;    // [n, H, d] fp32, combined attention
+  at::Tensor lse;    // [n, H] fp32
+  at::Tensor x_mid;  // [n, hidden] fp32, after attention
   at::Tensor gate;   // [n, mlp] before SiLU
   at::Tensor up;     // [n, mlp]
 };
 
+// The rows of one pass on the backend's device. A recorded pass reads the tensors at every run, `plan` when recorded.
 struct ForwardInput {
   const RowPlan* rows = nullptr;
-  at::Tensor ids;                        // [n] int64, of own rows
+  at::Tensor ids;      // [n] int64, of own rows
+  at::Tensor own_pos;  // [n] int64
+  at::Tensor pos;      // [rows] int64
+  at::Tensor slots;    // [n] int64: where own rows write K/V in `append`, < 0: nowhere; undefined: none writes
   std::vector<const KvExtent*> extents;  // that attention reads besides `append`
-  KvExtent* append = nullptr;            // rows at its positions write their K/V there; others write none
-  at::Tensor delta;                      // [layers, H * d, hidden] fp32, or undefined: base queries
-  bool keys_only = false;                // stop when the last layer's K/V are written; returns an undefined tensor
+  KvExtent* append = nullptr;
+  at::Tensor delta;        // [layers, H * d, hidden] dtype, or undefined: base queries
+  bool keys_only = false;  // stop when the last layer's K/V are written; returns an undefined tensor
 };
 
 class Model {
@@ -47,43 +52,43 @@ class Model {
 
   const ModelConfig& config() const { return weights_.config; }
   const ShardPlan& plan() const { return plan_; }
-  Collective& collective() { return collective_; }
+  Collective& collective() const { return collective_; }
+  Backend& backend() const { return backend_; }
 
-  // -> [n, hidden] before the final norm. Throws CollectiveError. `append` is advanced at the end. `trace` gets one
-  // entry a layer.
+  // Input for `rows`, whose constructor saw the positions of `ids` in the same order. `append`, where given, gets the
+  // K/V of the rows at its positions: the caller advances it by `writing` (this rank's) when the pass is done.
+  ForwardInput MakeInput(const RowPlan& rows, const std::vector<int32_t>& ids, KvExtent* append = nullptr,
+                         int64_t* writing = nullptr) const;
+
+  // -> [n, hidden] fp32 before the final norm. Throws CollectiveError. `trace` gets one entry a layer.
   at::Tensor Forward(const ForwardInput& input, std::vector<LayerTrace>* trace = nullptr);
 
-  // [m, hidden] -> [m, vocab]
+  // [m, hidden] fp32 -> [m, vocab] fp32
   at::Tensor Logits(const at::Tensor& hidden);
 
-  // Gradient with respect to the hidden rows of a loss with gradient `dlogits` [m, vocab] behind Logits. -> [m, hidden]
-  at::Tensor LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits);
+  // Gradient with respect to the hidden rows of a loss with gradient `dlogits` [m, vocab] dtype behind Logits.
+  Gradient LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits);
 
-  // From dx [n, hidden] at Forward's output down to the queries: activation gradients and this rank's share of
-  // grad [layers, H * d, hidden] is added to `grad`. K and V get no gradient (they are frozen). `input` as in Forward,
-  // with split rows.
-  void Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, at::Tensor dx, at::Tensor& grad);
+  // From dx at Forward's output down to the queries: activation gradients, and this rank's share of the delta's gradient
+  // goes to `grad` [layers, H * d, hidden] fp32, or is added to it when `add`. Replicated rows give every rank the whole
+  // gradient instead of a share. K and V get no gradient (they are frozen). `input` as in Forward.
+  void Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, Gradient dx, bool add,
+                at::Tensor& grad);
 
  private:
-  struct Rotation {
-    at::Tensor cos;  // [n, 1, d]
-    at::Tensor sin;  // [n, 1, d], first half negated: rotated = x * cos + swap_halves(x) * sin
-  };
-  Rotation RotationAt(const std::vector<int64_t>& positions) const;
-  at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) const;
-  at::Tensor NormGrad(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dy) const;
-  at::Tensor QueryRows(const LayerWeights& w, const at::Tensor& h, const at::Tensor& delta);
+  at::Tensor LayerDelta(const ForwardInput& input, int64_t layer) const;
   // The partials of this rank's keys for all rows -> combined attention of own rows.
   Partial Exchange(const RowPlan& rows, const Partial& partial);
+  // dq of this rank's keys for all rows -> summed over ranks, own rows.
+  at::Tensor SumOverRanks(const RowPlan& rows, const at::Tensor& dq);
   at::Tensor GatherRows(const RowPlan& rows, const at::Tensor& own);
-  std::vector<KvView> Views(const ForwardInput& input, int64_t layer, int64_t pending) const;
+  std::vector<KvView> Views(const ForwardInput& input, int64_t layer) const;
 
   const Weights& weights_;
   Backend& backend_;
   Collective& collective_;
   std::atomic<int64_t>& progress_;
   ShardPlan plan_;
-  std::vector<float> inverse_frequencies_;  // [d / 2]
 };
 
 }  // namespace refocus

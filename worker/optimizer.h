@@ -1,11 +1,11 @@
-// AdamW (Loshchilov and Hutter, arXiv 1711.05101) on one flat fp32 parameter, as torch.optim.AdamW computes it:
+// AdamW (Loshchilov and Hutter, arXiv 1711.05101) on one fp32 parameter, as torch.optim.AdamW computes it:
 // decoupled decay p -= lr * decay * p, bias-corrected moments, epsilon outside the root. The parameter is a query
 // delta, so that decay pulls towards the base weights.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
-#include <cstdint>
+#include <vector>
 
 #include "worker/command.h"
 
@@ -13,19 +13,21 @@ namespace refocus {
 
 class AdamW {
  public:
-  // Moments of the parameter's shape, zero.
-  AdamW(const AdamWConfig& config, const at::Tensor& parameter);
+  // Moments of the parameter's shape [layers, ...], zero, where it lives. `parameter` and `grad` are kept and belong to
+  // the caller.
+  AdamW(const AdamWConfig& config, const at::Tensor& parameter, const at::Tensor& grad);
 
-  // Clips `grad` in place to the global norm `clip_norm` as torch.nn.utils.clip_grad_norm_ does (factor
-  // min(1, clip / (norm + 1e-6)); `norm` is that of all layers and ranks, measured before) and updates `parameter` in
-  // place.
-  void Step(at::Tensor& parameter, at::Tensor& grad, double norm);
+  // One update of the parameter in place by grad clipped to the global norm `clip_norm` as
+  // torch.nn.utils.clip_grad_norm_ does (factor min(1, clip / (norm + 1e-6))). stats [2] fp64, on the same device: loss
+  // and gradient norm, of all layers and ranks; when either is not finite nothing changes. Only enqueues; `grad` holds
+  // anything afterwards.
+  void Step(const at::Tensor& stats);
 
  private:
   AdamWConfig config_;
-  at::Tensor first_moment_;
-  at::Tensor second_moment_;
   at::Tensor steps_;  // [] fp32, as the fused operator wants it
+  // One entry a layer: the fused operator counts a tensor's elements in 32 bits in places.
+  std::vector<at::Tensor> parameters_, grads_, first_moments_, second_moments_, step_counts_;
 };
 
 }  // namespace refocus

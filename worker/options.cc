@@ -16,7 +16,9 @@ namespace {
 constexpr char kAbout[] =
     "refocus-worker: one rank of a group that serves a model. Start a group of P ranks with\n"
     "  mpirun -np P --bind-to none refocus-worker --model PATH --coordinator HOST:PORT\n"
-    "and a group of one rank without mpirun.";
+    "and a group of one rank without mpirun. Ranks with a GPU may also start one by one, on any hosts, as\n"
+    "  refocus-worker --device cuda --group-size P --group-name NAME --model PATH --coordinator HOST:PORT\n"
+    "and get their places from the coordinator.";
 constexpr char kExitCodes[] =
     "Exit codes: 0 planned stop, 2 configuration, 3 weights, 4 hardware, 5 group failure, 130 interrupt.\n"
     "SIGTERM or SIGINT stops a group of one rank as planned; sent to one rank of several it breaks the group up: stop\n"
@@ -37,18 +39,24 @@ void AddModelOptions(CLI::App& app, WorkerOptions& options) {
       ->envname("REFOCUS_MODEL")->required()->type_name("PATH")->group("Model");
   app.add_flag("--check-finite", options.check_finite, "Refuse weights that hold NaN or Inf (exit 3)")
       ->envname("REFOCUS_CHECK_FINITE")->group("Model");
+  app.add_option("--random-weights", options.random_seed,
+                 "Make weights from this seed instead of reading any, for measurements: PATH needs config.json alone")
+      ->envname("REFOCUS_RANDOM_WEIGHTS")->type_name("SEED")->group("Model");
 }
 
 void AddResourceOptions(CLI::App& app, WorkerOptions& options) {
-  app.add_option("--device", options.device, "Where to compute")
-      ->envname("REFOCUS_DEVICE")->check(CLI::IsMember({"cpu"}))->capture_default_str()->group("Resources");
+  app.add_option_function<std::string>(
+         "--device", [&options](const std::string& name) { options.device = *ParseDevice(name); },
+         "Where to compute; cuda: each rank takes the visible GPU (CUDA_VISIBLE_DEVICES) with its number on the host")
+      ->envname("REFOCUS_DEVICE")->check(CLI::IsMember({"cpu", "cuda"}))->default_str("cpu")->group("Resources");
   app.add_option("--threads", options.threads,
                  "Threads of this rank; 0: its share of the cores that it and the host's other ranks may run on")
       ->envname("REFOCUS_THREADS")->check(CLI::Range(0, 4096))->capture_default_str()->type_name("N")
       ->group("Resources");
   app.add_option("--kv-memory", options.kv_bytes,
-                 "Memory that this rank may reserve for K and V, as 4GiB or a number of bytes; 0: half of the host's "
-                 "memory that the weights leave free, divided by its ranks")
+                 "Memory that this rank may reserve for K and V and adapters, as 4GiB or a number of bytes; 0: half of "
+                 "the host's memory that the weights leave free, divided by its ranks; of a GPU, all that weights and "
+                 "work space leave")
       ->envname("REFOCUS_KV_MEMORY")->transform(CLI::AsSizeValue(false))->check(CLI::NonNegativeNumber)
       ->default_str("0")->type_name("BYTES")->group("Resources");
 }
@@ -60,8 +68,17 @@ void AddGroupOptions(CLI::App& app, WorkerOptions& options) {
                  "How long to dial at the start before giving up (exit 5)")
       ->envname("REFOCUS_CONNECT_SECONDS")->check(CLI::Range(0.0, 86400.0))->capture_default_str()->type_name("SECONDS")
       ->group("Group");
-  app.add_option("--collective", options.collective, "How ranks exchange tensors")
-      ->envname("REFOCUS_COLLECTIVE")->check(CLI::IsMember({"mpi"}))->capture_default_str()->group("Group");
+  app.add_option("--collective", options.collective, "How ranks exchange tensors; auto: mpi on cpu, nccl on cuda")
+      ->envname("REFOCUS_COLLECTIVE")->check(CLI::IsMember({"auto", "mpi", "nccl"}))->default_str("auto")
+      ->group("Group");
+  app.add_option("--group-size", options.group_size,
+                 "Ranks of a group whose processes start by themselves, without mpirun, and get their places from the "
+                 "coordinator; 0: mpirun says")
+      ->envname("REFOCUS_GROUP_SIZE")->check(CLI::Range(0, 4096))->capture_default_str()->type_name("P")
+      ->group("Group");
+  app.add_option("--group-name", options.group_name,
+                 "With --group-size above 1: the same on all processes of this group and on no other")
+      ->envname("REFOCUS_GROUP_NAME")->type_name("NAME")->group("Group");
   app.add_option("--collective-deadline", options.deadline_seconds,
                  "Longest wait for the other ranks in one exchange; beyond it the group is lost (exit 5)")
       ->envname("REFOCUS_COLLECTIVE_DEADLINE")->check(CLI::Range(0.1, 86400.0))->capture_default_str()
@@ -71,6 +88,30 @@ void AddGroupOptions(CLI::App& app, WorkerOptions& options) {
 [[noreturn]] void End(int code, bool print, const std::string& text, std::ostream& out) {
   if (print) out << text << std::flush;
   std::exit(code);
+}
+
+// What CLI11 cannot see in one option alone; empty when all is well. Fills in what "auto" stands for.
+std::string FindContradiction(WorkerOptions& options) {
+  const bool gpu = options.device == DeviceKind::kCuda;
+  const std::string spoken = gpu ? "nccl" : "mpi";
+  if (options.collective.empty() || options.collective == "auto") options.collective = spoken;
+  if (options.collective != spoken) {
+    return "--collective: got " + options.collective + " with --device " + (gpu ? "cuda" : "cpu") + ", allowed " +
+           spoken;
+  }
+  if (options.group_size > 1 && !gpu) {
+    return "--group-size: got " + std::to_string(options.group_size) +
+           " with --device cpu, allowed 1: ranks on CPUs talk through MPI, start them with mpirun";
+  }
+  if (options.group_size > 1 && (options.group_name.empty() || options.group_name.size() > 128)) {
+    return "--group-name: got " + std::to_string(options.group_name.size()) +
+           " characters with --group-size above 1, allowed 1 to 128";
+  }
+  if (options.group_size > 0 && std::getenv("OMPI_COMM_WORLD_SIZE") != nullptr) {
+    return "--group-size: got " + std::to_string(options.group_size) +
+           " under mpirun, which says how many ranks there are; use one of them";
+  }
+  return "";
 }
 
 }  // namespace
@@ -100,6 +141,8 @@ WorkerOptions ParseWorkerOptions(int argc, char** argv) {
     End(kExitConfig, print, text.str(), std::cerr);
   }
   ParseLogLevel(level, &options.log_level);
+  const std::string problem = FindContradiction(options);
+  if (!problem.empty()) End(kExitConfig, print, problem + " [CONFIG_INVALID]\n", std::cerr);
   return options;
 }
 

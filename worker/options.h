@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "base/log.h"
+#include "base/memory_plan.h"
 
 namespace refocus {
 
@@ -12,12 +14,15 @@ struct WorkerOptions {
   std::string model;
   std::string coordinator;
   double connect_seconds = 60.0;
-  std::string device = "cpu";
-  std::string collective = "mpi";
+  DeviceKind device = DeviceKind::kCpu;
+  std::string collective;      // "mpi" or "nccl": what the device speaks
+  int group_size = 0;          // of a process that starts by itself; 0: mpirun (or nobody) says
+  std::string group_name;      // what the processes of one such group share
   int threads = 0;             // 0: this rank's share of the cores
-  int64_t kv_bytes = 0;        // 0: half of what is free after the weights, shared by the host's ranks
+  int64_t kv_bytes = 0;        // 0: chosen from the free memory
   double deadline_seconds = 120.0;
   bool check_finite = false;
+  std::optional<uint64_t> random_seed;  // weights made from it instead of read
   LogLevel log_level = LogLevel::kInfo;
 };
 

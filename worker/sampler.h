@@ -15,6 +15,9 @@ namespace refocus {
 // are -inf.
 Token SampleToken(const at::Tensor& logits, const SamplingConfig& sampling, int64_t index);
 
+// The `count` most likely tokens of the same row, best first, to token.top_ids and top_logprobs.
+void AddTopLogprobs(const at::Tensor& logits, int64_t count, Token& token);
+
 // Uniform in [0, 1), splitmix64 over the pair.
 double UniformAt(uint64_t seed, int64_t index);
 

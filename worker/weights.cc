@@ -11,17 +11,23 @@
 #include <utility>
 
 #include <ATen/ops/empty.h>
+#include <c10/util/BFloat16.h>
 
+#include "base/check.h"
 #include "base/gguf.h"
 #include "base/input_file.h"
 #include "base/log.h"
 #include "base/safetensors.h"
 #include "worker/hash.h"
+#include "worker/random_weights.h"
+#include "worker/uplink.h"
 
 namespace refocus {
 namespace {
 
-constexpr int64_t kStageBytes = 4 << 20;  // encoded bytes a thread holds at once (one row, where that is more)
+// What a thread takes at once, as it is in the file and as fp32 (one row or rotary head, where that is more).
+constexpr int64_t kStageBytes = 4 << 20;
+constexpr int64_t kPieceElements = 4096;  // decoded at once on the way to bf16; whole blocks of every type
 
 Status Invalid(const std::string& path, const std::string& tensor, const std::string& got,
                const std::string& expected) {
@@ -152,7 +158,11 @@ std::vector<Part> PartsOf(const TensorTable& table, const std::vector<Slot>& slo
     const int64_t columns = slot.shape.back();
     const int64_t rows = info.elements() / columns;
     const int64_t row_bytes = info.bytes / rows;
-    const int64_t step = std::max<int64_t>(1, kStageBytes / row_bytes);
+    int64_t step = std::max<int64_t>(1, kStageBytes / std::max(row_bytes, columns * int64_t{sizeof(float)}));
+    if (slot.interleaved_heads > 0) {  // rows move within their head: whole heads stay in one part
+      const int64_t head_dim = rows / slot.interleaved_heads;
+      step = std::max(head_dim, step / head_dim * head_dim);
+    }
     for (int64_t first = 0; first < rows; first += step) {
       parts.push_back({&slot, &info, first, std::min(step, rows - first), columns, row_bytes});
     }
@@ -168,27 +178,44 @@ int64_t TargetRow(const Slot& slot, int64_t row) {
   return row - in_head + (in_head % 2) * (head_dim / 2) + in_head / 2;
 }
 
-bool AllFinite(const float* values, int64_t count) {
-  uint32_t worst = 0;
+// Of fp32 or bf16 values: whether no exponent is all ones.
+template <typename Bits>
+bool AllFinite(const uint8_t* values, int64_t count, Bits exponent) {
+  Bits worst = 0;
   for (int64_t i = 0; i < count; ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, values + i, sizeof(bits));
-    worst = std::max(worst, bits & 0x7f800000u);
+    Bits bits;
+    std::memcpy(&bits, values + i * static_cast<int64_t>(sizeof(Bits)), sizeof(bits));
+    worst = std::max(worst, static_cast<Bits>(bits & exponent));
   }
-  return worst != 0x7f800000u;
+  return worst != exponent;
+}
+
+// `elements` of whole blocks, encoded in `bytes` bytes.
+void DecodeToBf16(TensorType type, const uint8_t* in, int64_t elements, int64_t bytes, c10::BFloat16* out) {
+  if (type == TensorType::kBf16) {
+    std::memcpy(out, in, static_cast<size_t>(bytes));
+    return;
+  }
+  float piece[kPieceElements];
+  for (int64_t done = 0; done < elements; done += kPieceElements) {
+    const int64_t count = std::min(kPieceElements, elements - done);
+    DecodeToFloat(type, in + bytes * done / elements, count, piece);
+    for (int64_t i = 0; i < count; ++i) out[done + i] = c10::BFloat16(piece[i]);
+  }
 }
 
 // Parts are taken in order by any number of threads; the first error or exception stops all.
 class Loader {
  public:
-  Loader(std::vector<Part> parts, const LoadOptions& options) : parts_(std::move(parts)), options_(options) {
+  Loader(std::vector<Part> parts, const LoadOptions& options, at::ScalarType type)
+      : parts_(std::move(parts)), options_(options), bf16_(type == at::kBFloat16) {
     for (const Part& part : parts_) total_bytes_ += part.count * part.row_bytes;
   }
 
   Status Run() {
     for (const Part& part : parts_) {
       const std::string& path = part.info->file;
-      if (files_.count(path) != 0) continue;
+      if (options_.random_seed || files_.count(path) != 0) continue;
       REFOCUS_ASSIGN_OR_RETURN(InputFile file, InputFile::Open(path, "WEIGHTS_INVALID"));
       files_.emplace(path, std::move(file));
     }
@@ -245,11 +272,13 @@ class Loader {
   }
 
   void Work(bool report) {
-    std::vector<uint8_t> stage;
+    std::vector<uint8_t> encoded;
+    std::optional<Uplink> uplink;
+    if (!options_.device.is_cpu()) uplink.emplace(options_.device);
     while (!failed_) {
       const size_t index = next_++;
-      if (index >= parts_.size()) return;
-      if (Status status = LoadPart(parts_[index], &stage); !status.ok()) {
+      if (index >= parts_.size()) break;
+      if (Status status = LoadPart(parts_[index], &encoded, uplink ? &*uplink : nullptr); !status.ok()) {
         const std::lock_guard<std::mutex> lock(mutex_);
         if (error_.ok()) error_ = status;
         failed_ = true;
@@ -259,31 +288,64 @@ class Loader {
       const int64_t done = done_bytes_.fetch_add(bytes) + bytes;
       if (report && options_.progress && done < total_bytes_) options_.progress(done, total_bytes_);
     }
+    if (uplink) uplink->Finish();
   }
 
-  Status LoadPart(const Part& part, std::vector<uint8_t>* stage) {
-    const InputFile& file = files_.at(part.info->file);
-    float* target = part.slot->target->data_ptr<float>();
-    const int64_t offset = part.info->offset + part.first * part.row_bytes;
+  Status LoadPart(const Part& part, std::vector<uint8_t>* encoded, Uplink* uplink) {
+    const int64_t elements = part.count * part.columns;
+    const int64_t element_bytes = bf16_ ? 2 : 4;
+    uint8_t* place = uplink != nullptr ? uplink->Take(elements * element_bytes)
+                                       : static_cast<uint8_t*>(part.slot->target->data_ptr()) +
+                                             part.first * part.columns * element_bytes;
+    REFOCUS_RETURN_IF_ERROR(Fill(part, place, encoded));
+    if (options_.check_finite && !(bf16_ ? AllFinite<uint16_t>(place, elements, 0x7f80)
+                                         : AllFinite<uint32_t>(place, elements, 0x7f800000))) {
+      return Invalid(part.info->file, part.slot->name, "NaN or infinity", "finite values");
+    }
+    if (uplink != nullptr) uplink->Send(part.slot->target->narrow(0, part.first, part.count));
+    return absl::OkStatus();
+  }
+
+  // The part's rows, decoded and in their order, to `place`.
+  Status Fill(const Part& part, uint8_t* place, std::vector<uint8_t>* encoded) {
+    const TensorType type = part.info->type;
     const int64_t bytes = part.count * part.row_bytes;
     const bool in_order = part.slot->interleaved_heads == 0;
-    float* first = target + part.first * part.columns;  // of this part, when rows stay in order
-    if (in_order && part.info->type == TensorType::kF32) {
-      REFOCUS_RETURN_IF_ERROR(file.ReadAt(offset, first, bytes));
-      AddToHash(part, first, bytes);
+    if (in_order && type == (bf16_ ? TensorType::kBf16 : TensorType::kF32)) return Read(part, place);
+    encoded->resize(static_cast<size_t>(std::max<int64_t>(bytes, static_cast<int64_t>(encoded->size()))));
+    REFOCUS_RETURN_IF_ERROR(Read(part, encoded->data()));
+    const int64_t rows = in_order ? part.count : 1;  // at once
+    for (int64_t row = 0; row < part.count; row += rows) {
+      const int64_t target_row = TargetRow(*part.slot, part.first + row) - part.first;
+      REFOCUS_CHECK(target_row >= 0 && target_row < part.count);
+      const int64_t target = target_row * part.columns;
+      const uint8_t* in = encoded->data() + row * part.row_bytes;
+      if (bf16_) {
+        DecodeToBf16(type, in, rows * part.columns, rows * part.row_bytes,
+                     reinterpret_cast<c10::BFloat16*>(place) + target);
+      } else {
+        DecodeToFloat(type, in, rows * part.columns, reinterpret_cast<float*>(place) + target);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  // The part's bytes as they are in the file, or would be in a file of bf16.
+  Status Read(const Part& part, uint8_t* out) {
+    const int64_t bytes = part.count * part.row_bytes;
+    if (options_.random_seed) {
+      auto* values = reinterpret_cast<c10::BFloat16*>(out);
+      if (part.slot->shape.size() == 1) {
+        std::fill_n(values, part.count * part.columns, c10::BFloat16(1.0f));
+      } else {
+        RandomValues(RandomKey(*options_.random_seed, part.slot->name), part.first * part.columns,
+                     part.count * part.columns, values);
+      }
     } else {
-      stage->resize(static_cast<size_t>(std::max<int64_t>(bytes, static_cast<int64_t>(stage->size()))));
-      REFOCUS_RETURN_IF_ERROR(file.ReadAt(offset, stage->data(), bytes));
-      AddToHash(part, stage->data(), bytes);
-      if (in_order) DecodeToFloat(part.info->type, stage->data(), part.count * part.columns, first);
+      const InputFile& file = files_.at(part.info->file);
+      REFOCUS_RETURN_IF_ERROR(file.ReadAt(part.info->offset + part.first * part.row_bytes, out, bytes));
     }
-    bool finite = !options_.check_finite || !in_order || AllFinite(first, part.count * part.columns);
-    for (int64_t i = 0; i < part.count && !in_order; ++i) {
-      float* row = target + TargetRow(*part.slot, part.first + i) * part.columns;
-      DecodeToFloat(part.info->type, stage->data() + i * part.row_bytes, part.columns, row);
-      finite = finite && (!options_.check_finite || AllFinite(row, part.columns));
-    }
-    if (!finite) return Invalid(file.path(), part.slot->name, "NaN or infinity", "finite values");
+    AddToHash(part, out, bytes);
     return absl::OkStatus();
   }
 
@@ -296,6 +358,7 @@ class Loader {
 
   const std::vector<Part> parts_;
   const LoadOptions& options_;
+  const bool bf16_;  // else fp32
   std::map<std::string, InputFile> files_;
   int64_t total_bytes_ = 0;
   std::atomic<size_t> next_{0};
@@ -307,36 +370,59 @@ class Loader {
   std::exception_ptr exception_;  // likewise
 };
 
-Status Allocate(const std::string& path, const std::vector<Slot>& slots, Weights* weights) {
+Status Allocate(const std::string& path, const std::vector<Slot>& slots, const LoadOptions& options,
+                at::ScalarType type, Weights* weights) {
   for (const Slot& slot : slots) {
     int64_t elements = 1;
     for (const int64_t size : slot.shape) elements *= size;
-    weights->bytes += elements * static_cast<int64_t>(sizeof(float));
+    weights->bytes += elements * static_cast<int64_t>(c10::elementSize(type));
   }
   try {
-    for (const Slot& slot : slots) *slot.target = at::empty(slot.shape, at::kFloat);
+    const at::TensorOptions where = at::TensorOptions().dtype(type).device(options.device);
+    for (const Slot& slot : slots) *slot.target = at::empty(slot.shape, where);
   } catch (const std::exception&) {
-    return Error(
-        StatusCode::kResourceExhausted, "HARDWARE",
-        path + ": weights need " + std::to_string(weights->bytes) + " bytes as fp32, more than this host gives",
-        {{"file", path}, {"need_bytes", std::to_string(weights->bytes)}});
+    return Error(StatusCode::kResourceExhausted, "HARDWARE",
+                 path + ": weights need " + std::to_string(weights->bytes) + " bytes as " +
+                     (type == at::kBFloat16 ? "bf16" : "fp32") + ", more than " +
+                     (options.device.is_cpu() ? "this host" : options.device.str()) + " gives",
+                 {{"file", path}, {"need_bytes", std::to_string(weights->bytes)}});
   }
   if (weights->config.tied_embeddings) weights->output = weights->embedding;
   return absl::OkStatus();
 }
 
+// What a folder of bf16 files would hold.
+StatusOr<TensorTable> TableOfSlots(const std::vector<Slot>& slots) {
+  TensorTable table;
+  for (const Slot& slot : slots) {
+    TensorInfo info;
+    info.type = TensorType::kBf16;
+    info.shape = slot.shape;
+    REFOCUS_ASSIGN_OR_RETURN(info.bytes, TensorBytes(info.type, info.elements()));
+    table.emplace(slot.name, std::move(info));
+  }
+  return table;
+}
+
+StatusOr<TensorTable> ReadTable(const std::string& path, ModelFormat format) {
+  if (format == ModelFormat::kHuggingFace) return ReadSafetensorsFolder(path);
+  REFOCUS_ASSIGN_OR_RETURN(GgufFile file, ReadGguf(path));
+  return std::move(file.tensors);
+}
+
 }  // namespace
+
+at::ScalarType WeightType(const at::Device& device) { return device.is_cpu() ? at::kFloat : at::kBFloat16; }
 
 StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config, const LoadOptions& options) {
   REFOCUS_RETURN_IF_ERROR(config.Validate(path));
-  REFOCUS_ASSIGN_OR_RETURN(const ModelFormat format, DetectModelFormat(path));
-  TensorTable table;
-  if (format == ModelFormat::kGguf) {
-    REFOCUS_ASSIGN_OR_RETURN(GgufFile file, ReadGguf(path));
-    table = std::move(file.tensors);
-  } else {
-    REFOCUS_ASSIGN_OR_RETURN(table, ReadSafetensorsFolder(path));
+  const bool random = options.random_seed.has_value();
+  ModelFormat format = ModelFormat::kHuggingFace;
+  if (!random) {
+    REFOCUS_ASSIGN_OR_RETURN(format, DetectModelFormat(path));
   }
+  const at::ScalarType type = options.type.value_or(WeightType(options.device));
+  REFOCUS_CHECK(type == at::kFloat || type == at::kBFloat16);
   Weights weights;
   weights.config = config;
   weights.layers.resize(static_cast<size_t>(config.layers));
@@ -344,9 +430,10 @@ StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config
   const bool gguf = format == ModelFormat::kGguf;
   const bool interleaved = gguf && config.family == Family::kLlama;
   const std::vector<Slot> slots = SlotsOf(gguf ? kGgufNames : kHuggingFaceNames, interleaved, &weights);
+  REFOCUS_ASSIGN_OR_RETURN(const TensorTable table, random ? TableOfSlots(slots) : ReadTable(path, format));
   REFOCUS_RETURN_IF_ERROR(CheckTable(path, table, slots, config));
-  REFOCUS_RETURN_IF_ERROR(Allocate(path, slots, &weights));
-  Loader loader(PartsOf(table, slots), options);
+  REFOCUS_RETURN_IF_ERROR(Allocate(path, slots, options, type, &weights));
+  Loader loader(PartsOf(table, slots), options, type);
   REFOCUS_RETURN_IF_ERROR(loader.Run());
   weights.content_hash = loader.content_hash();
   return weights;
@@ -355,7 +442,7 @@ StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config
 uint64_t HashWeights(const Weights& weights) {
   uint64_t hash = 0;
   const auto add = [&hash](const at::Tensor& tensor) {
-    if (tensor.defined()) hash = HashTensor(tensor, hash);
+    if (tensor.defined()) hash = HashTensor(tensor.cpu(), hash);
   };
   add(weights.embedding);
   add(weights.final_norm);

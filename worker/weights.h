@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,17 +41,26 @@ struct Weights {
   uint64_t content_hash = 0;
 };
 
+// fp32 on the CPU, bf16 on a GPU.
+at::ScalarType WeightType(const at::Device& device);
+
 struct LoadOptions {
   int threads = 2;
   bool check_finite = false;                                              // refuse NaN and Inf, naming the tensor
   std::function<void(int64_t done_bytes, int64_t total_bytes)> progress;  // from the calling thread; may be empty
+  at::Device device = at::kCPU;               // where the tensors shall live
+  std::optional<at::ScalarType> type;         // fp32 or bf16; unset: WeightType(device)
+  std::optional<uint64_t> random_seed;        // values of worker/random_weights.h instead of what files hold
 };
 
-// Loads every tensor of `config` from `path` as fp32 on the CPU. All names and shapes are checked before the first byte
-// of data is read or allocated. WEIGHTS_INVALID naming tensor, found, expected.
+// Loads every tensor of `config` from `path`. Values are rounded to nearest where the type is narrower than the file's.
+// All names and shapes are checked before the first byte of data is read or allocated; everything has arrived on the
+// device when it returns. WEIGHTS_INVALID naming tensor, found, expected; HARDWARE when memory is short. With
+// random_seed no file but the configuration is read, which the caller did.
 StatusOr<Weights> LoadWeights(const std::string& path, const ModelConfig& config, const LoadOptions& options);
 
-// The weights' bytes, hashed; equal before and after everything the service does.
+// The weights' bytes, hashed; equal before and after everything the service does. The same on every device; a GPU's
+// tensors are copied to the CPU one by one.
 uint64_t HashWeights(const Weights& weights);
 
 }  // namespace refocus

@@ -26,13 +26,9 @@ struct AdaptPlan {
   int64_t kept_revision = 0;  // of the adapter now; 0: a new one
   int64_t earlier_steps = 0;  // behind the delta that it starts from
   std::string public_uid;
-  std::shared_ptr<KvReservation> work_memory;   // delta under adaptation, gradient, moments
-  std::shared_ptr<KvReservation> delta_memory;  // the delta once committed
+  std::shared_ptr<KvReservation> work_memory;   // AdaptationBytes on every rank
+  std::shared_ptr<KvReservation> delta_memory;  // AdapterBytes: the delta once committed
 };
-
-// Bytes on every rank, as work_memory and delta_memory.
-inline int64_t AdaptWorkBytes(const ModelConfig& model) { return 16 * model.query_parameters(); }
-inline int64_t AdaptDeltaBytes(const ModelConfig& model) { return 4 * model.query_parameters(); }
 
 class AdaptJob : public Job {
  public:

@@ -74,6 +74,8 @@ void Coordinator::OnMessage(uint64_t link, const wire::WorkerMessage& message) {
   Group::Events events;
   if (message.has_ready()) {
     group_.Ready(link, message.ready(), now(), &events);
+  } else if (message.has_key()) {
+    group_.Key(link, message.key(), now(), &events);
   } else if (message.has_heartbeat()) {
     group_.Beat(link, message.heartbeat(), now());
   } else if (message.has_result() && group_.state() == Group::State::kServing) {
@@ -128,10 +130,16 @@ void Coordinator::Handle(const Group::Events& events) {
     for (const uint64_t link : events.leave) send(link, message);
     LoseGroup(*events.lost, events.planned);
   }
-  if (!events.form.empty()) {
+  for (const auto& [link, rank] : events.form) {
     message.mutable_form_group()->set_epoch(group_.epoch());
     message.mutable_form_group()->set_size(group_.size());
-    for (const uint64_t link : events.form) send(link, message);
+    message.mutable_form_group()->set_rank(rank);
+    send(link, message);
+  }
+  for (const uint64_t link : events.connect) {
+    message.mutable_key()->set_epoch(group_.epoch());
+    message.mutable_key()->set_key(events.key);
+    send(link, message);
   }
   if (!events.formed) return;
   std::vector<int64_t> capacity;
@@ -304,7 +312,7 @@ api::Model Coordinator::GetModel() const {
   constexpr int64_t kElementBytes = 4;
   const int64_t reported = ledger_.bytes_per_token();  // by the ranks, when there are any
   out.set_kv_bytes_per_token(reported > 0 ? reported : model.kv_bytes_per_token(kElementBytes));
-  out.set_dtype("float32");
+  out.set_dtype(group_.device() == DeviceKind::kCuda ? "bfloat16" : "float32");
   out.set_has_tokenizer(tokenizer_ != nullptr);
   std::vector<int32_t> eos = model.eos_tokens;
   std::optional<int32_t> bos = model.bos_token;

@@ -9,6 +9,7 @@ namespace refocus {
 namespace {
 
 constexpr int32_t kMaxRanks = 4096;
+constexpr size_t kMaxKeyBytes = 4096;
 
 std::string Seconds(double seconds) {
   char text[32];
@@ -21,6 +22,10 @@ Status Mismatch(const char* reason, const char* what, const std::string& got, co
                std::string(what) + ": got " + got + ", allowed " + allowed +
                    "; start the ranks with the coordinator's build, model and group size",
                {{"got", got}, {"allowed", allowed}});
+}
+
+DeviceKind DeviceOf(const wire::Hello& hello) {  // "cpu", or "cuda" and the GPU's name
+  return hello.device().starts_with("cuda") ? DeviceKind::kCuda : DeviceKind::kCpu;
 }
 
 }  // namespace
@@ -38,7 +43,7 @@ Status Group::CheckHello(const wire::Hello& hello) const {
   if (options_.size != 0 && hello.size() != options_.size) {
     return Mismatch("GROUP_SIZE", "ranks", std::to_string(hello.size()), std::to_string(options_.size));
   }
-  if (hello.rank() < 0 || hello.rank() >= hello.size()) {
+  if (!hello.wants_rank() && (hello.rank() < 0 || hello.rank() >= hello.size())) {
     return FieldError("rank", std::to_string(hello.rank()), "0 to " + std::to_string(hello.size() - 1));
   }
   if (hello.weights_hash().size() > 128) return FieldError("weights_hash", "longer", "at most 128 characters");
@@ -52,45 +57,81 @@ Status Group::CheckHello(const wire::Hello& hello) const {
   return absl::OkStatus();
 }
 
+// What the ranks of one launch have in common. Ranks that are to be handed out have no name yet.
+Status Group::CheckLike(const wire::Hello& hello, const wire::Hello& first) const {
+  if (hello.nonce() != first.nonce()) {
+    return Error(StatusCode::kUnavailable, "GROUP_TAKEN",
+                 "another launch is in the group; stop it, or wait until its loss is noticed");
+  }
+  if (hello.size() != first.size()) {
+    return Mismatch("GROUP_SIZE", "ranks", std::to_string(hello.size()), std::to_string(first.size()));
+  }
+  if (hello.wants_rank() != first.wants_rank()) {
+    const auto text = [](bool wants) { return wants ? "a process without a rank" : "a process with a rank"; };
+    return Mismatch("GROUP_SIZE", "launch", text(hello.wants_rank()), text(first.wants_rank()));
+  }
+  if (DeviceOf(hello) != DeviceOf(first)) {
+    return Mismatch("GROUP_DEVICE", "device", hello.device(), first.device());
+  }
+  if (hello.kv_bytes_per_token() != first.kv_bytes_per_token()) {
+    return Mismatch("MODEL_MISMATCH", "kv_bytes_per_token", std::to_string(hello.kv_bytes_per_token()),
+                    std::to_string(first.kv_bytes_per_token()));
+  }
+  if (hello.weights_hash() != first.weights_hash()) {
+    const std::string here = hello.wants_rank() ? "new" : std::to_string(hello.rank());
+    const std::string there = std::to_string(ranks_.begin()->first);
+    return Error(StatusCode::kFailedPrecondition, "MODEL_MISMATCH",
+                 "weights: rank " + here + " has hash " + hello.weights_hash() + ", rank " + there + " has " +
+                     first.weights_hash() + "; give all ranks the same file",
+                 {{"rank", here}, {"got", hello.weights_hash()}, {"other_rank", there},
+                  {"allowed", first.weights_hash()}});
+  }
+  return absl::OkStatus();
+}
+
 Status Group::Hello(uint64_t link, const wire::Hello& hello, double now, Events* events) {
   REFOCUS_RETURN_IF_ERROR(CheckHello(hello));
-  if (!ranks_.empty()) {
-    const wire::Hello& first = ranks_.begin()->second.hello;
-    if (hello.nonce() != first.nonce()) {
-      return Error(StatusCode::kUnavailable, "GROUP_TAKEN",
-                   "another launch is in the group; stop it, or wait until its loss is noticed");
-    }
-    if (hello.size() != first.size()) {
-      return Mismatch("GROUP_SIZE", "ranks", std::to_string(hello.size()), std::to_string(first.size()));
-    }
-    if (hello.kv_bytes_per_token() != first.kv_bytes_per_token()) {
-      return Mismatch("MODEL_MISMATCH", "kv_bytes_per_token", std::to_string(hello.kv_bytes_per_token()),
-                      std::to_string(first.kv_bytes_per_token()));
-    }
-    if (hello.weights_hash() != first.weights_hash()) {
-      const std::string here = std::to_string(hello.rank()), there = std::to_string(first.rank());
-      return Error(StatusCode::kFailedPrecondition, "MODEL_MISMATCH",
-                   "weights: rank " + here + " has hash " + hello.weights_hash() + ", rank " + there + " has " +
-                       first.weights_hash() + "; give all ranks the same file",
-                   {{"rank", here}, {"got", hello.weights_hash()}, {"other_rank", there},
-                    {"allowed", first.weights_hash()}});
-    }
-    if (ranks_.count(hello.rank()) != 0) {
-      return Error(StatusCode::kAlreadyExists, "RANK_TAKEN",
-                   "rank " + std::to_string(hello.rank()) + " is there already");
-    }
+  if (!ranks_.empty()) REFOCUS_RETURN_IF_ERROR(CheckLike(hello, ranks_.begin()->second.hello));
+  int32_t index = hello.rank();
+  if (hello.wants_rank()) {  // the lowest that is free
+    for (index = 0; ranks_.count(index) != 0;) ++index;
+  }
+  if (index >= hello.size() || ranks_.count(index) != 0) {
+    return Error(StatusCode::kAlreadyExists, "RANK_TAKEN",
+                 hello.wants_rank() ? "all " + std::to_string(hello.size()) + " ranks are there already"
+                                    : "rank " + std::to_string(index) + " is there already");
   }
   if (ranks_.empty()) waiting_from_ = now;
-  Rank& rank = ranks_[hello.rank()];
+  Rank& rank = ranks_[index];
   rank.link = link;
   rank.hello = hello;
   rank.last_heartbeat = rank.last_progress = now;
   if (static_cast<int32_t>(ranks_.size()) == hello.size()) {
     state_ = State::kForming;
     formed_from_ = now;
-    for (const auto& [index, member] : ranks_) events->form.push_back(member.link);
+    key_sent_ = false;
+    for (auto& [number, member] : ranks_) {
+      member.last_heartbeat = now;  // they come from now on
+      events->form.emplace_back(member.link, number);
+    }
   }
   return absl::OkStatus();
+}
+
+void Group::Key(uint64_t link, const wire::GroupKey& key, double now, Events* events) {
+  const auto index = RankOf(link);
+  if (!index || key.epoch() != epoch_) return;
+  Rank& rank = ranks_.at(*index);
+  const bool in_place = state_ == State::kForming && rank.hello.wants_rank() && *index == 0 && !key_sent_;
+  if (!in_place || key.key().empty() || key.key().size() > kMaxKeyBytes) {
+    return Lose(Describe(*index) + " sent a key out of place", events);
+  }
+  key_sent_ = true;
+  rank.last_heartbeat = now;
+  events->key = key.key();
+  for (const auto& [number, member] : ranks_) {
+    if (number != 0) events->connect.push_back(member.link);
+  }
 }
 
 void Group::Ready(uint64_t link, const wire::GroupReady& ready, double now, Events* events) {
@@ -157,6 +198,10 @@ void Group::Lose(const std::string& cause, Events* events) {
   state_ = State::kWaiting;
   last_incident_ = cause;
   events->lost = cause;
+}
+
+DeviceKind Group::device() const {
+  return ranks_.empty() ? DeviceKind::kCpu : DeviceOf(ranks_.begin()->second.hello);
 }
 
 std::optional<int32_t> Group::RankOf(uint64_t link) const {

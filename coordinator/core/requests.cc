@@ -5,6 +5,7 @@
 
 #include "base/check.h"
 #include "base/limits.h"
+#include "base/memory_plan.h"
 #include "coordinator/core/coordinator.h"
 #include "coordinator/core/digest.h"
 #include "coordinator/core/validate.h"
@@ -261,7 +262,8 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
   }
   if (session->adapting())
     return Busy(StatusCode::kAborted, request.name(), "another adaptation runs; wait for its end");
-  const int64_t work = AdaptWorkBytes(options_.model), delta = AdaptDeltaBytes(options_.model);
+  const int64_t work = AdaptationBytes(options_.model, group_.device());
+  const int64_t delta = AdapterBytes(options_.model, group_.device());
   REFOCUS_RETURN_IF_ERROR(ledger_.CheckEach(work + delta));
   if (request.validate_only()) {
     AdaptStart start;

@@ -14,7 +14,7 @@ import unittest
 
 BIN = pathlib.Path(sys.argv.pop(1))
 VERBS = [["serve"], ["context", "create"], ["context", "list"], ["context", "show"], ["context", "rm"], ["prefill"],
-         ["adapt"], ["ask"], ["score"], ["tokenize"], ["status"], ["version"]]
+         ["adapt"], ["ask"], ["score"], ["tokenize"], ["plan"], ["status"], ["version"]]
 
 
 def refocus(*arguments, **environment):
@@ -44,7 +44,7 @@ class Help(unittest.TestCase):
                 result = refocus(*verb, "--help")
                 self.assertEqual((0, ""), (result.returncode, result.stderr))
                 self.assertIn("Usage: refocus " + " ".join(verb), result.stdout)
-                if verb[0] not in ("serve", "version"):
+                if verb[0] not in ("serve", "plan", "version"):
                     self.assertIn("(Env:REFOCUS_ADDRESS)", result.stdout)
                 self.assertNotIn("Exit codes:", result.stdout)
 
@@ -112,6 +112,75 @@ class UsageErrors(unittest.TestCase):
         result = refocus("status", "--address", "127.0.0.1:1", REFOCUS_ADDRESS="127.0.0.1:2")
         self.assertIn("127.0.0.1:1:", result.stderr)
         self.assertLess(time.monotonic() - begin, 40)
+
+
+class Plan(unittest.TestCase):
+    CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 2560,
+              "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+              "intermediate_size": 9728, "vocab_size": 151936, "max_position_embeddings": 40960,
+              "tie_word_embeddings": True}
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.model = folder.name
+        (pathlib.Path(self.model) / "config.json").write_text(json.dumps(self.CONFIG))
+
+    def plan(self, *arguments, code=0, **environment):
+        result = refocus("plan", *arguments, **environment)
+        self.assertEqual(code, result.returncode, result.stdout + result.stderr)
+        return result
+
+    def test_table(self):
+        result = self.plan("--model", self.model, "--gpus", "2", "--gpu-memory", "141GB", "--tokens", "1048576",
+                           "--adapt")
+        self.assertEqual("", result.stderr)
+        rows = {line[:36].strip(): line[36:].split() for line in result.stdout.splitlines()}
+        self.assertEqual(["7.49", "GiB", "15.0", "GiB"], rows["weights"])
+        self.assertEqual(["72.0", "GiB", "144", "GiB"], rows["K/V of 1,048,576 tokens"])
+        self.assertEqual(["6.33", "GiB", "12.7", "GiB"], rows["adaptation: delta, gradient, moments"])
+        self.assertIn("free", rows)
+        self.assertRegex(result.stdout,
+                         r"largest context: [\d,]+ tokens, without adaptation [\d,]+; .* 40,960 positions")
+
+    def test_json_adds_up(self):
+        fields = json.loads(self.plan("--model", self.model, "--tokens", "131072", "--adapt", "--json").stdout)
+        self.assertTrue(fields["fits"])
+        self.assertEqual("", fields["advice"])
+        self.assertEqual(8_044_936_192, fields["weight_bytes"])
+        self.assertEqual(131072 * 147456, fields["kv_bytes"])
+        self.assertEqual(18 * 377_487_360, fields["adaptation_bytes"])
+        parts = ("weight", "kv", "adaptation", "adapter", "workspace", "runtime")
+        self.assertEqual(fields["total_bytes"], sum(fields[part + "_bytes"] for part in parts))
+        self.assertEqual(80 * 10 ** 9, fields["total_bytes"] + fields["free_bytes"])
+
+    def test_what_does_not_fit(self):
+        result = self.plan("--tokens", "1048576", "--json", code=4, REFOCUS_MODEL=self.model)
+        fields = json.loads(result.stdout)
+        self.assertFalse(fields["fits"])
+        self.assertEqual(1, result.stderr.count("\n"))
+        for word in ("does not fit: short by", "at least 3 ranks", f"at most {fields['largest_context']} tokens",
+                     "[HARDWARE, RESOURCE_EXHAUSTED]"):
+            self.assertIn(word, result.stderr)
+        self.plan("--model", self.model, "--tokens", str(fields["largest_context"]))
+        self.plan("--model", self.model, "--tokens", str(fields["largest_context"] + 1), code=4)
+        self.plan("--model", self.model, "--tokens", "1048576", "--gpus", "3")
+
+    def test_cpu(self):
+        result = self.plan("--model", self.model, "--device", "cpu", code=2)
+        for word in ("--memory", "got none", "CONFIG_INVALID"):
+            self.assertIn(word, result.stderr)
+        result = self.plan("--model", self.model, "--device", "cpu", "--ranks", "2", "--memory", "40GiB", "--json")
+        fields = json.loads(result.stdout)
+        self.assertEqual((2 * 8_044_936_192, 40 << 30, 0),
+                         (fields["weight_bytes"], fields["memory_bytes"], fields["runtime_bytes"]))
+
+    def test_bad_models(self):
+        (pathlib.Path(self.model) / "config.json").write_text(json.dumps({**self.CONFIG, "hidden_size": 0}))
+        for model, words in ((self.model, "hidden size: got 0"), (self.model + "/absent", "No such file")):
+            result = self.plan("--model", model, code=2)
+            self.assertEqual("", result.stdout)
+            self.assertIn(words, result.stderr)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,10 @@ def direct_violations(path, name):
         yield folder + " knows no RPC"
     if RPC.search(name) and folder == "worker" and not is_link:
         yield "only worker/link sees protobuf and gRPC"
-    may_use_cuda = folder == "kernels" or path.startswith(("worker/backend_cuda", "worker/collective_nccl"))
+    may_use_cuda = folder == "kernels" or path.startswith(
+        ("worker/backend_cuda", "worker/collective_nccl", "worker/device_cuda"))
     if CUDA.search(name) and not may_use_cuda:
-        yield "CUDA headers belong into kernels, worker/backend_cuda and worker/collective_nccl"
+        yield "CUDA headers belong into kernels and worker/{backend_cuda,collective_nccl,device_cuda}"
     if NCCL.search(name) and not path.startswith("worker/collective_nccl"):
         yield "nccl.h belongs into worker/collective_nccl"
     if MPI.search(name) and path not in ("worker/collective_mpi.cc", "worker/launch.cc"):

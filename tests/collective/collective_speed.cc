@@ -60,5 +60,5 @@ void Measure(const Launch& launch) {
 int main() {
   const refocus::Launch launch = refocus::StartLaunch();
   refocus::Measure(launch);
-  refocus::FinishLaunch();
+  refocus::FinishLaunch(launch);
 }

@@ -23,5 +23,9 @@ void OnEveryRank(int size, double deadline_seconds, const std::function<void(Col
 }
 
 bool WorldComparesCalls() { return true; }
+std::vector<std::string> WorldDevices() { return {"cpu"}; }
+bool WorldReducesInRankOrder() { return true; }
+bool WorldTellsOthers() { return true; }
+double WorldShortDeadline() { return 0.4; }
 
 }  // namespace refocus

@@ -33,6 +33,10 @@ void OnEveryRank(int size, double deadline_seconds, const std::function<void(Col
 }
 
 bool WorldComparesCalls() { return false; }
+std::vector<std::string> WorldDevices() { return {"cpu"}; }
+bool WorldReducesInRankOrder() { return true; }
+bool WorldTellsOthers() { return true; }
+double WorldShortDeadline() { return 0.4; }
 
 }  // namespace refocus
 
@@ -42,6 +46,6 @@ int main(int argc, char** argv) {
   const int code = RUN_ALL_TESTS();
   if (code != 0) std::_Exit(code);
   refocus::Collectives().clear();
-  refocus::FinishLaunch();
+  refocus::FinishLaunch(refocus::launch);
   return 0;
 }

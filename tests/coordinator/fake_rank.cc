@@ -92,7 +92,7 @@ wire::Hello FakeRank::Hello(const std::string& nonce, const std::string& fingerp
   hello.set_pid(1000 + rank_);
   hello.set_version(kProtocolVersion);
   hello.set_model_fingerprint(fingerprint);
-  hello.set_device("fake");
+  hello.set_device(device);
   hello.set_kv_capacity_bytes(kv_capacity_bytes);
   hello.set_kv_bytes_per_token(kFakeKvBytesPerToken);
   return hello;

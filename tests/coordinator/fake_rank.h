@@ -86,6 +86,8 @@ class FakeRank {
   std::map<uint64_t, Sequence> sequences;
   std::vector<int64_t> executed;  // seqs
 
+  std::string device = "fake";  // a CPU, unless it begins with "cuda"
+
   // Faults and pace.
   int64_t kv_capacity_bytes = int64_t{1} << 30;
   int64_t refuse_seq = 0;                                           // this command fails and changes nothing

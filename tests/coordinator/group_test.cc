@@ -1,4 +1,7 @@
 // Forming, losing and re-forming a group.
+#include <map>
+#include <set>
+
 #include "tests/coordinator/simulation.h"
 
 namespace refocus {
@@ -11,6 +14,30 @@ class GroupTest : public ::testing::Test {
  protected:
   wire::Hello Hello(int32_t rank, int32_t size, const std::string& nonce = "n") {
     return FakeRank(rank, size, nullptr).Hello(nonce, "fake");
+  }
+  // Of a process that started by itself.
+  wire::Hello Nameless(int32_t size, const std::string& nonce = "n") {
+    wire::Hello hello = Hello(0, size, nonce);
+    hello.set_wants_rank(true);
+    hello.set_rank(-5);  // says nothing
+    return hello;
+  }
+  // What has been sent to each link since the last time.
+  std::map<uint64_t, std::vector<wire::CoordinatorMessage>> Sent() {
+    std::map<uint64_t, std::vector<wire::CoordinatorMessage>> sent;
+    for (const auto& outgoing : simulation_.core().TakeOutgoing()) sent[outgoing.link].push_back(*outgoing.message);
+    return sent;
+  }
+  void SendKey(uint64_t link, const std::string& key, int64_t epoch) {
+    wire::WorkerMessage message;
+    message.mutable_key()->set_epoch(epoch);
+    message.mutable_key()->set_key(key);
+    simulation_.core().OnMessage(link, message);
+  }
+  void SendReady(uint64_t link) {
+    wire::WorkerMessage ready;
+    ready.mutable_ready()->set_epoch(simulation_.core().group().epoch());
+    simulation_.core().OnMessage(link, ready);
   }
   Status Join(const wire::Hello& hello) { return simulation_.core().OnHello(next_link_++, hello); }
 
@@ -160,6 +187,136 @@ TEST_F(GroupTest, RanksWithOtherWeightsAreRefused) {
   EXPECT_NE(std::string(status.message()).find("rank 2 has hash bbbb, rank 1 has aaaa"), std::string::npos) << status;
   hello.set_weights_hash("aaaa");
   EXPECT_TRUE(Join(hello).ok());
+}
+
+TEST_F(GroupTest, RanksOnAnotherKindOfDeviceAreRefused) {
+  wire::Hello hello = Hello(0, 2);
+  EXPECT_EQ(simulation_.core().group().device(), DeviceKind::kCpu);
+  hello.set_device("cuda (NVIDIA H200)");
+  ASSERT_TRUE(Join(hello).ok());
+  EXPECT_EQ(simulation_.core().group().device(), DeviceKind::kCuda);
+  EXPECT_EQ(simulation_.core().GetModel().dtype(), "bfloat16");
+  hello = Hello(1, 2);
+  hello.set_device("cpu");
+  const Status status = Join(hello);
+  EXPECT_EQ(ReasonOf(status), "GROUP_DEVICE");
+  EXPECT_NE(std::string(status.message()).find("device: got cpu, allowed cuda (NVIDIA H200)"), std::string::npos);
+  hello.set_device("cuda (NVIDIA H100 80GB HBM3)");
+  EXPECT_TRUE(Join(hello).ok());
+}
+
+TEST_F(GroupTest, EveryRankIsToldItsNumber) {
+  ASSERT_TRUE(Join(Hello(2, 3)).ok());
+  ASSERT_TRUE(Join(Hello(0, 3)).ok());
+  EXPECT_TRUE(Sent().empty());
+  ASSERT_TRUE(Join(Hello(1, 3)).ok());
+  const auto sent = Sent();
+  ASSERT_EQ(sent.size(), 3u);
+  const int32_t ranks[] = {2, 0, 1};
+  for (const auto& [link, messages] : sent) {
+    ASSERT_EQ(messages.size(), 1u);
+    EXPECT_EQ(messages[0].form_group().rank(), ranks[link - 1]);
+    EXPECT_EQ(messages[0].form_group().size(), 3);
+    EXPECT_EQ(messages[0].form_group().epoch(), 1);
+  }
+}
+
+TEST_F(GroupTest, RanksAreHandedOutAndTheKeyIsPassedOn) {
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(Join(Nameless(3)).ok());
+  EXPECT_EQ(simulation_.core().group().state(), Group::State::kForming);
+  EXPECT_EQ(ReasonOf(Join(Nameless(3))), "RANK_TAKEN");
+  auto sent = Sent();
+  ASSERT_EQ(sent.size(), 3u);
+  for (const auto& [link, messages] : sent) {
+    ASSERT_EQ(messages.size(), 1u);
+    EXPECT_EQ(messages[0].form_group().rank(), static_cast<int32_t>(link) - 1);
+  }
+  SendKey(1, "of another epoch", 99);
+  EXPECT_TRUE(Sent().empty());
+  const std::string key("k\0y", 3);
+  SendKey(1, key, 1);
+  sent = Sent();
+  EXPECT_EQ(sent.count(1), 0u);  // made it
+  for (const uint64_t link : {2, 3}) {
+    ASSERT_EQ(sent[link].size(), 1u);
+    EXPECT_EQ(sent[link][0].key().key(), key);
+    EXPECT_EQ(sent[link][0].key().epoch(), 1);
+  }
+  for (const uint64_t link : {3, 1, 2}) {
+    EXPECT_FALSE(simulation_.core().serving());
+    SendReady(link);
+  }
+  EXPECT_TRUE(simulation_.core().serving());
+}
+
+// The numbers are given in the order of coming; a place that is left is given again.
+TEST_F(GroupTest, AHandedOutRankIsFreeAgainWhenItsProcessLeavesEarly) {
+  ASSERT_TRUE(Join(Nameless(3)).ok());
+  ASSERT_TRUE(Join(Nameless(3)).ok());
+  simulation_.core().OnClosed(1, "closed");
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+  ASSERT_TRUE(Join(Nameless(3)).ok());
+  ASSERT_TRUE(Join(Nameless(3)).ok());
+  std::set<int32_t> ranks;
+  for (const auto& [link, messages] : Sent()) {
+    EXPECT_NE(link, 1u);
+    for (const auto& message : messages) ranks.insert(message.form_group().rank());
+  }
+  EXPECT_EQ(ranks, (std::set<int32_t>{0, 1, 2}));
+}
+
+TEST_F(GroupTest, LaunchesWithAndWithoutRanksDoNotMix) {
+  ASSERT_TRUE(Join(Nameless(2)).ok());
+  EXPECT_EQ(ReasonOf(Join(Hello(1, 2))), "GROUP_SIZE");
+  EXPECT_EQ(ReasonOf(Join(Nameless(2, "other"))), "GROUP_TAKEN");
+  EXPECT_EQ(ReasonOf(Join(Nameless(3))), "GROUP_SIZE");
+  wire::Hello hello = Nameless(2);
+  hello.set_weights_hash("others");
+  EXPECT_EQ(ReasonOf(Join(hello)), "MODEL_MISMATCH");
+  EXPECT_TRUE(Join(Nameless(2)).ok());
+}
+
+TEST_F(GroupTest, AKeyOutOfPlaceLosesTheGroup) {
+  const auto lost = [&] { return simulation_.core().GetCluster().last_incident(); };
+  const auto form = [&](bool nameless) {
+    const uint64_t first = next_link_;
+    for (int i = 0; i < 2; ++i) EXPECT_TRUE(Join(nameless ? Nameless(2) : Hello(i, 2)).ok());
+    return first;
+  };
+  const auto epoch = [&] { return simulation_.core().group().epoch(); };
+  uint64_t link = form(true);
+  SendKey(link + 1, "key", epoch());  // not rank 0's to send
+  EXPECT_EQ(lost(), "rank 1 sent a key out of place");
+  link = form(true);
+  SendKey(link, "key", epoch());
+  SendKey(link, "key", epoch());  // twice
+  EXPECT_EQ(lost(), "rank 0 sent a key out of place");
+  EXPECT_EQ(epoch(), 3);
+  link = form(true);
+  SendKey(link, std::string(4097, 'x'), epoch());
+  EXPECT_EQ(epoch(), 4);
+  link = form(true);
+  SendKey(link, "", epoch());
+  EXPECT_EQ(epoch(), 5);
+  link = form(false);  // ranks of mpirun connect by themselves
+  SendKey(link, "key", epoch());
+  EXPECT_EQ(epoch(), 6);
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+}
+
+// Connecting may take longer than a heartbeat may be missing; the ranks that were first did not beat while they waited.
+TEST_F(GroupTest, HeartbeatsAreExpectedFromFormGroupOn) {
+  ASSERT_TRUE(Join(Nameless(2)).ok());
+  simulation_.Advance(100);
+  ASSERT_TRUE(Join(Nameless(2)).ok());
+  simulation_.Advance(14);
+  EXPECT_EQ(simulation_.core().group().state(), Group::State::kForming);
+  wire::WorkerMessage beat;
+  beat.mutable_heartbeat()->set_epoch(1);
+  simulation_.core().OnMessage(1, beat);
+  simulation_.Advance(2);
+  EXPECT_EQ(simulation_.core().group().state(), kWaiting);
+  EXPECT_NE(simulation_.core().GetCluster().last_incident().find("rank 1 sent no heartbeat"), std::string::npos);
 }
 
 TEST_F(GroupTest, OnlyAPlannedStopIsCalledPlanned) {

@@ -241,7 +241,7 @@ TEST_F(JobsTest, AnAnswerDuringACommitUsesTheNewRevision) {
 
 TEST_F(JobsTest, AdaptersAreAccountedAndCapped) {
   simulation_.CreateReady("a", 600);
-  const int64_t delta = 2 * AdaptDeltaBytes(simulation_.core().model());  // both ranks
+  const int64_t delta = 2 * AdapterBytes(simulation_.core().model(), DeviceKind::kCpu);  // both ranks
   const int64_t before = simulation_.core().kv_used_bytes();
   api::AdaptContextRequest request = Simulation::AdaptRequest("a", 1);
   for (int i = 0; i < kMaxAdaptersPerContext; ++i) {
@@ -267,28 +267,42 @@ TEST_F(JobsTest, AdaptersAreAccountedAndCapped) {
   EXPECT_EQ(simulation_.core().kv_used_bytes(), before + (kMaxAdaptersPerContext - 1) * delta);
 }
 
+// On a GPU a delta has a rounded copy beside it: 18 and 6 bytes a parameter instead of 16 and 4.
 TEST_F(JobsTest, AnAdaptationThatDoesNotFitIsRefusedBeforeAnyCommand) {
-  Simulation small;
-  const int64_t need = AdaptWorkBytes(small.core().model()) + AdaptDeltaBytes(small.core().model());
-  const int64_t room = 100 * kFakeKvBytesPerToken + need;
-  small.Launch(1, [&](FakeRank& rank, int32_t) { rank.kv_capacity_bytes = room; });
-  small.Run();
-  small.CreateReady("a", 101);
-  const size_t before = small.rank(0).executed.size();
-  const Status status = small.Adapt(Simulation::AdaptRequest("a", 1)).status();
-  EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
-  EXPECT_EQ(ReasonOf(status), "ADAPT_OUT_OF_MEMORY");
-  EXPECT_EQ(DetailOf(status).metadata[0], (std::pair<std::string, std::string>("need_bytes", std::to_string(need))));
-  EXPECT_EQ(DetailOf(status).metadata[1].second, std::to_string(need - kFakeKvBytesPerToken));
-  EXPECT_EQ(small.rank(0).executed.size(), before);
-  api::DeleteContextRequest drop;
-  drop.set_name("contexts/a");
-  ASSERT_TRUE(small.core().DeleteContext(drop).ok());
-  small.Run();
-  small.CreateReady("b", 100);
-  EXPECT_TRUE(small.Adapt(Simulation::AdaptRequest("b", 1)).ok());
-  small.Run();
-  small.ExpectConsistent();
+  struct Case {
+    std::string device;
+    int64_t working, committed;  // bytes a parameter
+  };
+  for (const Case& on : {Case{"cpu", 16, 4}, Case{"cuda (NVIDIA H200)", 18, 6}}) {
+    SCOPED_TRACE(on.device);
+    Simulation small;
+    const int64_t parameters = small.core().model().query_parameters();
+    const int64_t need = (on.working + on.committed) * parameters;
+    const int64_t room = 100 * kFakeKvBytesPerToken + need;
+    small.Launch(1, [&](FakeRank& rank, int32_t) {
+      rank.kv_capacity_bytes = room;
+      rank.device = on.device;
+    });
+    small.Run();
+    small.CreateReady("a", 101);
+    const size_t before = small.rank(0).executed.size();
+    const Status status = small.Adapt(Simulation::AdaptRequest("a", 1)).status();
+    EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
+    EXPECT_EQ(ReasonOf(status), "ADAPT_OUT_OF_MEMORY");
+    EXPECT_EQ(DetailOf(status).metadata[0], (std::pair<std::string, std::string>("need_bytes", std::to_string(need))));
+    EXPECT_EQ(DetailOf(status).metadata[1].second, std::to_string(need - kFakeKvBytesPerToken));
+    EXPECT_EQ(small.rank(0).executed.size(), before);
+    api::DeleteContextRequest drop;
+    drop.set_name("contexts/a");
+    ASSERT_TRUE(small.core().DeleteContext(drop).ok());
+    small.Run();
+    small.CreateReady("b", 100);
+    EXPECT_TRUE(small.Adapt(Simulation::AdaptRequest("b", 1)).ok());
+    EXPECT_EQ(small.core().kv_used_bytes(), room);
+    small.Run();
+    EXPECT_EQ(small.core().kv_used_bytes(), 100 * kFakeKvBytesPerToken + on.committed * parameters);
+    small.ExpectConsistent();
+  }
 }
 
 // Whatever goes wrong, and wherever: r or r + 1, on all ranks alike.

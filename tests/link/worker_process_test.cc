@@ -328,6 +328,18 @@ TEST(WorkerProcessTest, ServesAloneAndByMpirunAndEndsAsPlanned) {
   EXPECT_EQ(answers[2], answers[0]);
 }
 
+// A group of one needs neither mpirun nor MPI.
+TEST(WorkerProcessTest, ServesByItself) {
+  Group group(1);
+  Child child(Worker(group.address(), {"--group-size", "1"}));
+  ASSERT_TRUE(group.WaitReady());
+  EXPECT_EQ(group.hellos().at(0).nonce().size(), 32U);
+  EXPECT_FALSE(group.hellos().at(0).wants_rank());
+  EXPECT_EQ(Serve(group).size(), 7U);
+  group.SendShutdown(true);
+  EXPECT_EQ(child.WaitForEnd(20.0), kExitOk);
+}
+
 TEST(WorkerProcessTest, KilledRankEndsTheLaunch) {
   Group group(3);
   Child child(Mpirun(3, Worker(group.address())));
@@ -434,6 +446,13 @@ TEST(WorkerProcessTest, StartFailuresHaveTheirExitCodes) {
   EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--model", kModel, "--coordinator", nobody, "--kv-memory",
                    "100TiB"}).WaitForEnd(10.0), kExitHardware);
   EXPECT_EQ(Child(Worker(nobody, {"--connect-seconds", "0.3"})).WaitForEnd(10.0), kExitGroup);
+  EXPECT_EQ(Child(Worker(nobody, {"--collective", "nccl"})).WaitForEnd(10.0), kExitConfig);
+  EXPECT_EQ(Child(Worker(nobody, {"--group-size", "2", "--group-name", "g"})).WaitForEnd(10.0), kExitConfig);
+  EXPECT_EQ(Child(Worker(nobody, {"--device", "cuda", "--group-size", "2"})).WaitForEnd(10.0), kExitConfig);  // no name
+  EXPECT_EQ(Child(Mpirun(1, Worker(nobody, {"--group-size", "1"}))).WaitForEnd(10.0), kExitConfig);
+  std::vector<std::string> blind = Worker(nobody, {"--device", "cuda"});
+  blind.insert(blind.begin(), {"env", "CUDA_VISIBLE_DEVICES="});
+  EXPECT_EQ(Child(blind).WaitForEnd(30.0), kExitHardware);
 }
 
 }  // namespace

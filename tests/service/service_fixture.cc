@@ -228,7 +228,7 @@ void ServiceTest::ExpectUnharmed() {
       if (!session->has_cache()) continue;
       ++cached;
       bytes += session->token_count() * kFakeKvBytesPerToken;
-      bytes += session->adapter_count() * core.group().size() * AdaptDeltaBytes(core.model());
+      bytes += session->adapter_count() * core.group().size() * AdapterBytes(core.model(), core.group().device());
     }
     EXPECT_EQ(core.kv_used_bytes(), bytes);
   });

@@ -48,20 +48,30 @@ bool Answer::ok() const {
 
 std::string Answer::reason() const { return DetailOf(result().status).reason; }
 
-Group::Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capacity_bytes) {
-  const std::vector<std::shared_ptr<Collective>> collectives = MakeLocalCollectives(ranks, kCollectiveSeconds);
+Group::Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capacity_bytes)
+    : Group(
+          ranks,
+          [&weights, collectives = MakeLocalCollectives(ranks, kCollectiveSeconds)](int rank) {
+            return RankParts{weights, MakeCpuBackend(weights->config), collectives[rank]};
+          },
+          kv_capacity_bytes) {}
+
+Group::Group(int ranks, const std::function<RankParts(int)>& make, int64_t kv_capacity_bytes) {
   EngineOptions options;
   options.kv_capacity_bytes = kv_capacity_bytes;
   options.poison_memory = true;
+  for (int r = 0; r < ranks; ++r) ranks_.push_back(std::make_unique<Rank>());
   for (int r = 0; r < ranks; ++r) {
-    auto rank = std::make_unique<Rank>();
-    rank->engine = std::make_unique<Engine>(options, weights, MakeCpuBackend(), collectives[r],
-                                            [this, r](Result result) { Receive(r, std::move(result)); });
-    ranks_.push_back(std::move(rank));
-  }
-  for (const std::unique_ptr<Rank>& rank : ranks_) {
-    rank->thread = std::thread([this, &rank = *rank] {
+    ranks_[r]->thread = std::thread([this, r, options, make, &rank = *ranks_[r]] {
       at::set_num_threads(1);
+      RankParts parts = make(r);
+      auto engine = std::make_unique<Engine>(options, parts.weights, std::move(parts.backend), parts.collective,
+                                             [this, r](Result result) { Receive(r, std::move(result)); });
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        rank.engine = std::move(engine);
+        changed_.notify_all();
+      }
       Status status = rank.engine->Run();
       const std::lock_guard<std::mutex> lock(mutex_);
       rank.status = std::move(status);
@@ -69,6 +79,10 @@ Group::Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capac
       changed_.notify_all();
     });
   }
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [&] {
+    return std::all_of(ranks_.begin(), ranks_.end(), [](const auto& rank) { return rank->engine != nullptr; });
+  });
 }
 
 Group::~Group() {

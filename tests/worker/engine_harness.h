@@ -25,6 +25,13 @@ std::string GoldenPath(const std::string& name);                      // below t
 
 using Body = decltype(Command::body);
 
+// What one rank is made of.
+struct RankParts {
+  std::shared_ptr<const Weights> weights;
+  std::unique_ptr<Backend> backend;
+  std::shared_ptr<Collective> collective;
+};
+
 // What a group answered to one command.
 struct Answer {
   std::vector<Result> ranks;  // the final result of every rank
@@ -36,8 +43,10 @@ struct Answer {
 
 class Group {
  public:
-  // Every slot of K/V starts as NaN. One thread per rank.
+  // Every slot of K/V starts as NaN. One thread per rank. CPU backend, local collectives.
   Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capacity_bytes = int64_t{1} << 30);
+  // The same with other parts, made on each rank's thread.
+  Group(int ranks, const std::function<RankParts(int)>& make, int64_t kv_capacity_bytes = int64_t{1} << 30);
   // Stops and joins. A rank that ended on its own is a test failure, unless the test took its status with Ended().
   ~Group();
 

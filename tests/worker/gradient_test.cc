@@ -11,6 +11,8 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/equal.h>
 #include <ATen/ops/full_like.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -55,10 +57,11 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
         const c10::InferenceMode inference;
         at::set_num_threads(1);
         std::atomic<int64_t> progress{0};
-        const std::unique_ptr<Backend> backend = MakeCpuBackend();
+        const std::unique_ptr<Backend> backend = MakeCpuBackend(weights_->config);
         try {
           Model model(*weights_, *backend, *collectives[r], progress);
-          KvExtent context(weights_->config, model.plan(), 0, static_cast<int64_t>(ids.size()), /*poison=*/true);
+          KvExtent context(weights_->config, model.plan(), 0, static_cast<int64_t>(ids.size()), at::kFloat,
+                           /*poison=*/true);
           PrefillRows(model, context, 0, ids);
           body(Rank{model, context, r});
         } catch (const std::exception& error) {
@@ -78,15 +81,14 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
   // Logits of rows of the context, queried again; replicated, so that every rank has them.
   at::Tensor LogitsAt(const Rank& rank, const json& rows, const at::Tensor& delta) {
     const std::vector<int32_t> ids = golden_.context();
-    std::vector<int64_t> positions, row_ids;
+    std::vector<int64_t> positions;
+    std::vector<int32_t> row_ids;
     for (const json& row : rows) {
       positions.push_back(row.get<int64_t>());
       row_ids.push_back(ids[row.get<int64_t>()]);
     }
     const RowPlan plan = RowPlan::Replicated(positions, rank.model.plan());
-    ForwardInput input;
-    input.rows = &plan;
-    input.ids = at::tensor(row_ids, at::kLong);
+    ForwardInput input = rank.model.MakeInput(plan, row_ids);
     input.extents = {&rank.context};
     input.delta = delta;
     return rank.model.Logits(rank.model.Forward(input));
@@ -154,7 +156,7 @@ TEST_P(GradientTest, EightStepsEqualTheReference) {
   OnRanks(golden_.context(), [&](const Rank& rank) {
     const uint64_t before = rank.context.Hash();
     Adapter adapter(1);
-    adapter.Begin(weights_->config, golden_.optimizer(), /*from_committed=*/false);
+    adapter.Begin(rank.model, golden_.optimizer(), /*from_committed=*/false);
     for (size_t step = 0; step < adapt.at("spans").size(); ++step) {
       const std::vector<Span> spans = golden_.spans(adapt.at("spans").at(step));
       const Adapter::StepResult result = adapter.Step(rank.model, rank.context, spans);
@@ -173,7 +175,7 @@ TEST_P(GradientTest, BaseWeightsAreNeverWritten) {
   const uint64_t before = HashWeights(*weights_);
   OnRanks(golden_.context(), [&](const Rank& rank) {
     Adapter adapter(1);
-    adapter.Begin(weights_->config, golden_.optimizer(), false);
+    adapter.Begin(rank.model, golden_.optimizer(), false);
     adapter.Step(rank.model, rank.context, golden_.spans(golden_.json.at("gradients").at("one_span").at("spans")));
     adapter.Commit(1);
     LogitsAt(rank, json::array({5, 699}), adapter.committed());
@@ -204,13 +206,13 @@ TEST_P(GradientTest, RateSetsTheSizeOfAStep) {
     AdamWConfig config;
     config.learning_rate = 0.0f;
     Adapter zero(1);
-    zero.Begin(weights_->config, config, false);
+    zero.Begin(rank.model, config, false);
     for (int step = 0; step < 2; ++step) zero.Step(rank.model, rank.context, spans);
     EXPECT_EQ(HashTensor(zero.working()), HashTensor(NewDelta())) << "a zero rate changes nothing";
 
     config.learning_rate = 1e-5f;  // fp32 deltas do not swallow it
     Adapter small(1);
-    small.Begin(weights_->config, config, false);
+    small.Begin(rank.model, config, false);
     small.Step(rank.model, rank.context, spans);
     EXPECT_NEAR(small.working().abs().median().item<double>(), 1e-5, 1e-7);
   });
@@ -223,7 +225,7 @@ TEST_P(GradientTest, NonFiniteStepLeavesTheDelta) {
     config.learning_rate = std::numeric_limits<float>::infinity();
     config.weight_decay = 0.0f;
     Adapter adapter(1);
-    adapter.Begin(weights_->config, config, false);
+    adapter.Begin(rank.model, config, false);
     EXPECT_TRUE(std::isfinite(adapter.Step(rank.model, rank.context, spans).loss));
     const uint64_t broken = HashTensor(adapter.working());
     EXPECT_FALSE(std::isfinite(adapter.Step(rank.model, rank.context, spans).loss));
@@ -233,28 +235,45 @@ TEST_P(GradientTest, NonFiniteStepLeavesTheDelta) {
   });
 }
 
+// The delta [1, n] after one step per (gradient, its norm).
+at::Tensor AfterSteps(const AdamWConfig& config, const std::vector<float>& delta,
+                      const std::vector<std::pair<std::vector<float>, double>>& steps) {
+  const at::Tensor parameter = at::tensor(delta).unsqueeze(0);
+  const at::Tensor grad = at::empty(parameter.sizes(), at::kFloat);
+  AdamW adamw(config, parameter, grad);
+  for (const auto& [values, norm] : steps) {
+    grad.copy_(at::tensor(values).unsqueeze(0));
+    adamw.Step(at::tensor({1.0, norm}, at::kDouble));
+  }
+  return parameter;
+}
+
 TEST(AdamWTest, DecayPullsTheDeltaTowardsZero) {
   AdamWConfig config;
   config.learning_rate = 0.1f;
   config.weight_decay = 0.5f;
-  at::Tensor delta = at::tensor({4.0f, -2.0f, 0.0f});
-  at::Tensor gradient = at::zeros({3}, at::kFloat);
-  AdamW adamw(config, delta);
-  adamw.Step(delta, gradient, 0.0);
-  EXPECT_LE(RelativeError(delta, at::tensor({3.8f, -1.9f, 0.0f})), 1e-6);
+  const at::Tensor delta = AfterSteps(config, {4.0f, -2.0f, 0.0f}, {{{0.0f, 0.0f, 0.0f}, 0.0}});
+  EXPECT_LE(RelativeError(delta.squeeze(0), at::tensor({3.8f, -1.9f, 0.0f})), 1e-6);
 }
 
 TEST(AdamWTest, ClipsByTheNormGiven) {
   AdamWConfig config;
   config.clip_norm = 1.0f;
-  at::Tensor delta = at::zeros({2}, at::kFloat);
-  AdamW adamw(config, delta);
-  at::Tensor large = at::tensor({3.0f, 4.0f});
-  adamw.Step(delta, large, 10.0);  // of all layers, not of these two entries
-  EXPECT_LE(RelativeError(large, at::tensor({0.3f, 0.4f})), 1e-6);
-  at::Tensor small = at::tensor({0.3f, 0.4f});
-  adamw.Step(delta, small, 0.5);
-  EXPECT_LE(RelativeError(small, at::tensor({0.3f, 0.4f})), 1e-7);
+  const std::pair<std::vector<float>, double> small = {{0.01f, -0.5f}, 0.5};
+  // The norm is of all layers, not of these two entries.
+  const at::Tensor clipped = AfterSteps(config, {0.0f, 0.0f}, {{{3.0f, 4.0f}, 10.0}, small});
+  const at::Tensor divided = AfterSteps(config, {0.0f, 0.0f}, {{{0.3f, 0.4f}, 0.5}, small});
+  const at::Tensor whole = AfterSteps(config, {0.0f, 0.0f}, {{{3.0f, 4.0f}, 0.5}, small});
+  EXPECT_LE(RelativeError(clipped, divided), 1e-5);
+  EXPECT_GE(RelativeError(whole, divided), 1e-2);
+}
+
+TEST(AdamWTest, NothingChangesWhenTheNormIsNotFinite) {
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const std::pair<std::vector<float>, double> good = {{0.3f, 0.4f}, 0.5};
+  const at::Tensor expected = AfterSteps({}, {0.5f, 1.0f}, {good, good});
+  const at::Tensor actual = AfterSteps({}, {0.5f, 1.0f}, {good, {{nan, 1.0f}, static_cast<double>(nan)}, good});
+  EXPECT_TRUE(at::equal(actual, expected));
 }
 
 INSTANTIATE_TEST_SUITE_P(Models, GradientTest,

@@ -129,7 +129,8 @@ void ExpectValues(const Weights& weights) {
   for (size_t i = 0; i < list.size(); ++i) {
     ASSERT_EQ(list[i].sizes().vec(), tensors[i].shape) << tensors[i].name;
     ASSERT_TRUE(list[i].is_contiguous());
-    const float* values = list[i].data_ptr<float>();
+    const at::Tensor wide = list[i].to(at::kFloat);
+    const float* values = wide.data_ptr<float>();
     for (int64_t k = 0; k < list[i].numel(); ++k) ASSERT_EQ(values[k], Value(i, k)) << tensors[i].name << " " << k;
   }
 }
@@ -141,13 +142,19 @@ TEST_F(WeightsTest, EveryTensorGoesToItsPlace) {
       config.qk_norm = tied;
       config.family = tied ? Family::kQwen3 : Family::kLlama;
       Write(HfTensors(config), type);
+      std::set<uint64_t> hashes;
       for (const int threads : {-1, 1, 2, 7, 100}) {
-        const auto weights = Load(config, {.threads = threads});
-        ASSERT_TRUE(weights.ok()) << weights.status();
-        ExpectValues(*weights);
-        EXPECT_EQ(weights->output.is_same(weights->embedding), tied);
-        EXPECT_EQ(weights->bytes, 4 * config.parameters());
+        for (const at::ScalarType kind : {at::kFloat, at::kBFloat16}) {
+          const auto weights = Load(config, {.threads = threads, .type = kind});
+          ASSERT_TRUE(weights.ok()) << weights.status();
+          ExpectValues(*weights);
+          EXPECT_EQ(weights->embedding.scalar_type(), kind);
+          EXPECT_EQ(weights->output.is_same(weights->embedding), tied);
+          EXPECT_EQ(weights->bytes, (kind == at::kFloat ? 4 : 2) * config.parameters());
+          hashes.insert(weights->content_hash);
+        }
       }
+      EXPECT_EQ(hashes.size(), 1u);
     }
   }
 }
@@ -171,6 +178,9 @@ TEST_F(WeightsTest, TensorsOfManyPartsAndProgress) {
   EXPECT_EQ(last, total);
   EXPECT_EQ(total, 4 * config.parameters());
   EXPECT_GE(calls, 1);
+  const auto narrow = Load(config, {.threads = 3, .type = at::kBFloat16});
+  ASSERT_TRUE(narrow.ok()) << narrow.status();
+  ExpectValues(*narrow);
 }
 
 TEST_F(WeightsTest, WrongShapeAndMissingTensorNameTensorFoundExpected) {
@@ -231,6 +241,28 @@ TEST_F(WeightsTest, CheckFiniteNamesTheTensor) {
   }
   Write(HfTensors(config), "F32", "model.norm.weight", std::numeric_limits<float>::max());
   EXPECT_TRUE(Load(config, {.check_finite = true}).ok());
+}
+
+TEST_F(WeightsTest, ValuesOfWiderFilesAreRoundedToNearestEven) {
+  const ModelConfig config = Small();
+  const std::string name = "model.layers.1.mlp.up_proj.weight";
+  const auto rounded = [&](float value) {
+    Write(HfTensors(config), "F32", name, value);
+    const auto weights = Load(config, {.check_finite = true, .type = at::kBFloat16});
+    EXPECT_TRUE(weights.ok()) << weights.status();
+    return weights.ok() ? weights->layers[1].up.view({-1})[config.mlp * config.hidden - 1].item<float>() : NAN;
+  };
+  EXPECT_EQ(rounded(1.0f + 0x1p-8f), 1.0f);                    // half way: to even
+  EXPECT_EQ(rounded(1.0f + 0x1p-8f + 0x1p-20f), 1.0f + 0x1p-7f);
+  EXPECT_EQ(rounded(1.0f + 3 * 0x1p-8f), 1.0f + 2 * 0x1p-7f);  // half way: to even, upwards
+  EXPECT_EQ(rounded(-1.0f - 0x1p-9f), -1.0f);
+  EXPECT_EQ(rounded(0x1p-133f), 0x1p-133f);                    // subnormal
+  // Finite in the file, infinite as bf16.
+  Write(HfTensors(config), "F32", name, std::numeric_limits<float>::max());
+  EXPECT_TRUE(FailsWith(Load(config, {.check_finite = true, .type = at::kBFloat16}).status(), "WEIGHTS_INVALID",
+                        "'" + name + "': got NaN or infinity"));
+  Write(HfTensors(config), "F32", name, NAN);
+  EXPECT_TRUE(FailsWith(Load(config, {.check_finite = true, .type = at::kBFloat16}).status(), "WEIGHTS_INVALID", name));
 }
 
 TEST_F(WeightsTest, AFileCutShortWhileItIsReadIsAnError) {
@@ -346,6 +378,13 @@ TEST(GoldenWeightsTest, GgufEqualsWhatTransformersMakesOfIt) {
           << name << ": " << HfTensors(*config)[i].name;
     }
     EXPECT_EQ(HashWeights(*expected), HashWeights(*actual));
+    // As bf16: what LibTorch's own rounding makes of the fp32 values.
+    const auto narrow = LoadWeights(folder + ".gguf", *gguf_config, {.type = at::kBFloat16});
+    ASSERT_TRUE(narrow.ok()) << narrow.status();
+    const auto narrow_list = Listed(*narrow);
+    for (size_t i = 0; i < expected_list.size(); ++i) {
+      EXPECT_TRUE(narrow_list[i].equal(expected_list[i].to(at::kBFloat16))) << HfTensors(*config)[i].name;
+    }
   }
 }
 
@@ -359,6 +398,10 @@ TEST(GoldenWeightsTest, RealModel) {
   const auto weights = LoadWeights(path, *config, {.check_finite = true});
   ASSERT_TRUE(weights.ok()) << weights.status();
   EXPECT_EQ(HashWeights(*weights), 0x903321496e3c0ee2u);
+  const auto narrow = LoadWeights(path, *config, {.type = at::kBFloat16});
+  ASSERT_TRUE(narrow.ok()) << narrow.status();
+  EXPECT_TRUE(narrow->embedding.equal(weights->embedding.to(at::kBFloat16)));
+  EXPECT_TRUE(narrow->layers[29].wq.equal(weights->layers[29].wq.to(at::kBFloat16)));
 }
 
 }  // namespace

@@ -1,0 +1,218 @@
+// Times the row-wise kernels in the shapes of Qwen3-4B and prints Markdown rows: the median time of one launch inside a
+// replayed CUDA graph, and the rate of the bytes that it must move (a gradient's second read of the logits is not
+// counted). Few rows stay in the L2 cache from launch to launch; 16384 do not.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <vector>
+
+#include "kernels/rowwise.h"
+
+namespace refocus::kernels {
+namespace {
+
+constexpr int64_t kHidden = 2560;
+constexpr int kHeads = 32;
+constexpr int kKvHeads = 8;
+constexpr int kHeadDim = 128;
+constexpr int64_t kMlp = 9728;
+constexpr int64_t kVocab = 151936;
+constexpr float kEps = 1e-6f;
+
+void Check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(error));
+  std::exit(1);
+}
+
+// Device memory that lives as long as one kernel's measurement; bytes 0x3c: small positive numbers in fp32 and bf16.
+class Memory {
+ public:
+  ~Memory() {
+    for (void* p : blocks_) cudaFree(p);
+  }
+  template <typename T>
+  T* Get(int64_t count) {
+    void* p = nullptr;
+    Check(cudaMalloc(&p, static_cast<size_t>(count) * sizeof(T)), "cudaMalloc");
+    Check(cudaMemset(p, 0x3c, static_cast<size_t>(count) * sizeof(T)), "cudaMemset");
+    blocks_.push_back(p);
+    return static_cast<T*>(p);
+  }
+  uint16_t* Bf16(int64_t count) { return Get<uint16_t>(count); }
+  float* Float(int64_t count) { return Get<float>(count); }
+  int64_t* Rising(int64_t count, int64_t first) {
+    std::vector<int64_t> values;
+    for (int64_t i = 0; i < count; ++i) values.push_back(first + i);
+    int64_t* p = Get<int64_t>(count);
+    Check(cudaMemcpy(p, values.data(), values.size() * sizeof(int64_t), cudaMemcpyHostToDevice), "cudaMemcpy");
+    return p;
+  }
+
+ private:
+  std::vector<void*> blocks_;
+};
+
+void Measure(const char* name, int64_t rows, double bytes, const std::function<cudaError_t(cudaStream_t)>& launch) {
+  const int launches = bytes > 1e8 ? 4 : 100;
+  constexpr int kReplays = 15;
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t replay;
+  cudaEvent_t begin, end;
+  Check(cudaStreamCreate(&stream), "stream");
+  Check(cudaEventCreate(&begin), "event");
+  Check(cudaEventCreate(&end), "event");
+  Check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), "capture");
+  for (int i = 0; i < launches; ++i) Check(launch(stream), name);
+  Check(cudaStreamEndCapture(stream, &graph), "capture");
+  Check(cudaGraphInstantiate(&replay, graph, 0), "instantiate");
+  std::vector<float> times;
+  for (int i = 0; i < kReplays + 2; ++i) {
+    Check(cudaEventRecord(begin, stream), "record");
+    Check(cudaGraphLaunch(replay, stream), "launch");
+    Check(cudaEventRecord(end, stream), "record");
+    Check(cudaEventSynchronize(end), name);
+    float milliseconds = 0.0f;
+    Check(cudaEventElapsedTime(&milliseconds, begin, end), "elapsed");
+    if (i >= 2) times.push_back(milliseconds * 1e3f / static_cast<float>(launches));
+  }
+  std::sort(times.begin(), times.end());
+  const double microseconds = times[times.size() / 2];
+  std::printf("| %-22s | %6lld | %10.2f | %7.3f |\n", name, static_cast<long long>(rows), microseconds,
+              bytes / microseconds * 1e-6);
+  std::fflush(stdout);
+  cudaGraphExecDestroy(replay);
+  cudaGraphDestroy(graph);
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  cudaStreamDestroy(stream);
+}
+
+void BenchNorm(int64_t rows) {
+  Memory m;
+  const int64_t n = rows * kHidden;
+  const double elements = static_cast<double>(n);
+  float* x = m.Float(n);
+  float* sum = m.Float(n);
+  uint16_t* y = m.Bf16(n);
+  uint16_t* h = m.Bf16(n);
+  uint16_t* weight = m.Bf16(kHidden);
+  uint16_t* table = m.Bf16(kVocab * kHidden);
+  const int64_t* ids = m.Rising(rows, 1000);
+  Measure("Embed", rows, 6 * elements, [&](cudaStream_t s) { return Embed(table, ids, rows, kHidden, x, s); });
+  const NormParams plain{rows, kHidden, kEps, x, nullptr, weight, nullptr, h};
+  Measure("Norm", rows, 6 * elements, [&](cudaStream_t s) { return Norm(plain, s); });
+  const NormParams add{rows, kHidden, kEps, x, y, weight, sum, h};
+  Measure("Norm + add", rows, 12 * elements, [&](cudaStream_t s) { return Norm(add, s); });
+  const NormGradParams grad{rows, kHidden, kEps, x, weight, y, sum, sum, h};
+  Measure("NormGrad + residual", rows, 16 * elements, [&](cudaStream_t s) { return NormGrad(grad, s); });
+}
+
+void BenchRotate(int64_t rows) {
+  Memory m;
+  const int64_t q = rows * kHeads * kHeadDim, kv = rows * kKvHeads * kHeadDim;
+  float* raw = m.Float(q);
+  float* dq = m.Float(q);
+  uint16_t* out = m.Bf16(q);
+  uint16_t* norm = m.Bf16(kHeadDim);
+  const int64_t* pos = m.Rising(rows, 1'000'000);
+  float* frequencies = m.Float(kHeadDim / 2);
+  const RotateParams queries{rows, kHeads, kHeadDim, kEps, raw, norm, pos, frequencies, out};
+  Measure("Rotate (queries)", rows, 6.0 * static_cast<double>(q), [&](cudaStream_t s) { return Rotate(queries, s); });
+  const RotateGradParams grad{queries, dq, out};
+  Measure("RotateGrad (queries)", rows, 10.0 * static_cast<double>(q),
+          [&](cudaStream_t s) { return RotateGrad(grad, s); });
+  RotateParams keys = queries;
+  keys.heads = kKvHeads;
+  const int64_t stride = rows * kHeadDim;
+  const AppendParams append{keys,  m.Bf16(kv), m.Rising(rows, 0), m.Bf16(kKvHeads * stride), m.Bf16(kKvHeads * stride),
+                            stride};
+  Measure("Append", rows, 10.0 * static_cast<double>(kv), [&](cudaStream_t s) { return Append(append, s); });
+  float* dot = m.Float(rows * kHeads);
+  Measure("RowDot", rows, 6.0 * static_cast<double>(q),
+          [&](cudaStream_t s) { return RowDot(out, raw, rows * kHeads, kHeadDim, dot, s); });
+}
+
+void BenchSwiglu(int64_t rows) {
+  Memory m;
+  const int64_t n = rows * kMlp;
+  uint16_t* gate = m.Bf16(n);
+  uint16_t* up = m.Bf16(n);
+  uint16_t* act = m.Bf16(n);
+  Measure("SiluMul", rows, 6.0 * static_cast<double>(n), [&](cudaStream_t s) { return SiluMul(gate, up, n, act, s); });
+  uint16_t* dgate = m.Bf16(n);
+  uint16_t* dup = m.Bf16(n);
+  Measure("SiluMulGrad", rows, 10.0 * static_cast<double>(n),
+          [&](cudaStream_t s) { return SiluMulGrad(act, gate, up, n, dgate, dup, s); });
+}
+
+void BenchLoss(int64_t rows) {
+  Memory m;
+  const double elements = static_cast<double>(rows * kVocab);
+  CrossEntropyParams params{rows,    kVocab, m.Float(rows * kVocab), m.Rising(rows, 5), m.Float(rows), m.Float(rows),
+                            nullptr, 1.0f};
+  Measure("CrossEntropy", rows, 4 * elements, [&](cudaStream_t s) { return CrossEntropy(params, s); });
+  params.dlogits = m.Bf16(rows * kVocab);
+  Measure("CrossEntropy + dlogits", rows, 6 * elements, [&](cudaStream_t s) { return CrossEntropy(params, s); });
+}
+
+void BenchSample() {
+  Memory m;
+  int64_t* index = m.Rising(1, 0);
+  int64_t* token = m.Rising(1, 0);
+  SampleParams params{kVocab, m.Float(kVocab), 0.0f,       7,
+                      index,  token,           m.Float(1), m.Get<char>(SampleWorkspaceBytes(kVocab))};
+  const double bytes = 4.0 * static_cast<double>(kVocab);
+  Measure("Sample greedy", 1, bytes, [&](cudaStream_t s) { return Sample(params, s); });
+  params.temperature = 0.7f;
+  Measure("Sample", 1, bytes, [&](cudaStream_t s) { return Sample(params, s); });
+  int64_t* host = nullptr;
+  Check(cudaHostAlloc(reinterpret_cast<void**>(&host), 3 * sizeof(int64_t), cudaHostAllocMapped), "cudaHostAlloc");
+  int64_t* mapped = nullptr;
+  Check(cudaHostGetDevicePointer(reinterpret_cast<void**>(&mapped), host, 0), "cudaHostGetDevicePointer");
+  const AdvanceParams advance{token,
+                              params.logprob,
+                              m.Rising(1, 0),
+                              m.Rising(1, 0),
+                              m.Rising(1, 0),
+                              index,
+                              1,
+                              0,
+                              0,
+                              mapped,
+                              reinterpret_cast<float*>(mapped + 1),
+                              mapped + 2};
+  Measure("Advance", 1, 64.0, [&](cudaStream_t s) { return Advance(advance, s); });
+  cudaFreeHost(host);
+}
+
+int Main() {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess || devices == 0) {
+    std::fprintf(stderr, "no CUDA device: %s\n", cudaGetErrorString(error));
+    return 1;
+  }
+  cudaDeviceProp properties;
+  Check(cudaGetDeviceProperties(&properties, 0), "properties");
+  std::printf("%s\n\n| kernel                 |   rows | us, median |    TB/s |\n|---|---:|---:|---:|\n",
+              properties.name);
+  for (const int64_t rows : {1, 128, 16384}) {
+    BenchNorm(rows);
+    BenchRotate(rows);
+    BenchSwiglu(rows);
+    BenchLoss(rows);
+  }
+  BenchSample();
+  return 0;
+}
+
+}  // namespace
+}  // namespace refocus::kernels
+
+int main() { return refocus::kernels::Main(); }

@@ -1,0 +1,341 @@
+// Partial attention with a running maximum over key tiles. One thread block: a tile of packed rows, one K/V head, one
+// key split (key_tiles.cuh). Scores stay in registers; weights are rounded to bf16 for the product with V, their sum is
+// not.
+#include <cuda_runtime.h>
+
+#include "kernels/attention.h"
+#include "kernels/key_tiles.cuh"
+#include "kernels/launch.cuh"
+
+namespace refocus::kernels {
+namespace {
+
+struct AttendArgs {
+  AttentionShape shape;
+  GridShape grid;
+  const __nv_bfloat16* q;
+  float* out;  // [splits, rows, heads, head_dim]
+  float* lse;  // [splits, rows, heads]
+  float scale_log2;
+};
+
+// A warp's rows while it walks over keys: maximum in base-2 units of scale, sum of weights (of this thread's columns),
+// and the weighted sum of V. Index [m][half]: row m * 16 + half * 8 + lane / 4.
+template <int kDim, int kTiles>
+struct RunningRows {
+  float max[kTiles][2];
+  float sum[kTiles][2];
+  float out[kTiles][kDim / 8][4];
+
+  __device__ RunningRows() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      max[m][0] = max[m][1] = -INFINITY;
+      sum[m][0] = sum[m][1] = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) out[m][n][0] = out[m][n][1] = out[m][n][2] = out[m][n][3] = 0.0f;
+    }
+  }
+
+  // Scores -> weights, after bringing what is summed so far to the new maximum.
+  template <int kKeyTiles>
+  __device__ __forceinline__ void Weigh(float (&scores)[kTiles][kKeyTiles][4], float scale_log2) {
+    float rescale[kTiles][2];
+    bool moved = false;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float high = scores[m][0][2 * half];
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+          high = fmaxf(high, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+        }
+        const float new_max = fmaxf(max[m][half], RowMax(high) * scale_log2);
+        // A row that has seen no key keeps -inf; 0 in its place makes every weight below exp2(-inf) = 0.
+        const float base = new_max == -INFINITY ? 0.0f : new_max;
+        rescale[m][half] = Exp2(max[m][half] - base);
+        moved |= max[m][half] != new_max;
+        max[m][half] = new_max;
+        float added = 0.0f;
+#pragma unroll
+        for (int n = 0; n < kKeyTiles; ++n) {
+#pragma unroll
+          for (int c = 2 * half; c < 2 * half + 2; ++c) {
+            scores[m][n][c] = Exp2(fmaf(scores[m][n][c], scale_log2, -base));
+            added += scores[m][n][c];
+          }
+        }
+        sum[m][half] = sum[m][half] * rescale[m][half] + added;
+      }
+    }
+    if (!__any_sync(0xffffffffu, moved)) return;
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        out[m][n][0] *= rescale[m][0];
+        out[m][n][1] *= rescale[m][0];
+        out[m][n][2] *= rescale[m][1];
+        out[m][n][3] *= rescale[m][1];
+      }
+    }
+  }
+
+  __device__ __forceinline__ void SumOverLanes() {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+      sum[m][0] = RowSum(sum[m][0]);
+      sum[m][1] = RowSum(sum[m][1]);
+    }
+  }
+};
+
+// A sum of weights is 0 only where no key was visible; NaN stays NaN.
+__device__ __forceinline__ float Inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+__device__ __forceinline__ float LogSumExp(float max_log2, float sum) {
+  return sum == 0.0f ? -INFINITY : (max_log2 + log2f(sum)) * kLn2;
+}
+
+// The warps own different rows.
+template <int kDim, int kTiles>
+__device__ __forceinline__ void Store(RunningRows<kDim, kTiles>& run, const AttendArgs& args, const RowTile& rows,
+                                      int first_row, int64_t first_index) {
+  run.SumOverLanes();
+  const int lane = threadIdx.x % 32;
+  const int head_dim = args.shape.head_dim;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + m * 16 + half * 8 + lane / 4;
+      if (row >= rows.rows) continue;
+      const int64_t index = first_index + rows.Index(row, args.shape.heads);
+      const float inverse = Inverse(run.sum[m][half]);
+      float* to = args.out + index * head_dim;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        if (n * 8 >= head_dim) break;
+        *reinterpret_cast<float2*>(to + n * 8 + (lane & 3) * 2) =
+            make_float2(run.out[m][n][2 * half] * inverse, run.out[m][n][2 * half + 1] * inverse);
+      }
+      if (lane % 4 == 0) args.lse[index] = LogSumExp(run.max[m][half], run.sum[m][half]);
+    }
+  }
+}
+
+// Warps that share rows meet in shared memory (MergeBytes) and are added up in their order.
+template <int kDim, int kTileRows>
+__device__ __forceinline__ void MergeAndStore(RunningRows<kDim, AttendTile(kDim, kTileRows).m_tiles>& run,
+                                              const AttendArgs& args, const RowTile& rows, int first_row, int key_warp,
+                                              int64_t first_index, float* shared) {
+  constexpr TileConfig kTile = AttendTile(kDim, kTileRows);
+  constexpr int kStride = kDim + 8;  // the eight rows that a warp writes at once lie in different banks
+  float* const outs = shared;
+  float* const maxima = outs + kTile.warps_n * kTileRows * kStride;
+  float* const sums = maxima + kTile.warps_n * kTileRows;
+  const int lane = threadIdx.x % 32;
+  run.SumOverLanes();
+#pragma unroll
+  for (int m = 0; m < kTile.m_tiles; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int slot = key_warp * kTileRows + first_row + m * 16 + half * 8 + lane / 4;
+      if (lane % 4 == 0) {
+        maxima[slot] = run.max[m][half];
+        sums[slot] = run.sum[m][half];
+      }
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) {
+        *reinterpret_cast<float2*>(outs + slot * kStride + n * 8 + (lane & 3) * 2) =
+            make_float2(run.out[m][n][2 * half], run.out[m][n][2 * half + 1]);
+      }
+    }
+  }
+  __syncthreads();
+
+  const int head_dim = args.shape.head_dim;
+  const int pieces = head_dim / 4;
+  for (int i = threadIdx.x; i < rows.rows * pieces; i += kTile.threads()) {
+    const int row = i / pieces;
+    const int column = (i - row * pieces) * 4;
+    float high = -INFINITY;
+    for (int w = 0; w < kTile.warps_n; ++w) high = fmaxf(high, maxima[w * kTileRows + row]);
+    const float base = high == -INFINITY ? 0.0f : high;
+    float sum = 0.0f;
+    float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int w = 0; w < kTile.warps_n; ++w) {
+      const int slot = w * kTileRows + row;
+      const float weight = Exp2(maxima[slot] - base);
+      const float4 part = *reinterpret_cast<const float4*>(outs + slot * kStride + column);
+      sum = fmaf(weight, sums[slot], sum);
+      out.x = fmaf(weight, part.x, out.x);
+      out.y = fmaf(weight, part.y, out.y);
+      out.z = fmaf(weight, part.z, out.z);
+      out.w = fmaf(weight, part.w, out.w);
+    }
+    const float inverse = Inverse(sum);
+    const int64_t index = first_index + rows.Index(row, args.shape.heads);
+    *reinterpret_cast<float4*>(args.out + index * head_dim + column) =
+        make_float4(out.x * inverse, out.y * inverse, out.z * inverse, out.w * inverse);
+    if (column == 0) args.lse[index] = LogSumExp(high, sum);
+  }
+}
+
+template <int kDim, int kTileRows>
+__global__ void __launch_bounds__(AttendTile(kDim, kTileRows).threads(), BlocksPerSm(kDim, AttendTile(kDim, kTileRows)))
+    AttendKernel(const __grid_constant__ AttendArgs args) {
+  constexpr TileConfig kTile = AttendTile(kDim, kTileRows);
+  constexpr int kThreads = kTile.threads();
+  constexpr int kWarpKeys = kTile.keys / kTile.warps_n;
+  constexpr int kStageBytes = 2 * kDim * kTile.keys;  // of K, as much of V
+  constexpr bool kQueryInRegisters = kTile.m_tiles * kDim <= 128;
+  static_assert(kWarpKeys % 16 == 0 && kTileRows == 16 * kTile.m_tiles * kTile.warps_m);
+  static_assert(MergeBytes(kDim, kTile) <= TileBytes(kDim, kTile, 1));
+  extern __shared__ __align__(128) unsigned char shared[];
+  __shared__ VisibleKeys<kTileRows> visible;
+
+  const AttentionShape& shape = args.shape;
+  const BlockPlace place = args.grid.Place(blockIdx.x, shape.kv_heads, kTileRows);
+  const RowTile rows(shape, args.grid.group, place, kTileRows);
+  const uint32_t q_tile = SharedAddress(shared);
+  const uint32_t kv_tiles = q_tile + 2 * kDim * kTileRows;
+  CopyRows<kDim, kTileRows, kThreads>(q_tile, args.q, rows, shape.heads, shape.head_dim);
+  CommitCopies();
+
+  const int total = visible.template Fill<kTile.keys, kThreads>(shape, rows);
+  const int begin = static_cast<int>(int64_t{total} * place.split / args.grid.splits);
+  const int end = static_cast<int>(int64_t{total} * (place.split + 1) / args.grid.splits);
+
+  KeyTile loading;
+  KeyTile current;
+  if (begin < end) {
+    loading.Seek(visible.tiles, begin);
+    current = loading;
+  }
+  int left = end - begin;  // tiles to load
+  const auto load = [&](int stage) {
+    if (left > 0) {
+      --left;
+      CopyKeyTile<kDim, kTile.keys, kThreads>(kv_tiles + stage * 2 * kStageBytes, shape, place.kv_head, loading,
+                                              visible.most[loading.extent]);
+      loading.Next(visible.tiles, shape.extents);
+    }
+    CommitCopies();  // also when empty: groups are counted
+  };
+#pragma unroll
+  for (int stage = 0; stage < kTile.stages - 1; ++stage) load(stage);
+
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int first_row = warp % kTile.warps_m * kTile.m_tiles * 16;
+  const int key_warp = warp / kTile.warps_m;
+  const auto rows_lane = LaneOffset<kDim>::RowsFirst(lane);
+  const auto keys_lane = LaneOffset<kDim>::ColumnsFirst(lane);
+  const uint32_t q_rows = q_tile + first_row * kDim * 2;
+
+  uint32_t q[kQueryInRegisters ? kDim / 16 : 1][kTile.m_tiles][4];
+  if constexpr (kQueryInRegisters) {
+    WaitForCopies<kTile.stages - 1>();
+    __syncthreads();
+    LoadRows<kDim, kTile.m_tiles>(q, q_rows, rows_lane);
+  }
+
+  RunningRows<kDim, kTile.m_tiles> run;
+  int stage = 0;
+  for (int tile = begin; tile < end; ++tile) {
+    // This tile has come for every thread, and no warp reads the stage that is filled next.
+    WaitForCopies<kTile.stages - 2>();
+    __syncthreads();
+    load(stage == 0 ? kTile.stages - 1 : stage - 1);
+
+    const uint32_t keys = kv_tiles + stage * 2 * kStageBytes + key_warp * kWarpKeys * kDim * 2;
+    float scores[kTile.m_tiles][kWarpKeys / 8][4];
+    if constexpr (kQueryInRegisters) {
+      Scores<kDim>(scores, q, keys, keys_lane);
+    } else {
+      Scores<kDim>(scores, q_rows, rows_lane, keys, keys_lane);
+    }
+    const int64_t first_key = int64_t{current.tile} * kTile.keys;
+    if (first_key + kTile.keys > visible.least[current.extent]) {
+      MaskScores(scores, visible.counts, first_row, shape.kv[current.extent], first_key + key_warp * kWarpKeys);
+    }
+    run.Weigh(scores, args.scale_log2);
+    AddWeighted<kDim>(run.out, scores, keys + kStageBytes, rows_lane);
+    current.Next(visible.tiles, shape.extents);
+    stage = stage + 1 == kTile.stages ? 0 : stage + 1;
+  }
+
+  WaitForCopies<0>();
+  const int64_t first_index = place.split * shape.rows * shape.heads;
+  if constexpr (kTile.warps_n == 1) {
+    Store(run, args, rows, first_row, first_index);
+  } else {
+    __syncthreads();  // the stages become the meeting place
+    MergeAndStore<kDim, kTileRows>(run, args, rows, first_row, key_warp, first_index, reinterpret_cast<float*>(shared));
+  }
+}
+
+template <int kDim, int kTileRows>
+cudaError_t Launch(const AttendArgs& args, uint32_t blocks, cudaStream_t stream) {
+  constexpr TileConfig kTile = AttendTile(kDim, kTileRows);
+  return LaunchBlocks(AttendKernel<kDim, kTileRows>, args, blocks, kTile.threads(), TileBytes(kDim, kTile, 1), stream);
+}
+
+template <int kDim>
+cudaError_t LaunchRows(const AttendArgs& args, int tile_rows, uint32_t blocks, cudaStream_t stream) {
+  if (tile_rows == 16) return Launch<kDim, 16>(args, blocks, stream);
+  if (tile_rows == 64) return Launch<kDim, 64>(args, blocks, stream);
+  return Launch<kDim, 128>(args, blocks, stream);
+}
+
+}  // namespace
+
+cudaError_t Attend(const AttendParams& params, int sm_count, cudaStream_t stream) {
+  const AttentionShape& shape = params.shape;
+  if (!ValidShape(shape) || sm_count <= 0) return cudaErrorInvalidValue;
+  if (shape.rows == 0) return cudaSuccess;
+  const int tile_rows = AttendTileRows(PackedRows(shape));
+  const int splits = AttendSplits(shape, sm_count);
+  AttendArgs args;
+  args.shape = shape;
+  uint32_t blocks = 0;
+  if (!MakeGrid(shape, tile_rows, splits, &args.grid, &blocks)) return cudaErrorInvalidValue;
+  args.q = static_cast<const __nv_bfloat16*>(params.q);
+  args.out = splits == 1 ? params.out : static_cast<float*>(params.workspace);
+  args.lse = splits == 1 ? params.lse : args.out + splits * shape.rows * shape.heads * shape.head_dim;
+  args.scale_log2 = shape.scale * kLog2E;
+
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (PaddedHeadDim(shape.head_dim)) {
+    case 32:
+      error = LaunchRows<32>(args, tile_rows, blocks, stream);
+      break;
+    case 64:
+      error = LaunchRows<64>(args, tile_rows, blocks, stream);
+      break;
+    case 96:
+      error = LaunchRows<96>(args, tile_rows, blocks, stream);
+      break;
+    case 128:
+      error = LaunchRows<128>(args, tile_rows, blocks, stream);
+      break;
+    case 256:
+      error = LaunchRows<256>(args, tile_rows, blocks, stream);
+      break;
+  }
+  if (error != cudaSuccess || splits == 1) return error;
+  CombineParams combine;
+  combine.parts = splits;
+  combine.rows = shape.rows;
+  combine.heads = shape.heads;
+  combine.head_dim = shape.head_dim;
+  combine.part_out = args.out;
+  combine.part_lse = args.lse;
+  combine.out = params.out;
+  combine.lse = params.lse;
+  return Combine(combine, stream);
+}
+
+}  // namespace refocus::kernels

@@ -1,0 +1,100 @@
+#include "kernels/attention_plan.h"
+
+#include <algorithm>
+
+namespace refocus::kernels {
+namespace {
+
+// Rates of one H100/H200 multiprocessor that the choice balances: mma.sync products, its share of the memory stream,
+// and the fixed costs in microseconds. Rough is good enough: they only rank the splits.
+constexpr double kFlopsPerUs = 2.7e6;
+constexpr double kBytesPerUs = 2.6e4;
+constexpr double kBlockUs = 2.5;    // prologue, first loads, epilogue
+constexpr double kCombineUs = 3.0;  // one more launch
+constexpr int kMaxSplits = 128;
+constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
+// With so many rounds of blocks the last one is short beside the others, and splitting only adds traffic.
+constexpr int64_t kFullRounds = 4;
+// The fewest splits this near the best are taken: the rates above are no more exact than that.
+constexpr double kNearBest = 1.03;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t OutElements(const AttentionShape& shape) { return shape.rows * shape.heads * shape.head_dim; }
+
+int64_t AttendPartialBytes(const AttentionShape& shape) {
+  return (OutElements(shape) + shape.rows * shape.heads) * int64_t{sizeof(float)};
+}
+
+int64_t QueryGradPartialBytes(const AttentionShape& shape) { return OutElements(shape) * int64_t{sizeof(float)}; }
+
+int64_t RoundUp256(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
+
+// products: matrix products a tile of keys takes.
+int ChooseSplits(const AttentionShape& shape, TileConfig tile, int products, int64_t partial_bytes, int sm_count) {
+  if (!ValidShape(shape) || shape.rows == 0 || sm_count <= 0) return 1;
+  const int64_t blocks = CeilDiv(PackedRows(shape), tile.rows) * shape.kv_heads;
+  const int dim = PaddedHeadDim(shape.head_dim);
+  const int blocks_per_sm = BlocksPerSm(dim, tile);
+  const int64_t slots = int64_t{sm_count} * blocks_per_sm;
+  const int64_t key_tiles = CeilDiv(std::max<int64_t>(shape.expected_keys, 1), tile.keys);
+  if (blocks >= kFullRounds * slots) return 1;
+
+  const double flops = 2.0 * products * tile.rows * tile.keys * dim;
+  const double bytes = 4.0 * tile.keys * shape.head_dim;
+  const double tile_us = blocks_per_sm * std::max(flops / kFlopsPerUs, bytes / kBytesPerUs);
+  // Written, then read.
+  const double partial_us = 2.0 * static_cast<double>(partial_bytes) / (kBytesPerUs * sm_count);
+  const int64_t most =
+      std::min({int64_t{kMaxSplits}, key_tiles, std::max<int64_t>(1, kMaxPartialBytes / partial_bytes)});
+  const auto time_us = [&](int64_t splits) {
+    const double rounds = static_cast<double>(CeilDiv(blocks * splits, slots));
+    const double combine_us = splits == 1 ? 0.0 : kCombineUs + static_cast<double>(splits) * partial_us;
+    return rounds * (static_cast<double>(CeilDiv(key_tiles, splits)) * tile_us + kBlockUs) + combine_us;
+  };
+  double best_us = time_us(1);
+  for (int64_t splits = 2; splits <= most; ++splits) best_us = std::min(best_us, time_us(splits));
+  int splits = 1;
+  while (time_us(splits) > kNearBest * best_us) ++splits;
+  return splits;
+}
+
+}  // namespace
+
+bool ValidShape(const AttentionShape& s) {
+  if (s.rows < 0 || s.heads <= 0 || s.kv_heads <= 0 || s.heads % s.kv_heads != 0) return false;
+  if (s.head_dim <= 0 || s.head_dim > kMaxHeadDim || s.head_dim % 8 != 0) return false;
+  if (!(s.scale > 0.0f) || s.shards <= 0 || s.shard < 0 || s.shard >= s.shards) return false;
+  if (s.extents < 0 || s.extents > kMaxExtents) return false;
+  for (int i = 0; i < s.extents; ++i) {
+    const KvSlots& kv = s.kv[i];
+    if (kv.slots < 0 || kv.first_index < 0 || kv.head_stride % 8 != 0) return false;
+    if (kv.slots > 0 && (kv.k == nullptr || kv.v == nullptr)) return false;
+    const auto bits = reinterpret_cast<uintptr_t>(kv.k) | reinterpret_cast<uintptr_t>(kv.v);
+    if (bits % 16 != 0) return false;
+  }
+  return true;
+}
+
+int AttendSplits(const AttentionShape& shape, int sm_count) {
+  if (!ValidShape(shape)) return 1;
+  const TileConfig tile = AttendTile(PaddedHeadDim(shape.head_dim), AttendTileRows(PackedRows(shape)));
+  return ChooseSplits(shape, tile, 2, AttendPartialBytes(shape), sm_count);
+}
+
+int64_t AttendWorkspaceBytes(const AttentionShape& shape, int sm_count) {
+  const int splits = AttendSplits(shape, sm_count);
+  return splits == 1 ? 0 : RoundUp256(splits * AttendPartialBytes(shape));
+}
+
+int QueryGradSplits(const AttentionShape& shape, int sm_count) {
+  if (!ValidShape(shape)) return 1;
+  return ChooseSplits(shape, QueryGradTile(PaddedHeadDim(shape.head_dim)), 3, QueryGradPartialBytes(shape), sm_count);
+}
+
+int64_t QueryGradWorkspaceBytes(const AttentionShape& shape, int sm_count) {
+  const int splits = QueryGradSplits(shape, sm_count);
+  return splits == 1 ? 0 : RoundUp256(splits * QueryGradPartialBytes(shape));
+}
+
+}  // namespace refocus::kernels

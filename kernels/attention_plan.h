@@ -1,0 +1,65 @@
+// Tile shapes of the attention kernels and the choice of key splits, shared by the kernels and their launchers. Pure
+// arithmetic, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/attention_shape.h"
+
+namespace refocus::kernels {
+
+// One thread block works on `rows` packed rows (row i of a K/V head is query row i / G, query head head * G + i % G,
+// with G = heads / kv_heads) and walks over its keys in tiles of `keys`, `stages` of which lie in shared memory. A warp
+// owns m_tiles * 16 rows; warps_n warps share the keys of each tile among them.
+struct TileConfig {
+  int rows;
+  int keys;
+  int stages;
+  int m_tiles;
+  int warps_m;
+  int warps_n;
+
+  constexpr int threads() const { return 32 * warps_m * warps_n; }
+};
+
+// As many as registers (255 a thread) and shared memory allow.
+constexpr int BlocksPerSm(int padded_dim, TileConfig tile) {
+  return padded_dim <= 128 && tile.threads() <= 128 ? 2 : 1;
+}
+
+// The head_dim that a kernel is compiled for; the columns between are zero in shared memory.
+constexpr int PaddedHeadDim(int head_dim) {
+  return head_dim <= 32 ? 32 : head_dim <= 64 ? 64 : head_dim <= 96 ? 96 : head_dim <= 128 ? 128 : 256;
+}
+
+// The fewest rows of a tile that hold all packed rows: few rows are bound by reading K/V, so their warps share the
+// keys.
+constexpr int AttendTileRows(int64_t packed_rows) { return packed_rows <= 16 ? 16 : packed_rows <= 64 ? 64 : 128; }
+
+constexpr TileConfig AttendTile(int padded_dim, int tile_rows) {
+  if (tile_rows == 16) return {16, padded_dim <= 64 ? 128 : 64, 3, 1, 1, 4};
+  if (padded_dim <= 128) return tile_rows == 64 ? TileConfig{64, 64, 3, 2, 2, 2} : TileConfig{128, 64, 2, 2, 4, 1};
+  return tile_rows == 64 ? TileConfig{64, 64, 2, 1, 4, 2} : TileConfig{128, 64, 2, 1, 8, 1};
+}
+
+constexpr TileConfig QueryGradTile(int padded_dim) {
+  if (padded_dim <= 128) return {128, 32, padded_dim <= 64 ? 3 : 2, 2, 4, 1};
+  return {128, 32, 2, 1, 8, 1};
+}
+
+// Stages of K and V behind `row_operands` tiles of rows (q; q and dout).
+constexpr int TileBytes(int padded_dim, TileConfig tile, int row_operands) {
+  return 2 * padded_dim * (row_operands * tile.rows + 2 * tile.stages * tile.keys);
+}
+
+// Where the warps that share keys meet: out [warps_n, rows, padded_dim + 8], then maximum and sum [warps_n, rows] each.
+constexpr int MergeBytes(int padded_dim, TileConfig tile) {
+  return tile.warps_n == 1 ? 0 : 4 * tile.warps_n * tile.rows * (padded_dim + 8 + 2);
+}
+
+// rows >= 0, head_dim, heads, extents, shard and strides within their limits.
+bool ValidShape(const AttentionShape& shape);
+
+inline int64_t PackedRows(const AttentionShape& shape) { return shape.rows * (shape.heads / shape.kv_heads); }
+
+}  // namespace refocus::kernels

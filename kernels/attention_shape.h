@@ -1,0 +1,47 @@
+// What attention reads and how many key splits it makes of it: the part of kernels/attention.h that needs no CUDA
+// toolkit, so that the choice of splits is tested on any machine.
+#pragma once
+
+#include <cstdint>
+
+namespace refocus::kernels {
+
+inline constexpr int kMaxExtents = 4;
+inline constexpr int kMaxHeadDim = 256;  // head_dim: a multiple of 8
+
+// K and V of one layer in one extent. Slot i holds the token with local index first_index + i of the block-cyclic plan
+// (base/shard_plan.h); slots hold rising positions, so a query at position p sees the first
+//   clamp(CountBelow(p + 1) - first_index, 0, slots)
+// slots. Slots behind that are never read into a result (they may hold NaN).
+struct KvSlots {
+  const void* k = nullptr;  // bf16 [kv_heads, slots, head_dim]
+  const void* v = nullptr;
+  int64_t head_stride = 0;  // elements from one K/V head to the next
+  int64_t slots = 0;
+  int64_t first_index = 0;
+};
+
+struct AttentionShape {
+  int64_t rows = 0;      // may be 0
+  int heads = 0;         // query head h reads K/V head h / (heads / kv_heads)
+  int kv_heads = 0;
+  int head_dim = 0;
+  float scale = 0.0f;    // of the scores, > 0
+  int64_t shards = 1;    // of the block-cyclic plan
+  int64_t shard = 0;
+  int extents = 0;       // used entries of `kv`, may be 0
+  KvSlots kv[kMaxExtents];
+  const int64_t* pos = nullptr;  // [rows]
+  // Upper bound of what one row sees over all extents, for choosing the number of key splits only; a wrong one costs
+  // time, never correctness. Must be the same whenever the same bits are wanted.
+  int64_t expected_keys = 0;
+};
+
+// Key splits for few rows: pure functions of the shape, so that a replayed graph keeps its grid. Workspaces are 0 bytes
+// where one split does.
+int AttendSplits(const AttentionShape& shape, int sm_count);
+int64_t AttendWorkspaceBytes(const AttentionShape& shape, int sm_count);
+int QueryGradSplits(const AttentionShape& shape, int sm_count);
+int64_t QueryGradWorkspaceBytes(const AttentionShape& shape, int sm_count);
+
+}  // namespace refocus::kernels

@@ -1,0 +1,282 @@
+// QK-norm with rotary embedding, its gradient, and the append of rotated keys and values to the cache. A group of lanes
+// takes one head of one row: each lane four neighbouring pairs, elements i..i+3 and half+i..half+i+3. The angles of a
+// row are the same for all its heads: the block forms them once, in shared memory.
+#include "kernels/rowwise.cuh"
+#include "kernels/rowwise.h"
+
+namespace refocus::kernels {
+namespace {
+
+using row::Bf16;
+using row::Four;
+
+enum class Task { kRotate, kGrad, kAppend };
+
+constexpr int kMaxThreads = 512;
+constexpr int kScalarWarps = 8;
+constexpr int kMaxVectorDim = 8 * row::kWarp;
+constexpr int64_t kFewRows = 256;  // up to here a block takes one row, so that the first result comes soonest
+
+struct Arguments {
+  RotateParams p;
+  const float* dq;
+  AppendParams append;  // of kAppend
+  int rows_per_block;
+  int width;  // lanes of a group
+};
+
+// fp64 holds position * frequency to 1e-9 rad at 2^24. The reduced angle is kept in half turns, whose sine and cosine
+// need no further reduction.
+__device__ float2 CosSin(int64_t position, float inverse_frequency) {
+  constexpr double kTurnsPerRadian = 0.15915494309189533577;
+  const double turns = static_cast<double>(position) * static_cast<double>(inverse_frequency) * kTurnsPerRadian;
+  float2 result;
+  sincospif(static_cast<float>(2.0 * (turns - rint(turns))), &result.y, &result.x);
+  return result;
+}
+
+// One lane's share of a head.
+struct Share {
+  Four low, high;    // of raw
+  Four dlow, dhigh;  // of dq; kGrad
+  uint4 value;       // eight elements of V; kAppend
+  int64_t slot;      // kAppend
+  bool active;
+};
+
+template <Task kTask>
+__device__ Share LoadShare(const Arguments& a, int64_t first_row, int items, int item, int lane) {
+  const RotateParams& p = a.p;
+  Share s = {};
+  s.active = item < items && 8 * lane < p.head_dim;
+  if (!s.active) return s;
+  const int row = item / p.heads;
+  if constexpr (kTask == Task::kAppend) {
+    s.slot = a.append.slots[first_row + row];
+    s.active = s.slot >= 0;
+    if (!s.active) return s;
+  }
+  const int64_t head = (first_row * p.heads + item) * p.head_dim;  // items are (row, head) in memory's order
+  const int half = p.head_dim / 2;
+  if (kTask != Task::kGrad || p.norm != nullptr) {
+    s.low = row::Load(p.raw + head + 4 * lane);
+    s.high = row::Load(p.raw + head + half + 4 * lane);
+  }
+  if constexpr (kTask == Task::kGrad) {
+    s.dlow = row::Load(a.dq + head + 4 * lane);
+    s.dhigh = row::Load(a.dq + head + half + 4 * lane);
+  }
+  if constexpr (kTask == Task::kAppend)
+    s.value = *reinterpret_cast<const uint4*>(static_cast<const Bf16*>(a.append.value) + head + 8 * lane);
+  return s;
+}
+
+// Norm over the group's head, then the rotation; leaves the result in low and high.
+__device__ void RotateShare(const RotateParams& p, int width, const float2* angle, const Four& weight_low,
+                            const Four& weight_high, Share& s) {
+  if (p.norm != nullptr) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) squares += s.low.v[j] * s.low.v[j] + s.high.v[j] * s.high.v[j];
+    const float r = rsqrtf(row::GroupSum(squares, width) / static_cast<float>(p.head_dim) + p.eps);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      s.low.v[j] *= r * weight_low.v[j];
+      s.high.v[j] *= r * weight_high.v[j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float low = s.low.v[j], high = s.high.v[j];
+    s.low.v[j] = low * angle[j].x - high * angle[j].y;
+    s.high.v[j] = high * angle[j].x + low * angle[j].y;
+  }
+}
+
+// The inverse rotation of dq, then the norm's gradient; leaves the result in low and high.
+__device__ void RotateShareGrad(const RotateParams& p, int width, const float2* angle, const Four& weight_low,
+                                const Four& weight_high, Share& s) {
+  Four glow, ghigh;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    glow.v[j] = s.dlow.v[j] * angle[j].x + s.dhigh.v[j] * angle[j].y;
+    ghigh.v[j] = s.dhigh.v[j] * angle[j].x - s.dlow.v[j] * angle[j].y;
+  }
+  if (p.norm != nullptr) {
+    float squares = 0.0f, products = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      glow.v[j] *= weight_low.v[j];
+      ghigh.v[j] *= weight_high.v[j];
+      squares += s.low.v[j] * s.low.v[j] + s.high.v[j] * s.high.v[j];
+      products += glow.v[j] * s.low.v[j] + ghigh.v[j] * s.high.v[j];
+    }
+    const float dim = static_cast<float>(p.head_dim);
+    const float r = rsqrtf(row::GroupSum(squares, width) / dim + p.eps);
+    const float pull = r * r * (row::GroupSum(products, width) / dim);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      glow.v[j] = r * (glow.v[j] - s.low.v[j] * pull);
+      ghigh.v[j] = r * (ghigh.v[j] - s.high.v[j] * pull);
+    }
+  }
+  s.low = glow;
+  s.high = ghigh;
+}
+
+template <Task kTask>
+__device__ void StoreShare(const Arguments& a, int64_t first_row, int item, int lane, const Share& s) {
+  const RotateParams& p = a.p;
+  int64_t head = (first_row * p.heads + item) * p.head_dim;
+  Bf16* out = static_cast<Bf16*>(p.out);
+  if constexpr (kTask == Task::kAppend) {
+    head = item % p.heads * a.append.head_stride + s.slot * p.head_dim;
+    out = static_cast<Bf16*>(a.append.k);
+    *reinterpret_cast<uint4*>(static_cast<Bf16*>(a.append.v) + head + 8 * lane) = s.value;
+  }
+  row::Store(out + head + 4 * lane, s.low);
+  row::Store(out + head + p.head_dim / 2 + 4 * lane, s.high);
+}
+
+template <Task kTask>
+__global__ void __launch_bounds__(kMaxThreads) RotateKernel(Arguments a) {
+  extern __shared__ float4 shared[];  // float2 (cos, sin) [rows_per_block, head_dim / 2]
+  float2* angles = reinterpret_cast<float2*>(shared);
+  const RotateParams& p = a.p;
+  const int half = p.head_dim / 2;
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * a.rows_per_block;
+  const int rows = static_cast<int>(min(static_cast<int64_t>(a.rows_per_block), p.rows - first_row));
+  const int items = rows * p.heads;
+  const int groups = blockDim.x / a.width;
+  const int lane = threadIdx.x % a.width;
+
+  int item = threadIdx.x / a.width;
+  Share next = LoadShare<kTask>(a, first_row, items, item, lane);  // on its way while the angles are formed
+  Four weight_low = {}, weight_high = {};
+  if (p.norm != nullptr && 8 * lane < p.head_dim) {
+    weight_low = row::Load(static_cast<const Bf16*>(p.norm) + 4 * lane);
+    weight_high = row::Load(static_cast<const Bf16*>(p.norm) + half + 4 * lane);
+  }
+  for (int t = threadIdx.x; t < rows * half; t += blockDim.x)
+    angles[t] = CosSin(p.pos[first_row + t / half], p.inverse_frequencies[t % half]);
+  __syncthreads();
+
+  const int passes = (items + groups - 1) / groups;  // the same for all lanes of a warp: they shuffle
+  for (int pass = 0; pass < passes; ++pass, item += groups) {
+    Share s = next;
+    if (pass + 1 < passes) next = LoadShare<kTask>(a, first_row, items, item + groups, lane);
+    const float2* angle = angles + (s.active ? item / p.heads * half + 4 * lane : 0);
+    if constexpr (kTask == Task::kGrad) {
+      RotateShareGrad(p, a.width, angle, weight_low, weight_high, s);
+    } else {
+      RotateShare(p, a.width, angle, weight_low, weight_high, s);
+    }
+    if (s.active) StoreShare<kTask>(a, first_row, item, lane, s);
+  }
+}
+
+struct Pair {
+  float low, high;
+};
+
+__device__ Pair TurnBack(const float* dq, int half, int i, float2 angle) {
+  const Pair d = {dq[i], dq[half + i]};
+  return {d.low * angle.x + d.high * angle.y, d.high * angle.x - d.low * angle.y};
+}
+
+// Any even head_dim and any alignment: a warp a head, which it reads twice.
+template <Task kTask>
+__global__ void __launch_bounds__(kScalarWarps* row::kWarp) RotateScalarKernel(Arguments a) {
+  const RotateParams& p = a.p;
+  const int half = p.head_dim / 2;
+  const int lane = threadIdx.x % row::kWarp;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * kScalarWarps + threadIdx.x / row::kWarp;
+  if (item >= p.rows * p.heads) return;
+  const int64_t row = item / p.heads;
+  const int64_t head = item * p.head_dim;
+  const Bf16* norm = static_cast<const Bf16*>(p.norm);
+  const float* raw = p.raw + head;
+  Bf16* out = static_cast<Bf16*>(p.out) + head;
+  if constexpr (kTask == Task::kAppend) {
+    const int64_t slot = a.append.slots[row];
+    if (slot < 0) return;
+    const int64_t to = item % p.heads * a.append.head_stride + slot * p.head_dim;
+    out = static_cast<Bf16*>(a.append.k) + to;
+    for (int i = lane; i < p.head_dim; i += row::kWarp)
+      static_cast<Bf16*>(a.append.v)[to + i] = static_cast<const Bf16*>(a.append.value)[head + i];
+  }
+  const auto weight = [&](int i) { return norm != nullptr ? __bfloat162float(norm[i]) : 1.0f; };
+  float squares = 0.0f, products = 0.0f;
+  for (int i = lane; i < half && norm != nullptr; i += row::kWarp) {
+    squares += raw[i] * raw[i] + raw[half + i] * raw[half + i];
+    if constexpr (kTask == Task::kGrad) {
+      const Pair d = TurnBack(a.dq + head, half, i, CosSin(p.pos[row], p.inverse_frequencies[i]));
+      products += d.low * weight(i) * raw[i] + d.high * weight(half + i) * raw[half + i];
+    }
+  }
+  const float dim = static_cast<float>(p.head_dim);
+  const float r = norm != nullptr ? rsqrtf(row::WarpSum(squares) / dim + p.eps) : 1.0f;
+  const float pull = norm != nullptr ? r * r * (row::WarpSum(products) / dim) : 0.0f;
+  for (int i = lane; i < half; i += row::kWarp) {
+    const float2 angle = CosSin(p.pos[row], p.inverse_frequencies[i]);
+    Pair result;
+    if constexpr (kTask == Task::kGrad) {
+      const Pair d = TurnBack(a.dq + head, half, i, angle);
+      const Pair x = norm != nullptr ? Pair{raw[i], raw[half + i]} : Pair{0.0f, 0.0f};
+      result = {r * (d.low * weight(i) - x.low * pull), r * (d.high * weight(half + i) - x.high * pull)};
+    } else {
+      const float low = raw[i] * (r * weight(i)), high = raw[half + i] * (r * weight(half + i));
+      result = {low * angle.x - high * angle.y, high * angle.x + low * angle.y};
+    }
+    out[i] = __float2bfloat16_rn(result.low);
+    out[half + i] = __float2bfloat16_rn(result.high);
+  }
+}
+
+template <Task kTask>
+cudaError_t Run(Arguments a, bool aligned, cudaStream_t stream) {
+  const RotateParams& p = a.p;
+  if (p.rows < 0 || p.heads <= 0 || p.head_dim <= 0 || p.head_dim % 2 != 0) return cudaErrorInvalidValue;
+  if (p.rows == 0) return cudaSuccess;
+  if (p.head_dim % 8 != 0 || p.head_dim > kMaxVectorDim || !aligned) {
+    return row::Launch(RotateScalarKernel<kTask>, row::CeilDiv(p.rows * p.heads, kScalarWarps),
+                       kScalarWarps * row::kWarp, 0, stream, a);
+  }
+  a.width = row::GroupWidth(p.head_dim / 8);
+  const int64_t row_threads = row::CeilDiv(static_cast<int64_t>(p.heads) * a.width, row::kWarp) * row::kWarp;
+  int threads = static_cast<int>(row_threads < kMaxThreads ? row_threads : kMaxThreads);
+  a.rows_per_block = 1;
+  if (p.rows > kFewRows) {
+    threads = 256;
+    a.rows_per_block = static_cast<int>(row::CeilDiv(4 * threads, row_threads));  // some four passes
+    if (a.rows_per_block > 16) a.rows_per_block = 16;
+  }
+  const int64_t shared_bytes = int64_t{8} * a.rows_per_block * (p.head_dim / 2);
+  return row::Launch(RotateKernel<kTask>, row::CeilDiv(p.rows, a.rows_per_block), threads, shared_bytes, stream, a);
+}
+
+}  // namespace
+
+cudaError_t Rotate(const RotateParams& params, cudaStream_t stream) {
+  Arguments a = {};
+  a.p = params;
+  return Run<Task::kRotate>(a, row::Aligned(params.raw, params.norm, params.out), stream);
+}
+
+cudaError_t RotateGrad(const RotateGradParams& params, cudaStream_t stream) {
+  Arguments a = {};
+  a.p = params.forward;
+  a.p.out = params.draw;
+  a.dq = params.dq;
+  return Run<Task::kGrad>(a, row::Aligned(a.p.raw, a.p.norm, params.dq, params.draw), stream);
+}
+
+cudaError_t Append(const AppendParams& params, cudaStream_t stream) {
+  Arguments a = {};
+  a.p = params.key;
+  a.append = params;
+  const bool aligned = row::Aligned(a.p.raw, a.p.norm, params.value, params.k, params.v) && params.head_stride % 8 == 0;
+  return Run<Task::kAppend>(a, aligned, stream);
+}
+
+}  // namespace refocus::kernels

@@ -1,0 +1,142 @@
+// The row-wise neighbours of the matrix products, each one pass over memory: RMSNorm, QK-norm with rotary embedding,
+// the append to the K/V cache, SwiGLU, cross-entropy, sampling, and their gradients where adaptation needs them.
+//
+// The residual stream and its gradient are fp32; what matrix products read is bf16 (__nv_bfloat16 behind void*). All
+// pointers are device memory, contiguous row-major. Functions enqueue on `stream`, allocate nothing, may be captured,
+// and give the same bits for the same inputs. rows may be 0. They return the launch's error.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace refocus::kernels {
+
+// x[row] = table[ids[row]] : table bf16 [vocab, hidden], ids [rows] int64, x fp32 [rows, hidden]. A negative id gives a
+// row of NaN: what Sample says when there is no token must not read elsewhere in a replayed step.
+cudaError_t Embed(const void* table, const int64_t* ids, int64_t rows, int64_t hidden, float* x, cudaStream_t stream);
+
+// sum = x + y (y bf16, may be null: sum = x, then `sum` may be null too); h = sum / sqrt(mean(sum^2) + eps) * weight,
+// bf16. weight bf16 [hidden]. sum may alias x.
+struct NormParams {
+  int64_t rows = 0;
+  int64_t hidden = 0;
+  float eps = 0.0f;
+  const float* x = nullptr;
+  const void* y = nullptr;
+  const void* weight = nullptr;
+  float* sum = nullptr;
+  void* h = nullptr;
+};
+cudaError_t Norm(const NormParams& params, cudaStream_t stream);
+
+// dx = residual + gradient of Norm(x) behind dh. With r = 1 / sqrt(mean(x^2) + eps), g = dh * weight:
+// r * (g - x * r^2 * mean(g * x)). residual fp32 (null: 0) may alias dx; dx_bf16 (may be null) is dx rounded.
+struct NormGradParams {
+  int64_t rows = 0;
+  int64_t hidden = 0;
+  float eps = 0.0f;
+  const float* x = nullptr;
+  const void* weight = nullptr;   // bf16
+  const void* dh = nullptr;       // bf16 [rows, hidden]
+  const float* residual = nullptr;
+  float* dx = nullptr;
+  void* dx_bf16 = nullptr;
+};
+cudaError_t NormGrad(const NormGradParams& params, cudaStream_t stream);
+
+// Heads of queries or keys: optional RMSNorm over head_dim, then rotary embedding at each row's position: element i
+// pairs with i + head_dim / 2, angle = position * inverse_frequencies[i] formed in fp64 and reduced modulo 2 pi before
+// sine and cosine are taken in fp32 (a million times a frequency does not fit fp32).
+struct RotateParams {
+  int64_t rows = 0;
+  int heads = 0;
+  int head_dim = 0;                             // even
+  float eps = 0.0f;
+  const float* raw = nullptr;                   // fp32 [rows, heads, head_dim]
+  const void* norm = nullptr;                   // bf16 [head_dim]; null: no norm
+  const int64_t* pos = nullptr;                 // [rows]
+  const float* inverse_frequencies = nullptr;   // [head_dim / 2]
+  void* out = nullptr;                          // bf16 [rows, heads, head_dim]
+};
+cudaError_t Rotate(const RotateParams& params, cudaStream_t stream);
+
+// draw of Rotate behind dq (fp32 [rows, heads, head_dim], after rotation): draw bf16 [rows, heads, head_dim].
+struct RotateGradParams {
+  RotateParams forward;       // raw, norm, pos, inverse_frequencies; out unused
+  const float* dq = nullptr;
+  void* draw = nullptr;
+};
+cudaError_t RotateGrad(const RotateGradParams& params, cudaStream_t stream);
+
+// Keys as Rotate, then K and V of row i written to slot slots[i] of an extent; slots[i] < 0: the row is not this GPU's
+// (or writes none) and is skipped.
+struct AppendParams {
+  RotateParams key;             // heads = kv_heads; raw = keys; out unused
+  const void* value = nullptr;  // bf16 [rows, kv_heads, head_dim]
+  const int64_t* slots = nullptr;  // [rows]
+  void* k = nullptr;            // bf16 [kv_heads, capacity, head_dim]
+  void* v = nullptr;
+  int64_t head_stride = 0;      // elements from one K/V head to the next
+};
+cudaError_t Append(const AppendParams& params, cudaStream_t stream);
+
+// act = silu(gate) * up, all bf16 with `count` elements; arithmetic in fp32.
+cudaError_t SiluMul(const void* gate, const void* up, int64_t count, void* act, cudaStream_t stream);
+// dgate = dact * up * silu'(gate), dup = dact * silu(gate); dgate may alias gate's or dact's memory, dup up's.
+cudaError_t SiluMulGrad(const void* dact, const void* gate, const void* up, int64_t count, void* dgate, void* dup,
+                        cudaStream_t stream);
+
+// dot[row, head] = sum_i dout[row, head, i] * out[row, head, i]: dout bf16, out fp32, rows counts row-head pairs.
+cudaError_t RowDot(const void* dout, const float* out, int64_t rows, int head_dim, float* dot, cudaStream_t stream);
+
+// Next-token cross-entropy of fp32 logits [rows, vocab]: loss[row] = lse(logits[row]) - logits[row, target]; greedy[row]
+// (may be null) = 1 when the target is the arg max (the lowest id among equals), else 0. With dlogits (bf16 [rows,
+// vocab], may be null): (softmax - onehot(target)) * grad_scale.
+struct CrossEntropyParams {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+  const float* logits = nullptr;
+  const int64_t* targets = nullptr;
+  float* loss = nullptr;
+  float* greedy = nullptr;
+  void* dlogits = nullptr;
+  float grad_scale = 1.0f;
+};
+cudaError_t CrossEntropy(const CrossEntropyParams& params, cudaStream_t stream);
+
+// One token from one row of fp32 logits [vocab], the way worker/sampler.h does it: greedy at temperature 0 (the lowest
+// id among equals), else the first id at which the running sum of exp((logit - max) / temperature), added in fp64 in
+// rising order of ids (blockwise sums may be formed first, always in the same order), exceeds u times the total; u is
+// that of (seed, *index). A NaN logit or no finite one gives id -1. Writes *token (int64) and *logprob (fp32, at
+// temperature 1).
+struct SampleParams {
+  int64_t vocab = 0;
+  const float* logits = nullptr;
+  float temperature = 0.0f;
+  uint64_t seed = 0;
+  const int64_t* index = nullptr;  // device: which token of the answer this is
+  int64_t* token = nullptr;        // device
+  float* logprob = nullptr;        // device
+  void* workspace = nullptr;       // SampleWorkspaceBytes(vocab)
+};
+int64_t SampleWorkspaceBytes(int64_t vocab);
+cudaError_t Sample(const SampleParams& params, cudaStream_t stream);
+
+// After a decode step: the state of the next one, on the device, so that a captured step can be replayed. One thread.
+//   ids[0] = token; pos[0] += 1; slot[0] = the tail's slot of the new position if this shard owns it, else -1;
+//   index[0] += 1.
+// slot = CountBelow(pos) - first_index of the block-cyclic plan (base/shard_plan.h).
+struct AdvanceParams {
+  const int64_t* token = nullptr;
+  int64_t* ids = nullptr;
+  int64_t* pos = nullptr;
+  int64_t* slot = nullptr;
+  int64_t* index = nullptr;
+  int64_t shards = 1;
+  int64_t shard = 0;
+  int64_t first_index = 0;         // of the tail extent
+};
+cudaError_t Advance(const AdvanceParams& params, cudaStream_t stream);
+
+}  // namespace refocus::kernels

@@ -1,0 +1,466 @@
+// Partial attention, its query gradient and the combination against fp64 references on the same bf16 inputs. Keys that
+// no row sees, the gaps between heads, results and workspaces hold NaN beforehand.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "kernels/attention.h"
+#include "tests/kernels/attention_fixture.cuh"
+
+namespace refocus::kernels {
+namespace {
+
+class Attention : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    cudaGetLastError();  // a missing driver is no failure
+    if (error != cudaSuccess || devices == 0) {
+      GTEST_SKIP() << "no CUDA device: " << (error == cudaSuccess ? "none found" : cudaGetErrorString(error));
+    }
+    cudaDeviceGetAttribute(&sm_count_, cudaDevAttrMultiProcessorCount, 0);
+  }
+  // A test that left an error behind would make the next one fail.
+  void TearDown() override {
+    if (sm_count_ > 0) {
+      EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+    }
+  }
+
+  int sm_count_ = 0;
+};
+
+// Every shard forward, the combination, every shard backward: each against fp64.
+void Check(const Case& c, int sm_count, Worst* forward, Worst* backward) {
+  SCOPED_TRACE(c.Describe());
+  const Inputs in = MakeInputs(c);
+  std::vector<PartialOut> parts(c.shards);
+  std::vector<AttendReference> wants;
+  Worst here;
+  for (int64_t shard = 0; shard < c.shards; ++shard) {
+    const AttentionShape& shape = in.shards[shard].shape;
+    RunAttend(shape, in.q, sm_count, &parts[shard]);
+    if (::testing::Test::HasFatalFailure()) return;
+    wants.push_back(ReferenceAttend(shape, in.q));
+    here.Merge(CompareAttend(parts[shard].out, parts[shard].lse, wants.back(), c.head_dim),
+               "shard " + std::to_string(shard) + " in " + std::to_string(AttendSplits(shape, sm_count)) + " splits");
+  }
+  Combined combined;
+  RunCombine(c, parts, &combined);
+  if (::testing::Test::HasFatalFailure()) return;
+  const AttendReference want = CombineReference(wants, c.head_dim);
+  here.Merge(CompareAttend(combined.partial.out, combined.partial.lse, want, c.head_dim), "combined");
+  int64_t wrongly_rounded = 0;
+  for (size_t i = 0; i < combined.rounded.size(); ++i) {
+    wrongly_rounded +=
+        __bfloat162float(combined.rounded[i]) != __bfloat162float(__float2bfloat16(combined.partial.out[i]));
+  }
+  EXPECT_EQ(wrongly_rounded, 0);
+  EXPECT_LE(here.share, 1.0) << here.where;
+  forward->Merge(here, c.Describe());
+
+  const std::vector<float> lse_host(want.lse.begin(), want.lse.end());
+  const DeviceBuffer<float> lse(lse_host), row_dot(RowDot(in.dout, want.out, c.head_dim));
+  here = Worst();
+  for (int64_t shard = 0; shard < c.shards; ++shard) {
+    const AttentionShape& shape = in.shards[shard].shape;
+    std::vector<float> dq;
+    RunQueryGrad(shape, in, lse, row_dot, sm_count, &dq);
+    if (::testing::Test::HasFatalFailure()) return;
+    here.Merge(
+        CompareQueryGrad(dq, ReferenceQueryGrad(shape, in.q, in.dout, lse, row_dot), wants[shard], lse_host,
+                         c.head_dim),
+        "shard " + std::to_string(shard) + " in " + std::to_string(QueryGradSplits(shape, sm_count)) + " splits");
+  }
+  EXPECT_LE(here.share, 1.0) << here.where;
+  backward->Merge(here, c.Describe());
+}
+
+void Print(const char* what, const Worst& worst) {
+  std::printf("  %s: worst error %.3f of its bound, %.2e of the rms; %s\n", what, worst.share, worst.of_rms,
+              worst.where.c_str());
+}
+
+void CheckAll(const std::vector<Case>& cases, int sm_count) {
+  Worst forward;
+  Worst backward;
+  int failed = 0;
+  for (const Case& c : cases) {
+    const int before = ::testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
+    Check(c, sm_count, &forward, &backward);
+    const int after = ::testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
+    failed += after > before ? 1 : 0;
+    // An illegal access fails everything after it; some failures tell as much as all.
+    if (failed >= 8 || cudaPeekAtLastError() != cudaSuccess) break;
+  }
+  std::printf("  %zu cases\n", cases.size());
+  Print("forward", forward);
+  Print("backward", backward);
+}
+
+TEST_F(Attention, ReferenceAgreesWithTheDefinitionOnTheHost) {
+  Case c{.rows = 5, .heads = 6, .kv_heads = 2, .head_dim = 40, .keys = 700, .shards = 2, .order = "random"};
+  const Inputs in = MakeInputs(c);
+  const AttentionShape& shape = in.shards[1].shape;
+  const AttendReference got = ReferenceAttend(shape, in.q);
+  const std::vector<__nv_bfloat16> q = in.q.Host(), k = in.shards[1].memory[0].Host(),
+                                   v = in.shards[1].memory[1].Host();
+  for (int64_t i = 0; i < c.rows * c.heads; ++i) {
+    const int64_t kv = i % c.heads / 3 * shape.kv[0].head_stride;
+    double sum = 0.0;
+    std::vector<double> out(c.head_dim, 0.0);
+    int64_t slot = 0;
+    for (int64_t position = 0; position < c.keys; ++position) {
+      if (position / 256 % 2 != 1) continue;
+      if (position <= in.pos_host[i / c.heads]) {
+        double score = 0.0;
+        for (int d = 0; d < 40; ++d) {
+          score += static_cast<double>(__bfloat162float(q[i * 40 + d])) * __bfloat162float(k[kv + slot * 40 + d]);
+        }
+        const double weight = std::exp(score * shape.scale);
+        sum += weight;
+        for (int d = 0; d < 40; ++d) out[d] += weight * __bfloat162float(v[kv + slot * 40 + d]);
+      }
+      ++slot;
+    }
+    if (sum == 0.0) {
+      EXPECT_EQ(got.lse[i], -INFINITY);
+      continue;
+    }
+    EXPECT_NEAR(got.lse[i], std::log(sum), 1e-9);
+    for (int d = 0; d < 40; ++d) EXPECT_NEAR(got.out[i * 40 + d], out[d] / sum, 1e-9);
+  }
+}
+
+TEST_F(Attention, EveryHeadDimension) {
+  std::vector<Case> cases;
+  uint64_t seed = 100;
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    // A decode tile, a middle one and a full one of each.
+    cases.push_back({.rows = 3, .heads = 6, .kv_heads = 2, .head_dim = head_dim, .keys = 513, .seed = ++seed});
+    cases.push_back({.rows = 17, .heads = 6, .kv_heads = 2, .head_dim = head_dim, .keys = 300, .seed = ++seed});
+    cases.push_back(
+        {.rows = 65, .heads = 6, .kv_heads = 2, .head_dim = head_dim, .keys = 700, .shards = 2, .seed = ++seed});
+  }
+  CheckAll(cases, sm_count_);
+}
+
+TEST_F(Attention, EveryNumberOfRowsAndKeys) {
+  std::vector<Case> cases;
+  uint64_t seed = 1000;
+  for (const int64_t rows : {0, 1, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 300}) {
+    for (const int64_t keys : {0, 1, 63, 64, 65, 255, 256, 257, 1000}) {
+      ++seed;
+      const char* order = seed % 3 == 0 ? "tail" : seed % 3 == 1 ? "random" : "early";
+      cases.push_back({.rows = rows,
+                       .heads = 4,
+                       .kv_heads = 1 + static_cast<int>(seed % 2),
+                       .head_dim = 64,
+                       .keys = keys,
+                       .order = order,
+                       .seed = seed});
+    }
+  }
+  CheckAll(cases, sm_count_);
+}
+
+TEST_F(Attention, EveryGroupSize) {
+  std::vector<Case> cases;
+  for (const int group : {1, 2, 3, 4, 5, 8, 16}) {
+    for (const int64_t rows : {1, 7, 33}) {
+      cases.push_back({.rows = rows,
+                       .heads = 2 * group,
+                       .kv_heads = 2,
+                       .head_dim = 128,
+                       .keys = 1000,
+                       .shards = 3,
+                       .order = "random",
+                       .seed = static_cast<uint64_t>(group * 100 + rows)});
+    }
+  }
+  CheckAll(cases, sm_count_);
+}
+
+TEST_F(Attention, ExtentsAnywhereInTheShard) {
+  std::vector<Case> cases;
+  uint64_t seed = 2000;
+  const std::vector<std::vector<double>> cuts = {
+      {0.3, 1.0}, {0.0, 0.5, 1.0}, {0.0, 0.0, 1.0}, {0.0, 1.0, 1.0}, {0.1, 0.1, 0.4, 0.4, 1.0}, {0.0, 0.33, 0.34, 1.0},
+      {0.0}};
+  for (const std::vector<double>& cut : cuts) {
+    for (const int64_t shards : {1, 2, 3}) {
+      for (const char* order : {"tail", "random", "behind", "early"}) {
+        for (const int64_t rows : {2, 40}) {
+          cases.push_back({.rows = rows,
+                           .heads = 8,
+                           .kv_heads = 2,
+                           .head_dim = 96,
+                           .keys = 1500,
+                           .shards = shards,
+                           .cuts = cut,
+                           .order = order,
+                           .seed = ++seed});
+        }
+      }
+    }
+  }
+  CheckAll(cases, sm_count_);
+}
+
+// More splits than key tiles, and one where many would do.
+TEST_F(Attention, WrongExpectationsCostTimeOnly) {
+  std::vector<Case> cases;
+  uint64_t seed = 3000;
+  for (const int64_t expected : {0, 1000, 1000000}) {
+    for (const int64_t rows : {1, 9, 70}) {
+      for (const int64_t keys : {1, 200, 5000}) {
+        for (const int head_dim : {64, 128, 256}) {
+          cases.push_back({.rows = rows,
+                           .heads = 8,
+                           .kv_heads = 2,
+                           .head_dim = head_dim,
+                           .keys = keys,
+                           .shards = 2,
+                           .order = "random",
+                           .expected_keys = expected,
+                           .seed = ++seed});
+        }
+      }
+    }
+  }
+  CheckAll(cases, sm_count_);
+}
+
+TEST_F(Attention, ExtremeLogits) {
+  std::vector<Case> cases;
+  uint64_t seed = 4000;
+  for (const int64_t rows : {1, 9, 70}) {
+    for (const int head_dim : {16, 80, 128, 256}) {
+      for (const float gain : {0.0f, 30.0f}) {
+        cases.push_back({.rows = rows,
+                         .heads = 8,
+                         .kv_heads = 2,
+                         .head_dim = head_dim,
+                         .keys = 2000,
+                         .shards = 2,
+                         .order = "random",
+                         .gain = gain,
+                         .expected_keys = 100000,
+                         .seed = ++seed});
+      }
+    }
+  }
+  CheckAll(cases, sm_count_);
+}
+
+TEST_F(Attention, RandomShapes) {
+  std::mt19937_64 random(5);
+  const auto pick = [&](const auto& values) { return values[random() % values.size()]; };
+  std::vector<Case> cases;
+  for (int i = 0; i < 150; ++i) {
+    Case c;
+    c.rows = pick(std::vector<int64_t>{1, 2, 3, 5, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 200});
+    c.kv_heads = pick(std::vector<int>{1, 2, 3, 8});
+    c.heads = c.kv_heads * pick(std::vector<int>{1, 2, 3, 4, 5, 8});
+    c.head_dim = 8 * (1 + static_cast<int>(random() % 32));
+    c.keys = pick(std::vector<int64_t>{1, 64, 255, 256, 257, 511, 1000, 3000});
+    c.shards = pick(std::vector<int64_t>{1, 2, 3, 8});
+    c.cuts = pick(std::vector<std::vector<double>>{{0.0, 1.0}, {0.0, 0.6, 1.0}, {0.2, 0.5, 0.5, 1.0}, {0.7, 0.9}});
+    c.order = pick(std::vector<const char*>{"tail", "random", "early", "behind"});
+    c.gain = pick(std::vector<float>{1.0f, 4.0f});
+    c.expected_keys = pick(std::vector<int64_t>{-1, 0, 100000});
+    c.seed = 5000 + i;
+    cases.push_back(c);
+  }
+  CheckAll(cases, sm_count_);
+}
+
+// The shards of one context against the same context unsharded: forward combined, backward added up.
+TEST_F(Attention, ShardsAddUpToTheWhole) {
+  Case whole{.rows = 33, .heads = 12, .kv_heads = 4, .head_dim = 128, .keys = 3000, .order = "random", .seed = 6000};
+  const Inputs in_whole = MakeInputs(whole);
+  const AttendReference want = ReferenceAttend(in_whole.shards[0].shape, in_whole.q);
+  const std::vector<float> lse_host(want.lse.begin(), want.lse.end());
+  const DeviceBuffer<float> lse(lse_host), row_dot(RowDot(in_whole.dout, want.out, whole.head_dim));
+  const QueryGradReference want_dq =
+      ReferenceQueryGrad(in_whole.shards[0].shape, in_whole.q, in_whole.dout, lse, row_dot);
+  for (const int64_t shards : {1, 2, 3, 8}) {
+    Case c = whole;
+    c.shards = shards;
+    const Inputs in = MakeInputs(c);
+    std::vector<PartialOut> parts(shards);
+    std::vector<float> dq(want_dq.dq.size(), 0.0f);
+    for (int64_t shard = 0; shard < shards; ++shard) {
+      RunAttend(in.shards[shard].shape, in.q, sm_count_, &parts[shard]);
+      std::vector<float> part;
+      RunQueryGrad(in.shards[shard].shape, in, lse, row_dot, sm_count_, &part);
+      if (HasFatalFailure()) return;
+      for (size_t i = 0; i < dq.size(); ++i) dq[i] += part[i];
+    }
+    Combined combined;
+    RunCombine(c, parts, &combined);
+    if (HasFatalFailure()) return;
+    const Worst forward = CompareAttend(combined.partial.out, combined.partial.lse, want, c.head_dim);
+    const Worst backward = CompareQueryGrad(dq, want_dq, want, lse_host, c.head_dim);
+    std::printf("  %d shards\n", static_cast<int>(shards));
+    Print("forward", forward);
+    Print("backward", backward);
+    EXPECT_LE(forward.share, 1.0) << shards << " shards: " << forward.where;
+    EXPECT_LE(backward.share, 1.0) << shards << " shards: " << backward.where;
+  }
+}
+
+TEST_F(Attention, CombineLeavesEmptyPartsOut) {
+  Case c{.rows = 3, .heads = 1, .head_dim = 8};
+  const float none = -INFINITY;
+  std::vector<PartialOut> parts(20, PartialOut{std::vector<float>(24, 7.5f), {none, none, none}});
+  for (int j = 0; j < 8; ++j) {
+    parts[2].out[j] = 1.0f;
+    parts[17].out[j] = 3.0f;
+    parts[19].out[8 + j] = -2.0f;
+  }
+  parts[2].lse[0] = 100.0f;
+  parts[17].lse[0] = 100.0f + std::log(3.0f);
+  parts[19].lse[1] = -300.0f;
+  Combined got;
+  RunCombine(c, parts, &got);
+  if (HasFatalFailure()) return;
+  for (int j = 0; j < 8; ++j) {
+    EXPECT_NEAR(got.partial.out[j], 2.5f, 1e-4f);
+    EXPECT_EQ(got.partial.out[8 + j], -2.0f);
+    EXPECT_EQ(got.partial.out[16 + j], 0.0f);
+  }
+  EXPECT_NEAR(got.partial.lse[0], 100.0f + std::log(4.0f), 2e-5f);
+  EXPECT_EQ(got.partial.lse[1], -300.0f);
+  EXPECT_EQ(got.partial.lse[2], none);
+}
+
+// A replayed graph reads the positions of that moment.
+TEST_F(Attention, GraphReplaysWithNewPositions) {
+  Case c{.rows = 2, .heads = 8, .kv_heads = 2, .head_dim = 128, .keys = 4000, .order = "tail", .seed = 7000};
+  const Inputs in = MakeInputs(c);
+  AttendParams params;
+  params.shape = in.shards[0].shape;
+  DeviceBuffer<float> out(2 * 8 * 128), lse(2 * 8);
+  DeviceBuffer<unsigned char> workspace(AttendWorkspaceBytes(params.shape, sm_count_));
+  params.q = in.q.get();
+  params.out = out.get();
+  params.lse = lse.get();
+  params.workspace = workspace.get();
+  ASSERT_GT(AttendSplits(params.shape, sm_count_), 1);
+  ASSERT_CUDA(Attend(params, sm_count_, nullptr));  // loads the kernels, which a capture may not
+  ASSERT_CUDA(cudaDeviceSynchronize());
+
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t exec;
+  ASSERT_CUDA(cudaStreamCreate(&stream));
+  ASSERT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
+  const cudaError_t enqueued = Attend(params, sm_count_, stream);
+  ASSERT_CUDA(cudaStreamEndCapture(stream, &graph));
+  ASSERT_CUDA(enqueued);
+  ASSERT_CUDA(cudaGraphInstantiate(&exec, graph, 0));
+  for (const int64_t at : {3999, 5, 2000}) {
+    const std::vector<int64_t> pos = {at, at / 2};
+    ASSERT_CUDA(cudaMemcpy(in.pos.get(), pos.data(), 16, cudaMemcpyHostToDevice));
+    ASSERT_CUDA(cudaGraphLaunch(exec, stream));
+    ASSERT_CUDA(cudaStreamSynchronize(stream));
+    const PartialOut replayed{out.Host(), lse.Host()};
+    const Worst worst = CompareAttend(replayed.out, replayed.lse, ReferenceAttend(params.shape, in.q), 128);
+    EXPECT_LE(worst.share, 1.0) << "position " << at << ": " << worst.where;
+    PartialOut direct;
+    RunAttend(params.shape, in.q, sm_count_, &direct);
+    EXPECT_TRUE(SameBits(direct.out, replayed.out)) << "position " << at;
+  }
+  cudaGraphExecDestroy(exec);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
+}
+
+TEST_F(Attention, RefusesShapesOutsideItsLimits) {
+  AttendParams params;
+  params.shape.rows = 1;
+  params.shape.heads = 3;
+  params.shape.kv_heads = 2;
+  params.shape.head_dim = 64;
+  params.shape.scale = 1.0f;
+  EXPECT_EQ(Attend(params, sm_count_, nullptr), cudaErrorInvalidValue);
+  params.shape.heads = 4;
+  params.shape.head_dim = 264;
+  EXPECT_EQ(Attend(params, sm_count_, nullptr), cudaErrorInvalidValue);
+  QueryGradParams gradient;
+  gradient.shape = params.shape;
+  EXPECT_EQ(QueryGrad(gradient, sm_count_, nullptr), cudaErrorInvalidValue);
+  CombineParams combine;
+  combine.parts = -1;
+  EXPECT_EQ(Combine(combine, nullptr), cudaErrorInvalidValue);
+}
+
+__global__ void PlantKey(__nv_bfloat16* k, int64_t slot, int head_dim) {
+  k[slot * head_dim + threadIdx.x] = __float2bfloat16(threadIdx.x % 2 == 0 ? 2.0f : -2.0f);
+}
+
+__global__ void PlantQuery(__nv_bfloat16* q, int head_dim) {
+  q[blockIdx.x * head_dim + threadIdx.x] = __float2bfloat16(threadIdx.x % 2 == 0 ? 1.0f : -1.0f);
+}
+
+// Offsets beyond 2^31 elements within one head: keys planted on both sides of the border take nearly all the weight.
+TEST_F(Attention, OffsetsBeyondTwoToThe31) {
+  constexpr int kDim = 256;
+  constexpr int64_t kBorder = (int64_t{1} << 31) / kDim;
+  constexpr int64_t kSlots = kBorder + 1000;
+  size_t free_bytes = 0;
+  size_t total_bytes = 0;
+  ASSERT_CUDA(cudaMemGetInfo(&free_bytes, &total_bytes));
+  if (free_bytes < (size_t{10} << 30))
+    GTEST_SKIP() << "10 GiB of GPU memory wanted, " << (free_bytes >> 20) << " MiB free";
+  Bf16Buffer k(kSlots * kDim), v(kSlots * kDim);
+  FillNoise<<<4096, 256>>>(k.get(), k.size(), 1, 0.5f);
+  FillNoise<<<4096, 256>>>(v.get(), v.size(), 2, 1.0f);
+  for (const int64_t slot : {int64_t{3}, kBorder - 1, kBorder + 5, kBorder + 700})
+    PlantKey<<<1, kDim>>>(k.get(), slot, kDim);
+
+  Inputs in;
+  in.pos_host = {kSlots - 1, kBorder + 6};
+  in.pos = DeviceBuffer<int64_t>(in.pos_host);
+  AttentionShape shape;
+  shape.rows = 2;
+  shape.heads = 2;
+  shape.kv_heads = 1;
+  shape.head_dim = kDim;
+  shape.scale = 1.0f / 16;
+  shape.extents = 1;
+  shape.kv[0] = {k.get(), v.get(), kSlots * kDim, kSlots, 0};
+  shape.pos = in.pos.get();
+  shape.expected_keys = kSlots;
+  in.q = Bf16Buffer(4 * kDim);
+  in.dout = Bf16Buffer(4 * kDim);
+  PlantQuery<<<4, kDim>>>(in.q.get(), kDim);
+  FillNoise<<<4, 256>>>(in.dout.get(), in.dout.size(), 3, 1.0f);
+
+  PartialOut got;
+  RunAttend(shape, in.q, sm_count_, &got);
+  if (HasFatalFailure()) return;
+  const AttendReference want = ReferenceAttend(shape, in.q);
+  const Worst forward = CompareAttend(got.out, got.lse, want, kDim);
+  Print("forward", forward);
+  EXPECT_LE(forward.share, 1.0) << forward.where;
+  const std::vector<float> lse_host(want.lse.begin(), want.lse.end());
+  const DeviceBuffer<float> lse(lse_host), row_dot(RowDot(in.dout, want.out, kDim));
+  std::vector<float> dq;
+  RunQueryGrad(shape, in, lse, row_dot, sm_count_, &dq);
+  if (HasFatalFailure()) return;
+  const Worst backward =
+      CompareQueryGrad(dq, ReferenceQueryGrad(shape, in.q, in.dout, lse, row_dot), want, lse_host, kDim);
+  Print("backward", backward);
+  EXPECT_LE(backward.share, 1.0) << backward.where;
+}
+
+}  // namespace
+}  // namespace refocus::kernels

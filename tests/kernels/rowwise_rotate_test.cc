@@ -1,0 +1,239 @@
+#include "kernels/rowwise.h"
+#include "tests/kernels/rowwise_support.h"
+
+namespace refocus::kernels {
+namespace {
+
+using RotateTest = RowwiseTest;
+
+constexpr float kEps = 1e-6f;
+constexpr int64_t kMaxPosition = int64_t{1} << 24;
+
+struct Case {
+  int64_t rows;
+  int heads;
+  int head_dim;
+  bool norm;
+};
+
+// Vector and scalar paths, groups of 1 to 32 lanes with and without idle ones, one and many rows a block.
+const Case kCases[] = {{0, 3, 64, true},    {1, 1, 2, true},      {5, 3, 6, true},      {7, 5, 8, true},
+                       {5, 1, 10, false},   {9, 16, 16, true},    {300, 3, 40, true},   {3, 9, 64, false},
+                       {300, 9, 64, false}, {5, 5, 80, true},     {2, 6, 96, true},     {1, 32, 128, true},
+                       {33, 8, 128, true},  {700, 32, 128, true}, {515, 8, 128, false}, {257, 1, 128, true},
+                       {300, 7, 256, true}, {1, 40, 256, true},   {3, 2, 258, true},    {4, 2, 512, true}};
+
+std::string Name(const char* what, const Case& c) {
+  return std::string(what) + " rows " + std::to_string(c.rows) + " heads " + std::to_string(c.heads) + " dim " +
+         std::to_string(c.head_dim) + (c.norm ? " norm" : "");
+}
+
+struct Inputs {
+  std::vector<float> raw, dq, frequencies;
+  std::vector<Bits> norm, value;
+  std::vector<int64_t> pos;
+};
+
+Inputs MakeInputs(const Case& c, uint64_t seed) {
+  Random random(seed);
+  const int64_t count = c.rows * c.heads * c.head_dim;
+  Inputs in{random.Floats(count, 2.0f), random.Floats(count), {}, random.Bf16s(c.head_dim), random.Bf16s(count), {}};
+  for (int i = 0; i < c.head_dim / 2; ++i)
+    in.frequencies.push_back(static_cast<float>(std::pow(5e6, -2.0 * i / c.head_dim)));
+  for (int64_t row = 0; row < c.rows; ++row)
+    in.pos.push_back(row % 5 == 0 ? kMaxPosition - row : random.Below(kMaxPosition));
+  if (c.rows > 1) in.pos[1] = 0;
+  return in;
+}
+
+double Scale(const Case& c, const double* x) {
+  if (!c.norm) return 1.0;
+  double squares = 0.0;
+  for (int i = 0; i < c.head_dim; ++i) squares += x[i] * x[i];
+  return 1.0 / std::sqrt(squares / c.head_dim + kEps);
+}
+
+// One head at one position.
+std::vector<double> Forward(const Inputs& in, const Case& c, int64_t position, const std::vector<double>& x) {
+  const double r = Scale(c, x.data());
+  std::vector<double> y, out(c.head_dim);
+  for (int i = 0; i < c.head_dim; ++i) y.push_back(x[i] * r * (c.norm ? Wide(in.norm[i]) : 1.0));
+  const int half = c.head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const double angle = static_cast<double>(position) * static_cast<double>(in.frequencies[i]);
+    out[i] = y[i] * std::cos(angle) - y[half + i] * std::sin(angle);
+    out[half + i] = y[half + i] * std::cos(angle) + y[i] * std::sin(angle);
+  }
+  return out;
+}
+
+std::vector<double> Backward(const Inputs& in, const Case& c, int64_t position, const std::vector<double>& x,
+                             const std::vector<double>& dq) {
+  const int half = c.head_dim / 2;
+  std::vector<double> g(c.head_dim);
+  for (int i = 0; i < half; ++i) {
+    const double angle = static_cast<double>(position) * static_cast<double>(in.frequencies[i]);
+    g[i] = dq[i] * std::cos(angle) + dq[half + i] * std::sin(angle);
+    g[half + i] = dq[half + i] * std::cos(angle) - dq[i] * std::sin(angle);
+  }
+  if (!c.norm) return g;
+  const double r = Scale(c, x.data());
+  double mean = 0.0;
+  for (int i = 0; i < c.head_dim; ++i) {
+    g[i] *= Wide(in.norm[i]);
+    mean += g[i] * x[i] / c.head_dim;
+  }
+  for (int i = 0; i < c.head_dim; ++i) g[i] = r * (g[i] - x[i] * r * r * mean);
+  return g;
+}
+
+std::vector<double> Head(const std::vector<float>& all, int64_t head, int head_dim) {
+  return std::vector<double>(all.begin() + head * head_dim, all.begin() + (head + 1) * head_dim);
+}
+
+std::vector<double> ForwardAll(const Inputs& in, const Case& c) {
+  std::vector<double> out;
+  for (int64_t head = 0; head < c.rows * c.heads; ++head) {
+    const std::vector<double> one = Forward(in, c, in.pos[head / c.heads], Head(in.raw, head, c.head_dim));
+    out.insert(out.end(), one.begin(), one.end());
+  }
+  return out;
+}
+
+// Device copies of what every kernel reads.
+struct Device {
+  Device(const Inputs& in, const Case& c, int64_t shift)
+      : raw(in.raw, shift), norm(in.norm, shift), pos(in.pos), frequencies(in.frequencies), c(c) {}
+  RotateParams Params(void* out) {
+    return {c.rows,    c.heads,           c.head_dim, kEps, raw.get(), c.norm ? norm.get() : nullptr,
+            pos.get(), frequencies.get(), out};
+  }
+  DeviceArray<float> raw;
+  DeviceArray<Bits> norm;
+  DeviceArray<int64_t> pos;
+  DeviceArray<float> frequencies;
+  Case c;
+};
+
+TEST_F(RotateTest, NormAndRotation) {
+  for (const Case& c : kCases) {
+    const Inputs in = MakeInputs(c, 11);
+    const std::vector<double> want = ForwardAll(in, c);
+    for (const int64_t shift : {0, 1}) {
+      Device device(in, c, shift);
+      DeviceArray<Bits> out(c.rows * c.heads * c.head_dim);
+      REFOCUS_CUDA(Rotate(device.Params(out.get()), nullptr));
+      ExpectNear(Name("rotate", c), out.Download(), want, kBf16, 1e-5);
+    }
+  }
+}
+
+TEST_F(RotateTest, ARowDoesNotDependOnItsNeighbours) {
+  const Case many{700, 32, 128, true}, one{1, 32, 128, true};
+  const Inputs in = MakeInputs(many, 12);
+  Device device(in, many, 0);
+  const int64_t width = many.heads * many.head_dim;
+  DeviceArray<Bits> all(many.rows * width), single(width);
+  REFOCUS_CUDA(Rotate(device.Params(all.get()), nullptr));
+  const std::vector<Bits> want = all.Download();
+  for (const int64_t row : {0, 1, 431, 699}) {
+    RotateParams params = device.Params(single.get());
+    params.rows = one.rows;
+    params.raw += row * width;
+    params.pos += row;
+    REFOCUS_CUDA(Rotate(params, nullptr));
+    EXPECT_TRUE(
+        SameBits(single.Download(), std::vector<Bits>(want.begin() + row * width, want.begin() + (row + 1) * width)))
+        << "row " << row;
+  }
+}
+
+// The formula itself against central differences in fp64; needs no device.
+TEST(RotateReferenceTest, GradientIsTheDifferenceQuotient) {
+  for (const bool norm : {false, true}) {
+    const Case c{1, 1, 12, norm};
+    const Inputs in = MakeInputs(c, 13);
+    const std::vector<double> x = Head(in.raw, 0, c.head_dim), dq = Head(in.dq, 0, c.head_dim);
+    const std::vector<double> grad = Backward(in, c, 12345, x, dq);
+    for (int i = 0; i < c.head_dim; ++i) {
+      double quotient = 0.0;
+      for (const double step : {1e-5, -1e-5}) {
+        std::vector<double> moved = x;
+        moved[i] += step;
+        const std::vector<double> out = Forward(in, c, 12345, moved);
+        for (int j = 0; j < c.head_dim; ++j) quotient += out[j] * dq[j] / (2.0 * step);
+      }
+      EXPECT_NEAR(grad[i], quotient, 1e-7) << "element " << i;
+    }
+  }
+}
+
+TEST_F(RotateTest, Gradient) {
+  for (const Case& c : kCases) {
+    const Inputs in = MakeInputs(c, 14);
+    std::vector<double> want;
+    for (int64_t head = 0; head < c.rows * c.heads; ++head) {
+      const std::vector<double> one =
+          Backward(in, c, in.pos[head / c.heads], Head(in.raw, head, c.head_dim), Head(in.dq, head, c.head_dim));
+      want.insert(want.end(), one.begin(), one.end());
+    }
+    for (const int64_t shift : {0, 1}) {
+      Device device(in, c, shift);
+      DeviceArray<float> dq(in.dq);
+      DeviceArray<Bits> draw(c.rows * c.heads * c.head_dim, shift);
+      RotateGradParams params{device.Params(nullptr), dq.get(), draw.get()};
+      if (!c.norm) params.forward.raw = nullptr;  // needed for the norm alone
+      REFOCUS_CUDA(RotateGrad(params, nullptr));
+      ExpectNear(Name("rotate grad", c), draw.Download(), want, kBf16, c.head_dim < 8 ? 1e-4 : 2e-5);
+    }
+  }
+}
+
+TEST_F(RotateTest, AppendWritesItsSlotsAndNothingElse) {
+  for (const Case& c : kCases) {
+    const Inputs in = MakeInputs(c, 15);
+    const std::vector<double> want = ForwardAll(in, c);
+    const int64_t capacity = c.rows + 5, stride = capacity * c.head_dim, d = c.head_dim;
+    std::vector<int64_t> slots;  // every third row is another GPU's; the rest in falling order
+    for (int64_t row = 0; row < c.rows; ++row) slots.push_back(row % 3 == 1 ? -1 : capacity - 1 - row);
+    for (const int64_t shift : {0, 1}) {
+      Device device(in, c, shift);
+      DeviceArray<Bits> value(in.value), k(c.heads * stride), v(c.heads * stride);
+      DeviceArray<int64_t> device_slots(slots);
+      REFOCUS_CUDA(
+          Append({device.Params(nullptr), value.get(), device_slots.get(), k.get(), v.get(), stride}, nullptr));
+      const std::vector<Bits> got_k = k.Download(), got_v = v.Download();
+      std::vector<Bits> keys, expected_v(got_v.size(), 0xffff);
+      std::vector<double> expected_keys;
+      std::vector<bool> written(got_k.size(), false);
+      for (int64_t row = 0; row < c.rows; ++row) {
+        for (int64_t i = 0; slots[row] >= 0 && i < c.heads * d; ++i) {
+          const int64_t to = i / d * stride + slots[row] * d + i % d;
+          written[to] = true;
+          keys.push_back(got_k[to]);
+          expected_keys.push_back(want[row * c.heads * d + i]);
+          expected_v[to] = in.value[row * c.heads * d + i];
+        }
+      }
+      ExpectNear(Name("append", c), keys, expected_keys, kBf16, 1e-5);
+      EXPECT_TRUE(SameBits(got_v, expected_v)) << Name("values", c);
+      for (size_t i = 0; i < got_k.size(); ++i) ASSERT_TRUE(written[i] || got_k[i] == 0xffff) << "key element " << i;
+    }
+  }
+}
+
+TEST_F(RotateTest, RefusesOddHeads) {
+  const Case c{1, 1, 8, false};
+  const Inputs in = MakeInputs(c, 16);
+  Device device(in, c, 0);
+  DeviceArray<Bits> out(8);
+  RotateParams params = device.Params(out.get());
+  params.head_dim = 7;
+  EXPECT_EQ(Rotate(params, nullptr), cudaErrorInvalidValue);
+  params.head_dim = 8;
+  params.heads = 0;
+  EXPECT_EQ(Rotate(params, nullptr), cudaErrorInvalidValue);
+}
+
+}  // namespace
+}  // namespace refocus::kernels

@@ -1,0 +1,257 @@
+// Whole groups on GPUs, one thread and one GPU a rank, against the fp64 oracle: our error is at most twice that of plain
+// torch in bf16 on the same GPU. One GPU against two, two runs against each other. Needs a GPU.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/zeros.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "tests/worker/engine_harness.h"
+#include "tests/worker/golden.h"
+#include "tests/worker/torch_oracle.h"
+#include "worker/device.h"
+#include "worker/random_weights.h"
+
+namespace refocus {
+namespace {
+
+constexpr uint64_t kContext = 1;
+constexpr uint64_t kAdapter = 2;
+constexpr uint64_t kSeed = 7;
+
+struct Case {
+  std::string name;
+  ModelConfig config;
+};
+
+ModelConfig Config(Family family, int64_t layers, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim,
+                   int64_t mlp, int64_t vocab) {
+  ModelConfig c;
+  c.family = family;
+  c.name = "random";
+  c.layers = layers;
+  c.hidden = hidden;
+  c.heads = heads;
+  c.kv_heads = kv_heads;
+  c.head_dim = head_dim;
+  c.mlp = mlp;
+  c.vocab = vocab;
+  c.max_positions = 1 << 20;
+  c.rope_theta = 5e5;
+  c.rms_eps = 1e-6;
+  c.qk_norm = family == Family::kQwen3;
+  c.tied_embeddings = family == Family::kQwen3;
+  return c;
+}
+
+// Awkward and real shapes, at reduced depth.
+std::vector<Case> Cases() {
+  return {{"awkward_llama", Config(Family::kLlama, 3, 200, 9, 3, 80, 328, 1111)},
+          {"one_head_qwen3", Config(Family::kQwen3, 2, 64, 4, 1, 16, 96, 257)},
+          {"smollm2_shape", Config(Family::kLlama, 4, 576, 9, 3, 64, 1536, 49152)},
+          {"qwen3_4b_shape", Config(Family::kQwen3, 3, 2560, 32, 8, 128, 9728, 151936)}};
+}
+
+int GpuCount() {
+  for (int count = 0;; ++count) {
+    if (!UseGpu(count, count + 1).ok()) return count;
+  }
+}
+
+std::shared_ptr<const Weights> Random(const ModelConfig& config, at::Device device) {
+  LoadOptions options;
+  options.threads = 4;
+  options.device = device;
+  options.random_seed = kSeed;
+  StatusOr<Weights> weights = LoadWeights("", config, options);
+  if (!weights.ok()) {
+    std::fprintf(stderr, "%s\n", weights.status().ToString().c_str());
+    std::abort();
+  }
+  return std::make_shared<const Weights>(std::move(weights).value());
+}
+
+std::unique_ptr<Group> GpuGroup(const ModelConfig& config, int ranks) {
+  const std::string id = ranks > 1 ? MakeGpuGroupId() : std::string();
+  return std::make_unique<Group>(
+      ranks,
+      [config, ranks, id](int rank) {
+        StatusOr<Gpu> gpu = UseGpu(rank, ranks);
+        if (!gpu.ok()) {
+          std::fprintf(stderr, "%s\n", gpu.status().ToString().c_str());
+          std::abort();
+        }
+        return RankParts{Random(config, at::Device(at::kCUDA, static_cast<int8_t>(rank))), MakeGpuBackend(config, *gpu),
+                         MakeGpuCollective(id, rank, ranks, 60.0)};
+      },
+      int64_t{16} << 30);
+}
+
+std::vector<int32_t> Ids(int64_t count, int64_t vocab, uint64_t seed) {
+  std::vector<int32_t> ids;
+  uint64_t x = seed * 2654435761u + 1;
+  for (int64_t i = 0; i < count; ++i) {
+    x = x * 6364136223846793005u + 1442695040888963407u;
+    ids.push_back(static_cast<int32_t>((x >> 33) % static_cast<uint64_t>(vocab)));
+  }
+  return ids;
+}
+
+Span SpanAt(const std::vector<int32_t>& ids, int64_t start, int64_t rows) {
+  return Span{start, {ids.begin() + start, ids.begin() + start + rows + 1}};
+}
+
+class GpuEngineTest : public ::testing::TestWithParam<std::tuple<int, int>> {
+ protected:
+  void SetUp() override {
+    if (GpuCount() < ranks_) GTEST_SKIP() << "needs " << ranks_ << " CUDA devices, found " << GpuCount();
+    ids_ = Ids(tokens_, config_.vocab, 3);
+  }
+
+  // Log-probabilities of `targets` behind context and question: ours, and the largest errors of both.
+  void CompareScores(Group& group, const at::Tensor& delta, uint64_t adapter, int64_t revision) {
+    const std::vector<int32_t> text = Ids(65, config_.vocab, 5);
+    const std::vector<int32_t> question(text.begin(), text.begin() + 1), targets(text.begin() + 1, text.end());
+    const Result result = group.Score(kContext, question, tokens_, targets, adapter, revision);
+    std::vector<int32_t> rows(text.begin(), text.end() - 1);
+    const at::Tensor exact = oracle_->TailLogprobs(rows, delta);
+    const at::Tensor torch = plain_->TailLogprobs(rows, delta);
+    double ours = 0.0, theirs = 0.0;
+    for (size_t i = 0; i < targets.size(); ++i) {
+      const double expected = exact[static_cast<int64_t>(i)][targets[i]].item<double>();
+      ours += std::pow(result.score_logprobs[i] - expected, 2);
+      theirs += std::pow(torch[static_cast<int64_t>(i)][targets[i]].item<double>() - expected, 2);
+    }
+    const double count = static_cast<double>(targets.size());
+    std::printf("%s, %d ranks, %s: rms error of log-probabilities %.2e, torch bf16 %.2e\n",
+                Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, adapter == 0 ? "base" : "adapted",
+                std::sqrt(ours / count), std::sqrt(theirs / count));
+    EXPECT_LE(std::sqrt(ours / count), 2.0 * std::sqrt(theirs / count) + 1e-6);
+  }
+
+  void MakeOracles() {
+    const at::Device device(at::kCUDA, 0);
+    const std::shared_ptr<const Weights> weights = Random(config_, device);
+    oracle_ = std::make_unique<TorchOracle>(*weights, device, at::kDouble);
+    plain_ = std::make_unique<TorchOracle>(*weights, device, at::kBFloat16);
+    oracle_->Prefill(ids_);
+    plain_->Prefill(ids_);
+  }
+
+  const ModelConfig config_ = Cases()[std::get<0>(GetParam())].config;
+  const int ranks_ = std::get<1>(GetParam());
+  const int64_t tokens_ = 1300;
+  std::vector<int32_t> ids_;
+  std::unique_ptr<TorchOracle> oracle_, plain_;
+};
+
+TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
+  MakeOracles();
+  const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
+  group->Prefill(kContext, ids_, 500);
+  CompareScores(*group, at::Tensor(), 0, 0);
+
+  // Eight AdamW steps; the oracles take theirs from the same start with autograd.
+  AdamWConfig adamw;
+  adamw.learning_rate = 1e-3f;
+  group->Do(BeginAdapt{kContext, kAdapter, false, adamw});
+  const std::vector<int64_t> shape = {config_.layers, config_.q_dim(), config_.hidden};
+  struct Descent {
+    TorchOracle* model;
+    at::Tensor delta, m, v;
+    double loss = 0.0, norm = 0.0;
+  };
+  std::vector<Descent> both;
+  for (TorchOracle* model : {oracle_.get(), plain_.get()}) {
+    both.push_back({model, at::zeros(shape, at::kDouble), at::zeros(shape, at::kDouble), at::zeros(shape, at::kDouble)});
+  }
+  double ours = 0.0, theirs = 0.0;
+  for (int64_t step = 1; step <= 8; ++step) {
+    // One span, two spans, and so many rows that two ranks split them.
+    std::vector<Span> spans = {SpanAt(ids_, 300 + 40 * step, 97)};
+    if (step % 2 == 0) spans.push_back(SpanAt(ids_, 1000, 130));
+    if (step == 8) spans.push_back(SpanAt(ids_, 10, 700));
+    const Result result = group->Do(AdaptStep{kAdapter, step, spans}).result();
+    for (Descent& d : both) {
+      const TorchOracle::Gradient g = d.model->SpanGradient(spans, d.delta);
+      d.loss = g.loss;
+      d.norm = std::sqrt(g.grad.square().sum().item<double>());
+      const at::Tensor grad = g.grad * std::min(1.0, adamw.clip_norm / (d.norm + 1e-6));
+      d.m = 0.9 * d.m + 0.1 * grad;
+      d.v = 0.999 * d.v + 0.001 * grad.square();
+      const double t = static_cast<double>(step);
+      d.delta = d.delta * (1.0 - static_cast<double>(adamw.learning_rate) * adamw.weight_decay) -
+                static_cast<double>(adamw.learning_rate) * (d.m / (1.0 - std::pow(0.9, t))) /
+                    ((d.v / (1.0 - std::pow(0.999, t))).sqrt() + 1e-8);
+    }
+    ours = std::max(ours, std::abs(result.loss - both[0].loss));
+    theirs = std::max(theirs, std::abs(both[1].loss - both[0].loss));
+    EXPECT_NEAR(result.grad_norm, both[0].norm, 0.05 * both[0].norm) << "step " << step;
+  }
+  std::printf("%s, %d ranks: largest error of 8 losses %.2e, torch bf16 %.2e; last loss %.4f, gradient norm %.4f\n",
+              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, ours, theirs, both[0].loss, both[0].norm);
+  EXPECT_LE(ours, 2.0 * theirs + 1e-3);
+  group->Do(ProbeLoss{kAdapter, {SpanAt(ids_, 700, 64)}});
+  group->Do(EndAdapt{kAdapter, true, 1});
+  CompareScores(*group, both[0].delta, kAdapter, 1);
+  CompareScores(*group, at::Tensor(), 0, 0);
+}
+
+// Decoding is recorded as a graph from the second step on: every token must be what scoring says of it.
+TEST_P(GpuEngineTest, DecodedTokensAreWhatScoringExpects) {
+  const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
+  group->Prefill(kContext, ids_);
+  const std::vector<int32_t> question = Ids(9, config_.vocab, 8);
+  const std::vector<Token> answer = group->Ask(kContext, tokens_, question, 0, 300, 0, 0, 3);
+  ASSERT_EQ(answer.size(), 300u);
+  std::vector<int32_t> tokens;
+  for (const Token& token : answer) tokens.push_back(token.id);
+  const Result scores = group->Score(kContext, question, tokens_, tokens);
+  double worst = 0.0;
+  int other = 0;
+  for (size_t i = 0; i < answer.size(); ++i) {
+    worst = std::max(worst, std::abs(static_cast<double>(answer[i].logprob) - scores.score_logprobs[i]));
+    other += scores.score_greedy[i] ? 0 : 1;
+    ASSERT_EQ(answer[i].top_ids.size(), 3u);
+    EXPECT_EQ(answer[i].top_ids[0], answer[i].id) << i;
+    EXPECT_NEAR(answer[i].top_logprobs[0], answer[i].logprob, 1e-5) << i;
+  }
+  std::printf("%s, %d ranks: 300 tokens decoded, worst difference from scoring %.2e, %d no longer the best\n",
+              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, worst, other);
+  EXPECT_LE(worst, 0.1);
+  EXPECT_LE(other, 30);  // near ties of a random model
+}
+
+TEST_P(GpuEngineTest, TheSameBitsTwice) {
+  std::vector<std::vector<double>> runs;
+  for (int run = 0; run < 2; ++run) {
+    const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
+    group->Prefill(kContext, ids_, 400);
+    group->Do(BeginAdapt{kContext, kAdapter, false, AdamWConfig{}});
+    std::vector<double> seen;
+    for (int64_t step = 1; step <= 5; ++step) {
+      const Result r = group->Do(AdaptStep{kAdapter, step, {SpanAt(ids_, 100 * step, 128)}}).result();
+      seen.push_back(r.loss);
+      seen.push_back(r.grad_norm);
+    }
+    seen.push_back(static_cast<double>(group->Do(ProbeLoss{kAdapter, {}}).result().agree));
+    group->Do(EndAdapt{kAdapter, true, 1});
+    for (const Token& t : group->Ask(kContext, tokens_, {1, 2, 3}, 0, 40, kAdapter, 1)) {
+      seen.push_back(t.id);
+      seen.push_back(t.logprob);
+    }
+    runs.push_back(std::move(seen));
+  }
+  EXPECT_EQ(runs[0], runs[1]);
+}
+
+INSTANTIATE_TEST_SUITE_P(Shapes, GpuEngineTest, ::testing::Combine(::testing::Range(0, 4), ::testing::Values(1, 2)),
+                         [](const auto& info) {
+                           return Cases()[std::get<0>(info.param)].name + "_" +
+                                  std::to_string(std::get<1>(info.param)) + "_ranks";
+                         });
+
+}  // namespace
+}  // namespace refocus

@@ -1,0 +1,53 @@
+// The model and its query gradients in plain LibTorch operators with autograd, in any precision on any device: the
+// fp64 oracle, and "plain torch in the same precision" whose error ours may at most double. Shares no code with worker/
+// but the weights' struct.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "worker/command.h"
+#include "worker/weights.h"
+
+namespace refocus {
+
+class TorchOracle {
+ public:
+  // Keeps converted copies of the weights.
+  TorchOracle(const Weights& weights, at::Device device, at::ScalarType dtype);
+
+  // Base pass over the whole context: keeps K and V of every layer.
+  void Prefill(const std::vector<int32_t>& ids);
+
+  // log softmax [rows, vocab] fp64 on the CPU of rows at these positions of the context, with the frozen K/V; delta
+  // [layers, H * d, hidden] or undefined.
+  at::Tensor Logprobs(const std::vector<int32_t>& ids, const std::vector<int64_t>& positions, const at::Tensor& delta);
+  // The same for a question behind the context: its rows write and see K/V of their own.
+  at::Tensor TailLogprobs(const std::vector<int32_t>& ids, const at::Tensor& delta);
+
+  struct Gradient {
+    double loss = 0.0;
+    at::Tensor grad;  // [layers, H * d, hidden] fp64 on the CPU
+  };
+  // Mean next-token cross-entropy of the spans' rows and its gradient with respect to the delta.
+  Gradient SpanGradient(const std::vector<Span>& spans, const at::Tensor& delta);
+
+ private:
+  // `write`: K/V of the rows are appended to `keys` and `values` before attention.
+  at::Tensor Forward(const at::Tensor& ids, const at::Tensor& positions, const std::vector<at::Tensor>& delta,
+                     bool write, std::vector<at::Tensor>& keys, std::vector<at::Tensor>& values) const;
+  at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) const;
+  at::Tensor Rope(const at::Tensor& x, const at::Tensor& positions) const;
+  std::vector<at::Tensor> Layers(const at::Tensor& delta) const;
+  at::Tensor Ids(const std::vector<int64_t>& values) const;
+
+  Weights weights_;
+  at::Device device_;
+  at::ScalarType dtype_;
+  int64_t tokens_ = 0;
+  std::vector<at::Tensor> keys_, values_;  // [Hk, T, d] a layer
+};
+
+}  // namespace refocus

@@ -1,0 +1,200 @@
+#include "worker/backend_cpu_rowwise.h"
+
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/add.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/logsumexp.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/mul.h>
+#include <ATen/ops/rsqrt.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+
+#include <cmath>
+
+#include "base/check.h"
+#include "worker/rotary.h"
+#include "worker/sampler.h"
+
+namespace refocus {
+namespace {
+
+class EagerRepeat : public Repeat {
+ public:
+  explicit EagerRepeat(std::function<void()> pass) : pass_(std::move(pass)) {}
+  void Run() override { pass_(); }
+
+ private:
+  std::function<void()> pass_;
+};
+
+at::Tensor SwapHalves(const at::Tensor& x) {
+  const int64_t half = x.size(-1) / 2;
+  return at::cat({x.narrow(-1, half, half), x.narrow(-1, 0, half)}, -1);
+}
+
+at::Tensor RmsNorm(const at::Tensor& x, const at::Tensor& weight, double eps) {
+  return x * at::rsqrt(x.square().mean({-1}, /*keepdim=*/true) + eps) * weight;
+}
+
+// With r = 1 / sqrt(mean(x^2) + eps) and g = dy * weight: dx = r * (g - x * r^2 * mean(g * x)).
+at::Tensor RmsNormGrad(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dy, double eps) {
+  const at::Tensor r = at::rsqrt(x.square().mean({-1}, /*keepdim=*/true) + eps);
+  const at::Tensor g = dy * weight;
+  return r * (g - x * (r.square() * (g * x).mean({-1}, /*keepdim=*/true)));
+}
+
+}  // namespace
+
+CpuRowwise::CpuRowwise(const ModelConfig& config)
+    : eps_(config.rms_eps), head_dim_(config.head_dim), inverse_frequencies_(InverseFrequencies(config)) {}
+
+std::unique_ptr<Repeat> CpuRowwise::Repeated(std::function<void()> pass) {
+  return std::make_unique<EagerRepeat>(std::move(pass));
+}
+
+at::Tensor CpuRowwise::LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) {
+  at::Tensor y = Linear(x, w);
+  if (delta.defined()) y.add_(Linear(x, delta));
+  return y;
+}
+
+at::Tensor CpuRowwise::LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) {
+  at::Tensor dx = at::mm(dy, w);
+  if (delta.defined()) dx.addmm_(dy, delta);
+  return dx;
+}
+
+void CpuRowwise::WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) {
+  grad.addmm_(dy.t(), x, /*beta=*/add ? 1 : 0);
+}
+
+at::Tensor CpuRowwise::Embed(const at::Tensor& table, const at::Tensor& ids) { return at::index_select(table, 0, ids); }
+
+at::Tensor CpuRowwise::Norm(const at::Tensor& x, const at::Tensor& weight) { return RmsNorm(x, weight, eps_); }
+
+Normed CpuRowwise::AddNorm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight) {
+  at::Tensor sum = x + y;
+  at::Tensor h = RmsNorm(sum, weight, eps_);
+  return {std::move(sum), std::move(h)};
+}
+
+at::Tensor CpuRowwise::Add(const at::Tensor& x, const at::Tensor& y) { return x + y; }
+
+Gradient CpuRowwise::NormGrad(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dh,
+                              const at::Tensor& residual) {
+  at::Tensor dx = RmsNormGrad(x, weight, dh, eps_);
+  if (residual.defined()) dx.add_(residual);
+  return {dx, dx};
+}
+
+// Frequencies are rounded to fp32 as every implementation of these models does; the angle is formed in fp64, because at
+// a position of a million an fp32 product is off by several hundredths of a radian.
+Rotation CpuRowwise::RotationAt(const at::Tensor& pos) {
+  const int64_t rows = pos.size(0);
+  const int64_t half = head_dim_ / 2;
+  Rotation rotation{pos, at::empty({rows, 1, 2 * half}, at::kFloat), at::empty({rows, 1, 2 * half}, at::kFloat)};
+  const int64_t* positions = pos.const_data_ptr<int64_t>();
+  float* cos = rotation.cos.data_ptr<float>();
+  float* sin = rotation.sin.data_ptr<float>();
+  for (int64_t row = 0; row < rows; ++row, cos += 2 * half, sin += 2 * half) {
+    for (int64_t i = 0; i < half; ++i) {
+      const double angle = static_cast<double>(positions[row]) * static_cast<double>(inverse_frequencies_[i]);
+      cos[i] = cos[half + i] = static_cast<float>(std::cos(angle));
+      sin[half + i] = static_cast<float>(std::sin(angle));
+      sin[i] = -sin[half + i];
+    }
+  }
+  return rotation;
+}
+
+at::Tensor CpuRowwise::Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) {
+  const at::Tensor x = norm.defined() ? RmsNorm(raw, norm, eps_) : raw;
+  return x * rotation.cos + SwapHalves(x) * rotation.sin;
+}
+
+at::Tensor CpuRowwise::RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+                                  const Rotation& rotation) {
+  const at::Tensor dx = dq * rotation.cos - SwapHalves(dq) * rotation.sin;  // the inverse rotation
+  return (norm.defined() ? RmsNormGrad(raw, norm, dx, eps_) : dx).contiguous();
+}
+
+void CpuRowwise::Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
+                        const Rotation& rotation, const at::Tensor& slots, const KvView& extent) {
+  // Rows of other ranks are left out before anything is computed for them.
+  std::vector<int64_t> writing, targets;
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < slots.size(0); ++i) {
+    if (slot[i] < 0) continue;
+    REFOCUS_CHECK_LT(slot[i], extent.length);
+    writing.push_back(i);
+    targets.push_back(slot[i]);
+  }
+  const int64_t rows = static_cast<int64_t>(writing.size());
+  if (rows == 0) return;
+  const bool all = rows == slots.size(0);
+  const at::Tensor index = at::tensor(writing, at::kLong);
+  const auto select = [&](const at::Tensor& t) { return all ? t : at::index_select(t, 0, index); };
+  const at::Tensor x = select(h);
+  const int64_t heads = extent.k.size(0);
+  const at::Tensor k = Rotate(Linear(x, wk).view({rows, heads, head_dim_}), k_norm,
+                              {select(rotation.pos), select(rotation.cos), select(rotation.sin)});
+  const at::Tensor v = Linear(x, wv).view({rows, heads, head_dim_});
+  // In one run of slots, as prefill and decode write them, as a rule.
+  bool run = true;
+  for (int64_t i = 1; i < rows; ++i) run = run && targets[i] == targets[0] + i;
+  if (run) {
+    extent.k.narrow(1, targets[0], rows).copy_(k.transpose(0, 1));
+    extent.v.narrow(1, targets[0], rows).copy_(v.transpose(0, 1));
+    return;
+  }
+  for (int64_t i = 0; i < rows; ++i) {
+    extent.k.select(1, targets[i]).copy_(k.select(0, i));
+    extent.v.select(1, targets[i]).copy_(v.select(0, i));
+  }
+}
+
+at::Tensor CpuRowwise::SiluMul(const at::Tensor& gate, const at::Tensor& up) { return at::silu(gate).mul_(up); }
+
+Backend::SiluGrads CpuRowwise::SiluMulGrad(const at::Tensor& dact, const at::Tensor& gate, const at::Tensor& up) {
+  return {at::silu_backward(dact * up, gate), dact * at::silu(gate)};
+}
+
+at::Tensor CpuRowwise::RowDot(const at::Tensor& dout, const at::Tensor& out) { return (dout * out).sum(-1); }
+
+Losses CpuRowwise::CrossEntropy(at::Tensor logits, const at::Tensor& targets, bool grad, double grad_scale) {
+  const at::Tensor target = targets.unsqueeze(1);
+  const at::Tensor lse = at::logsumexp(logits, {1}, /*keepdim=*/true);
+  Losses losses;
+  losses.loss = (lse - logits.gather(1, target)).squeeze(1);
+  losses.greedy = at::argmax(logits, 1).eq(targets).to(at::kFloat);
+  if (!grad) return losses;
+  logits.sub_(lse).exp_();
+  logits.scatter_add_(1, target, at::zeros({targets.size(0), 1}, at::kFloat).sub_(1.0));
+  losses.dlogits = logits.mul_(grad_scale);
+  return losses;
+}
+
+void CpuRowwise::Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) {
+  SamplingConfig plain = sampling;
+  plain.top_logprobs = 0;  // the caller's matter
+  const Token token = SampleToken(logits.view({-1}), plain, state.index.item<int64_t>());
+  state.token.fill_(static_cast<int64_t>(token.id));
+  state.logprob.fill_(token.logprob);
+}
+
+void CpuRowwise::Advance(const KvView& tail, DecodeState& state) {
+  state.ids.copy_(state.token);
+  state.pos.add_(1);
+  state.index.add_(1);
+  const int64_t pos = state.pos.item<int64_t>();
+  const bool here = tail.plan.Owns(pos);
+  state.slots.fill_(here ? tail.plan.CountBelow(pos) - tail.first_index : -1);
+}
+
+}  // namespace refocus

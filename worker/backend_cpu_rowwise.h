@@ -1,0 +1,52 @@
+// The part of the CPU backend that is LibTorch's own operators: matrix products beside the few-rows kernel, row-wise
+// steps, sampling. backend_cpu.cc adds attention and Linear.
+#pragma once
+
+#include "worker/backend.h"
+
+namespace refocus {
+
+class CpuRowwise : public Backend {
+ public:
+  explicit CpuRowwise(const ModelConfig& config);
+
+  at::Device device() const override { return at::kCPU; }
+  at::ScalarType dtype() const override { return at::kFloat; }
+  int64_t min_split_rows() const override { return 1; }
+  void Bind() override {}
+  void Synchronize() override {}
+  std::unique_ptr<Repeat> Repeated(std::function<void()> pass) override;
+
+  at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) override;
+  at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override;
+  void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) override;
+
+  at::Tensor Rounded(const at::Tensor& t) override { return t; }
+  at::Tensor Embed(const at::Tensor& table, const at::Tensor& ids) override;
+  at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) override;
+  Normed AddNorm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight) override;
+  at::Tensor Add(const at::Tensor& x, const at::Tensor& y) override;
+  Gradient NormGrad(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dh,
+                    const at::Tensor& residual) override;
+
+  Rotation RotationAt(const at::Tensor& pos) override;
+  at::Tensor Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) override;
+  at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+                        const Rotation& rotation) override;
+  void Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
+              const Rotation& rotation, const at::Tensor& slots, const KvView& extent) override;
+
+  at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) override;
+  SiluGrads SiluMulGrad(const at::Tensor& dact, const at::Tensor& gate, const at::Tensor& up) override;
+  at::Tensor RowDot(const at::Tensor& dout, const at::Tensor& out) override;
+  Losses CrossEntropy(at::Tensor logits, const at::Tensor& targets, bool grad, double grad_scale) override;
+  void Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) override;
+  void Advance(const KvView& tail, DecodeState& state) override;
+
+ private:
+  double eps_;
+  int64_t head_dim_;
+  std::vector<float> inverse_frequencies_;  // [head_dim / 2]
+};
+
+}  // namespace refocus

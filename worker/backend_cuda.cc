@@ -1,0 +1,409 @@
+// bf16 on one GPU: our kernels for attention and the row-wise steps, cuBLAS through LibTorch for matrix products.
+// Everything is enqueued on the current stream; a pass that repeats is recorded as a CUDA graph.
+#include <ATen/Context.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/cuda/CUDAGraph.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/tensor.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+
+#include <cmath>
+#include <exception>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "base/check.h"
+#include "base/log.h"
+#include "kernels/attention.h"
+#include "kernels/rowwise.h"
+#include "worker/backend.h"
+#include "worker/collective.h"
+#include "worker/rotary.h"
+
+namespace refocus {
+namespace {
+
+void CheckLaunch(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+}
+
+cudaStream_t Stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+// Device memory of a contiguous tensor; null when undefined.
+template <typename T = void>
+T* Data(const at::Tensor& t) {
+  if (!t.defined()) return nullptr;
+  REFOCUS_CHECK(t.is_cuda() && t.is_contiguous());
+  return static_cast<T*>(t.data_ptr());
+}
+
+// The first run is eager, so that libraries set up what they keep; the second is recorded, the others replay it.
+class GraphRepeat : public Repeat {
+ public:
+  explicit GraphRepeat(std::function<void()> pass) : pass_(std::move(pass)) {}
+
+  void Run() override {
+    ++runs_;
+    if (runs_ == 2) recorded_ = Record();
+    recorded_ ? graph_.replay() : pass_();
+  }
+
+ private:
+  bool Record() {
+    graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    std::string why;
+    std::exception_ptr lost;
+    try {
+      pass_();
+    } catch (const CollectiveError&) {
+      lost = std::current_exception();
+    } catch (const std::exception& error) {
+      why = error.what();
+    }
+    try {  // a capture must be ended in any case
+      graph_.capture_end();
+    } catch (const std::exception& error) {
+      if (why.empty()) why = error.what();
+    }
+    if (lost != nullptr) std::rethrow_exception(lost);
+    if (why.empty()) return true;
+    graph_.reset();
+    cudaGetLastError();
+    LogWarning("a pass could not be recorded as a CUDA graph and is launched piece by piece: " + why);
+    return false;
+  }
+
+  std::function<void()> pass_;
+  at::cuda::CUDAGraph graph_;
+  int64_t runs_ = 0;
+  bool recorded_ = false;
+};
+
+class CudaBackend : public Backend {
+ public:
+  CudaBackend(const ModelConfig& config, int index) : config_(config), device_(at::kCUDA, static_cast<int8_t>(index)) {
+    REFOCUS_CHECK_EQ(config.head_dim % 8, 0);
+    REFOCUS_CHECK_LE(config.head_dim, kernels::kMaxHeadDim);
+  }
+
+  at::Device device() const override { return device_; }
+  at::ScalarType dtype() const override { return at::kBFloat16; }
+  int64_t min_split_rows() const override { return 192; }
+
+  void Bind() override {
+    c10::cuda::set_device(device_.index());
+    c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_.index()));
+    at::globalContext().setAllowBF16ReductionCuBLAS(/*allow_reduced_precision=*/false);
+    sm_count_ = at::cuda::getDeviceProperties(device_.index())->multiProcessorCount;
+    inverse_frequencies_ = at::tensor(InverseFrequencies(config_)).to(device_);
+  }
+
+  void Synchronize() override { c10::cuda::getCurrentCUDAStream().synchronize(); }
+
+  std::unique_ptr<Repeat> Repeated(std::function<void()> pass) override {
+    return std::make_unique<GraphRepeat>(std::move(pass));
+  }
+
+  Partial Attend(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) override {
+    kernels::AttendParams params;
+    params.shape = Shape(q, pos, extents);
+    Partial partial{Empty(q.sizes(), at::kFloat), Empty(q.sizes().slice(0, 2), at::kFloat)};
+    const at::Tensor workspace = Bytes(kernels::AttendWorkspaceBytes(params.shape, sm_count_));
+    params.q = Data(q);
+    params.out = Data<float>(partial.out);
+    params.lse = Data<float>(partial.lse);
+    params.workspace = Data(workspace);
+    CheckLaunch(kernels::Attend(params, sm_count_, Stream()), "Attend");
+    return partial;
+  }
+
+  at::Tensor QueryGrad(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents,
+                       const at::Tensor& dout, const at::Tensor& lse, const at::Tensor& row_dot) override {
+    kernels::QueryGradParams params;
+    params.shape = Shape(q, pos, extents);
+    at::Tensor dq = Empty(q.sizes(), at::kFloat);
+    const at::Tensor workspace = Bytes(kernels::QueryGradWorkspaceBytes(params.shape, sm_count_));
+    REFOCUS_CHECK_EQ(dout.numel(), q.numel());
+    REFOCUS_CHECK_EQ(lse.numel(), row_dot.numel());
+    params.q = Data(q);
+    params.dout = Data(dout);
+    params.lse = Data<float>(lse);
+    params.row_dot = Data<float>(row_dot);
+    params.dq = Data<float>(dq);
+    params.workspace = Data(workspace);
+    CheckLaunch(kernels::QueryGrad(params, sm_count_, Stream()), "QueryGrad");
+    return dq;
+  }
+
+  Partial Combine(const at::Tensor& out, const at::Tensor& lse) override {
+    REFOCUS_CHECK_EQ(out.dim(), 4);
+    Partial whole{Empty(out.sizes().slice(1), at::kFloat), Empty(lse.sizes().slice(1), at::kFloat)};
+    kernels::CombineParams params;
+    params.parts = out.size(0);
+    params.rows = out.size(1);
+    params.heads = static_cast<int>(out.size(2));
+    params.head_dim = static_cast<int>(out.size(3));
+    params.part_out = Data<float>(out);
+    params.part_lse = Data<float>(lse);
+    params.out = Data<float>(whole.out);
+    params.lse = Data<float>(whole.lse);
+    CheckLaunch(kernels::Combine(params, Stream()), "Combine");
+    return whole;
+  }
+
+  at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) override { return at::linear(x, w); }
+
+  at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) override {
+    at::Tensor y = Empty({x.size(0), w.size(0)}, at::kFloat);
+    if (x.size(0) == 0) return y;
+    at::mm_out(y, x, w.t(), at::kFloat);
+    if (delta.defined()) at::addmm_out(y, y, x, delta.t(), at::kFloat);
+    return y;
+  }
+
+  at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override {
+    at::Tensor dx = at::mm(dy, w);
+    if (delta.defined()) dx.addmm_(dy, delta);
+    return dx;
+  }
+
+  void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) override {
+    if (dy.size(0) == 0) {
+      if (!add) grad.zero_();
+    } else if (add) {
+      at::addmm_out(grad, grad, dy.t(), x, at::kFloat);
+    } else {
+      at::mm_out(grad, dy.t(), x, at::kFloat);
+    }
+  }
+
+  at::Tensor Rounded(const at::Tensor& t) override { return t.to(dtype()); }
+
+  at::Tensor Embed(const at::Tensor& table, const at::Tensor& ids) override {
+    at::Tensor x = Empty({ids.size(0), table.size(1)}, at::kFloat);
+    CheckLaunch(kernels::Embed(Data(table), Data<int64_t>(ids), ids.size(0), table.size(1), Data<float>(x), Stream()),
+                "Embed");
+    return x;
+  }
+
+  at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) override {
+    return RunNorm(x, at::Tensor(), weight, at::Tensor());
+  }
+
+  Normed AddNorm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight) override {
+    at::Tensor sum = Empty(x.sizes(), at::kFloat);
+    at::Tensor h = RunNorm(x, y, weight, sum);
+    return {std::move(sum), std::move(h)};
+  }
+
+  at::Tensor Add(const at::Tensor& x, const at::Tensor& y) override { return x + y; }
+
+  Gradient NormGrad(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& dh,
+                    const at::Tensor& residual) override {
+    Gradient dx{Empty(x.sizes(), at::kFloat), Empty(x.sizes(), dtype())};
+    kernels::NormGradParams params;
+    params.rows = x.size(0);
+    params.hidden = x.size(1);
+    params.eps = static_cast<float>(config_.rms_eps);
+    params.x = Data<float>(x);
+    params.weight = Data(weight);
+    params.dh = Data(dh);
+    params.residual = Data<float>(residual);
+    params.dx = Data<float>(dx.sum);
+    params.dx_bf16 = Data(dx.rounded);
+    CheckLaunch(kernels::NormGrad(params, Stream()), "NormGrad");
+    return dx;
+  }
+
+  Rotation RotationAt(const at::Tensor& pos) override { return {pos, {}, {}}; }
+
+  at::Tensor Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) override {
+    at::Tensor out = Empty(raw.sizes(), dtype());
+    kernels::RotateParams params = RotateOf(raw, norm, rotation);
+    params.out = Data(out);
+    CheckLaunch(kernels::Rotate(params, Stream()), "Rotate");
+    return out;
+  }
+
+  at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+                        const Rotation& rotation) override {
+    at::Tensor draw = Empty(raw.sizes(), dtype());
+    kernels::RotateGradParams params;
+    params.forward = RotateOf(raw, norm, rotation);
+    params.dq = Data<float>(dq);
+    params.draw = Data(draw);
+    CheckLaunch(kernels::RotateGrad(params, Stream()), "RotateGrad");
+    return draw;
+  }
+
+  void Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
+              const Rotation& rotation, const at::Tensor& slots, const KvView& extent) override {
+    const at::Tensor raw = LinearSum(h, wk, at::Tensor()).view({h.size(0), config_.kv_heads, config_.head_dim});
+    const at::Tensor value = Linear(h, wv);
+    CheckExtent(extent);
+    kernels::AppendParams params;
+    params.key = RotateOf(raw, k_norm, rotation);
+    params.value = Data(value);
+    params.slots = Data<int64_t>(slots);
+    params.k = extent.k.data_ptr();
+    params.v = extent.v.data_ptr();
+    params.head_stride = extent.k.stride(0);
+    CheckLaunch(kernels::Append(params, Stream()), "Append");
+  }
+
+  at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) override {
+    at::Tensor act = Empty(gate.sizes(), dtype());
+    CheckLaunch(kernels::SiluMul(Data(gate), Data(up), gate.numel(), Data(act), Stream()), "SiluMul");
+    return act;
+  }
+
+  SiluGrads SiluMulGrad(const at::Tensor& dact, const at::Tensor& gate, const at::Tensor& up) override {
+    SiluGrads grads{Empty(gate.sizes(), dtype()), Empty(up.sizes(), dtype())};
+    CheckLaunch(kernels::SiluMulGrad(Data(dact), Data(gate), Data(up), gate.numel(), Data(grads.gate), Data(grads.up),
+                                     Stream()),
+                "SiluMulGrad");
+    return grads;
+  }
+
+  at::Tensor RowDot(const at::Tensor& dout, const at::Tensor& out) override {
+    at::Tensor dot = Empty(out.sizes().slice(0, 2), at::kFloat);
+    CheckLaunch(kernels::RowDot(Data(dout), Data<float>(out), dot.numel(), static_cast<int>(config_.head_dim),
+                                Data<float>(dot), Stream()),
+                "RowDot");
+    return dot;
+  }
+
+  Losses CrossEntropy(at::Tensor logits, const at::Tensor& targets, bool grad, double grad_scale) override {
+    Losses losses{Empty({logits.size(0)}, at::kFloat), Empty({logits.size(0)}, at::kFloat), at::Tensor()};
+    if (grad) losses.dlogits = Empty(logits.sizes(), dtype());
+    kernels::CrossEntropyParams params;
+    params.rows = logits.size(0);
+    params.vocab = logits.size(1);
+    params.logits = Data<float>(logits);
+    params.targets = Data<int64_t>(targets);
+    params.loss = Data<float>(losses.loss);
+    params.greedy = Data<float>(losses.greedy);
+    params.dlogits = Data(losses.dlogits);
+    params.grad_scale = static_cast<float>(grad_scale);
+    CheckLaunch(kernels::CrossEntropy(params, Stream()), "CrossEntropy");
+    return losses;
+  }
+
+  void Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) override {
+    const at::Tensor workspace = Bytes(kernels::SampleWorkspaceBytes(logits.numel()));
+    kernels::SampleParams params;
+    params.vocab = logits.numel();
+    params.logits = Data<float>(logits);
+    params.temperature = sampling.temperature;
+    params.seed = sampling.seed;
+    params.index = Data<int64_t>(state.index);
+    params.token = Data<int64_t>(state.token);
+    params.logprob = Data<float>(state.logprob);
+    params.workspace = Data(workspace);
+    CheckLaunch(kernels::Sample(params, Stream()), "Sample");
+  }
+
+  void Advance(const KvView& tail, DecodeState& state) override {
+    kernels::AdvanceParams params;
+    params.token = Data<int64_t>(state.token);
+    params.ids = Data<int64_t>(state.ids);
+    params.pos = Data<int64_t>(state.pos);
+    params.slot = Data<int64_t>(state.slots);
+    params.index = Data<int64_t>(state.index);
+    params.shards = tail.plan.shards;
+    params.shard = tail.plan.shard;
+    params.first_index = tail.first_index;
+    CheckLaunch(kernels::Advance(params, Stream()), "Advance");
+  }
+
+ private:
+  at::Tensor Empty(at::IntArrayRef shape, at::ScalarType type) const {
+    return at::empty(shape, at::TensorOptions(device_).dtype(type));
+  }
+  at::Tensor Bytes(int64_t count) const { return count == 0 ? at::Tensor() : Empty({count}, at::kByte); }
+
+  void CheckExtent(const KvView& view) const {
+    for (const at::Tensor* t : {&view.k, &view.v}) {
+      REFOCUS_CHECK(t->is_cuda() && t->scalar_type() == dtype() && t->dim() == 3);
+      REFOCUS_CHECK(t->stride(2) == 1 && t->stride(1) == config_.head_dim && t->stride(0) == view.k.stride(0));
+      REFOCUS_CHECK_LE(view.length, t->size(1));
+    }
+  }
+
+  kernels::AttentionShape Shape(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) const {
+    REFOCUS_CHECK(q.dim() == 3 && q.scalar_type() == dtype());
+    REFOCUS_CHECK_EQ(pos.numel(), q.size(0));
+    kernels::AttentionShape shape;
+    shape.rows = q.size(0);
+    shape.heads = static_cast<int>(config_.heads);
+    shape.kv_heads = static_cast<int>(config_.kv_heads);
+    shape.head_dim = static_cast<int>(config_.head_dim);
+    REFOCUS_CHECK(q.size(1) == shape.heads && q.size(2) == shape.head_dim);
+    shape.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape.head_dim)));
+    shape.pos = Data<int64_t>(pos);
+    for (const KvView& view : extents) {
+      if (view.length == 0) continue;
+      CheckExtent(view);
+      REFOCUS_CHECK_LT(shape.extents, kernels::kMaxExtents);
+      kernels::KvSlots& slots = shape.kv[shape.extents++];
+      slots.k = view.k.data_ptr();
+      slots.v = view.v.data_ptr();
+      slots.head_stride = view.k.stride(0);
+      slots.slots = view.length;
+      slots.first_index = view.first_index;
+      shape.shards = view.plan.shards;
+      shape.shard = view.plan.shard;
+      shape.expected_keys += view.length;
+    }
+    return shape;
+  }
+
+  kernels::RotateParams RotateOf(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) const {
+    REFOCUS_CHECK_EQ(rotation.pos.numel(), raw.size(0));
+    kernels::RotateParams params;
+    params.rows = raw.size(0);
+    params.heads = static_cast<int>(raw.size(1));
+    params.head_dim = static_cast<int>(raw.size(2));
+    params.eps = static_cast<float>(config_.rms_eps);
+    params.raw = Data<float>(raw);
+    params.norm = Data(norm);
+    params.pos = Data<int64_t>(rotation.pos);
+    params.inverse_frequencies = Data<float>(inverse_frequencies_);
+    return params;
+  }
+
+  at::Tensor RunNorm(const at::Tensor& x, const at::Tensor& y, const at::Tensor& weight, const at::Tensor& sum) {
+    at::Tensor h = Empty(x.sizes(), dtype());
+    kernels::NormParams params;
+    params.rows = x.size(0);
+    params.hidden = x.size(1);
+    params.eps = static_cast<float>(config_.rms_eps);
+    params.x = Data<float>(x);
+    params.y = Data(y);
+    params.weight = Data(weight);
+    params.sum = Data<float>(sum);
+    params.h = Data(h);
+    CheckLaunch(kernels::Norm(params, Stream()), "Norm");
+    return h;
+  }
+
+  const ModelConfig config_;
+  const at::Device device_;
+  int sm_count_ = 0;
+  at::Tensor inverse_frequencies_;  // [head_dim / 2] fp32
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> MakeCudaBackend(const ModelConfig& config, int index) {
+  return std::make_unique<CudaBackend>(config, index);
+}
+
+}  // namespace refocus
