@@ -3,7 +3,7 @@ BUILD := build/release
 # Always said: a path that an earlier call left in CMake's cache would stay otherwise.
 CONFIGURE := -DREFOCUS_TORCH_ROOT=$(or $(REFOCUS_TORCH_ROOT),$(CURDIR)/.deps/site/torch)
 JOBS ?= $(shell nproc)
-# Tests that start processes of several threads, or measure time, are marked to run alone.
+# Two at a time: tests that compute on all cores, or measure time, are marked to run alone; others mostly wait.
 CTEST := ctest --output-on-failure -j 2 --test-dir
 
 .DEFAULT_GOAL := help
@@ -41,7 +41,7 @@ test-all: build-all
 
 asan tsan: setup
 	@cmake --preset $@ $(CONFIGURE)
-	@cmake --build build/$@ -j $(JOBS)
+	@cmake --build build/$@ -j $(JOBS) --target fast_tests
 	@$(CTEST) build/$@ -L fast
 
 bench: setup

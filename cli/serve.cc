@@ -14,9 +14,12 @@ namespace {
 
 struct ServeFlags {
   ServeOptions options;
+  std::optional<int> ranks;
   std::optional<int> threads;
   std::string kv_memory;
   std::string device;
+  bool check_finite = false;
+  std::optional<uint64_t> random_weights;
   std::optional<double> collective_deadline;
   std::optional<double> default_ttl;
   std::optional<double> stuck;
@@ -36,6 +39,7 @@ std::string FindProblem(const ServeFlags& flags) {
     const std::string path = OwnFolder() + "/" + name;
     if (access(path.c_str(), X_OK) != 0) return path + ": not there; it belongs beside 'refocus'";
   }
+  if (!OnPath("mpirun")) return "mpirun: not on PATH; install Open MPI 4.1 (Debian, Ubuntu: openmpi-bin)";
   return "";
 }
 
@@ -47,6 +51,7 @@ int Serve(ServeFlags flags) {
     std::cerr << "refocus serve: " << problem << " [CONFIG_INVALID]" << std::endl;
     return kExitConfig;
   }
+  flags.options.ranks = flags.ranks.value_or(flags.device == "cuda" ? VisibleGpus() : 1);
   auto& coordinator = flags.options.coordinator_flags;
   auto& worker = flags.options.worker_flags;
   const auto add = [](std::vector<std::string>* to, const std::string& flag, const std::string& value) {
@@ -61,6 +66,8 @@ int Serve(ServeFlags flags) {
   if (flags.insecure) coordinator.push_back("--insecure");
   add(&worker, "--log-level", flags.log_level);
   if (!flags.device.empty()) add(&worker, "--device", flags.device);
+  if (flags.check_finite) worker.push_back("--check-finite");
+  if (flags.random_weights) add(&worker, "--random-weights", std::to_string(*flags.random_weights));
   if (flags.threads) add(&worker, "--threads", std::to_string(*flags.threads));
   if (!flags.kv_memory.empty()) add(&worker, "--kv-memory", flags.kv_memory);
   if (flags.collective_deadline) add(&worker, "--collective-deadline", std::to_string(*flags.collective_deadline));
@@ -75,10 +82,16 @@ void AddServe(CLI::App& app, Run* run) {
   const auto f = std::make_shared<ServeFlags>();
   verb->add_option("--model", f->options.model, "Folder with config.json and *.safetensors, or a .gguf file")
       ->envname("REFOCUS_MODEL")->type_name("PATH")->required()->group("Model");
-  verb->add_option("--ranks", f->options.ranks, "Worker processes, 1 to 256; each owns a part of every context")
-      ->check(CLI::Range(1, 256))->capture_default_str()->group("Model");
+  verb->add_option("--ranks", f->ranks, "Worker processes, 1 to 256; each owns a part of every context (1; with "
+                   "--device cuda one for every visible GPU)")
+      ->check(CLI::Range(1, kMaxServedRanks))->group("Model");
   verb->add_option("--device", f->device, "Where ranks compute; cuda: one GPU a rank (cpu)")
       ->envname("REFOCUS_DEVICE")->check(CLI::IsMember({"cpu", "cuda"}))->group("Model");
+  verb->add_flag("--check-finite", f->check_finite, "Refuse weights that hold NaN or Inf")
+      ->envname("REFOCUS_CHECK_FINITE")->group("Model");
+  verb->add_option("--random-weights", f->random_weights,
+                   "Make weights from this seed instead of reading any, for measurements: PATH needs config.json alone")
+      ->envname("REFOCUS_RANDOM_WEIGHTS")->type_name("SEED")->group("Model");
   const std::string memory = "Memory and cores";
   verb->add_option("--kv-memory", f->kv_memory, "Memory for K and V, per rank, such as 4GiB (from the free memory)")
       ->type_name("SIZE")->group(memory);

@@ -152,6 +152,8 @@ class Call : public Reactor {
     if (!started.ok()) self->Finish(ToGrpc(started));
   }
 
+  void FirstRead() {}  // of the kinds that read
+
   void OnCancel() override {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -249,39 +251,23 @@ class WithWrites : public Base {
   double writing_since_ = 0;
 };
 
+template <typename Kind>
+class Running : public Kind {
+ public:
+  template <typename Body>
+  static Running* Start(CallPool& pool, Body body) {
+    auto* call = new Running;
+    call->FirstRead();
+    Running::Launch(call, pool, std::move(body));
+    return call;
+  }
+};
+
 template <typename Request>
-class ReadCall : public WithReads<Call<grpc::ServerReadReactor<Request>>, Request> {
- public:
-  template <typename Body>
-  static grpc::ServerReadReactor<Request>* Start(CallPool& pool, Body body) {
-    auto* call = new ReadCall;
-    call->FirstRead();
-    ReadCall::Launch(call, pool, std::move(body));
-    return call;
-  }
-};
-
+using ReadCall = Running<WithReads<Call<grpc::ServerReadReactor<Request>>, Request>>;
 template <typename Response>
-class WriteCall : public WithWrites<Call<grpc::ServerWriteReactor<Response>>, Response> {
- public:
-  template <typename Body>
-  static grpc::ServerWriteReactor<Response>* Start(CallPool& pool, Body body) {
-    auto* call = new WriteCall;
-    WriteCall::Launch(call, pool, std::move(body));
-    return call;
-  }
-};
-
+using WriteCall = Running<WithWrites<Call<grpc::ServerWriteReactor<Response>>, Response>>;
 template <typename Request, typename Response>
-class BidiCall : public WithWrites<WithReads<Call<grpc::ServerBidiReactor<Request, Response>>, Request>, Response> {
- public:
-  template <typename Body>
-  static grpc::ServerBidiReactor<Request, Response>* Start(CallPool& pool, Body body) {
-    auto* call = new BidiCall;
-    call->FirstRead();
-    BidiCall::Launch(call, pool, std::move(body));
-    return call;
-  }
-};
+using BidiCall = Running<WithWrites<WithReads<Call<grpc::ServerBidiReactor<Request, Response>>, Request>, Response>>;
 
 }  // namespace refocus

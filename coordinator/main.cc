@@ -2,6 +2,7 @@
 // weights.
 #include <pthread.h>
 #include <signal.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -46,6 +47,15 @@ void DeclareFlags(CLI::App& app, Flags& flags) {
   app.add_flag("--insecure", flags.insecure, "Allow addresses beyond this machine although nothing is encrypted");
   app.add_flag("--enable-reflection", flags.server.enable_reflection, "gRPC server reflection, for development");
   app.add_option("--log-level", flags.log_level, "debug, info, warning, error");
+}
+
+// The packaged gRPC stops listening for good once accept finds no descriptor left: idle connections must not take the
+// last one.
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
 }
 
 bool IsLoopback(const std::string& address) {
@@ -123,6 +133,7 @@ int Main(int argc, char** argv) {
   sigaddset(&signals, SIGTERM);
   sigaddset(&signals, SIGINT);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);  // before any thread exists: all inherit it
+  RaiseDescriptorLimit();
   auto server = StartServer(flags);
   if (!server.ok()) {
     LogError(std::string(server.status().message()));

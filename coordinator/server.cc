@@ -41,13 +41,13 @@ std::string WithPort(const std::string& address, int port) {
   return address.substr(0, address.rfind(':') + 1) + std::to_string(port);
 }
 
-void AddCommon(grpc::ServerBuilder& builder) {
+void AddCommon(grpc::ServerBuilder& builder, const ServerOptions& options) {
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // so that a second coordinator cannot bind the same port
-  builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_SERVER_HANDSHAKE_TIMEOUT_MS, static_cast<int>(options.handshake_seconds * 1e3));
 }
 
 void AddPublicSettings(grpc::ServerBuilder& builder, const ServerOptions& options) {
-  AddCommon(builder);
+  AddCommon(builder, options);
   builder.SetMaxReceiveMessageSize(kPublicMessageBytes);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 64);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
@@ -69,8 +69,8 @@ void AddPublicSettings(grpc::ServerBuilder& builder, const ServerOptions& option
   }
 }
 
-void AddWorkerSettings(grpc::ServerBuilder& builder) {
-  AddCommon(builder);
+void AddWorkerSettings(grpc::ServerBuilder& builder, const ServerOptions& options) {
+  AddCommon(builder, options);
   builder.SetMaxReceiveMessageSize(kWorkerMessageBytes);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 10'000);
   builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5'000);
@@ -101,7 +101,7 @@ class ServerImpl : public Server {
 
   Status Listen() {
     grpc::ServerBuilder workers;
-    AddWorkerSettings(workers);
+    AddWorkerSettings(workers, options_);
     int worker_port = 0;
     workers.AddListeningPort(options_.worker_listen, grpc::InsecureServerCredentials(), &worker_port);
     workers.RegisterService(&worker_service_);

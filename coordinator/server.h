@@ -18,6 +18,7 @@ struct ServerOptions {
   double score_idle_seconds = 120;  // of a Score call: nothing read, nothing written
   double read_within_seconds = 30;  // an event that was sent, else SLOW_READER
   double delete_seconds = 60;       // for work to stop on a context that is deleted
+  double handshake_seconds = 10;    // from accept to the caller's HTTP/2 settings, else the connection is closed
 };
 
 class Server {

@@ -128,30 +128,25 @@ class LocalCollective : public Collective {
     meeting_->Meet(rank_, deadline);
     for (int j = 0; j < size(); ++j) {
       if (j == rank_) continue;
-      Copy(Bytes(t) + first[j] * 4, Bytes(meeting_->post(j).out) + first[j] * 4, (first[j + 1] - first[j]) * 4);
+      CopyBytes(Bytes(t) + first[j] * 4, Bytes(meeting_->post(j).out) + first[j] * 4, (first[j + 1] - first[j]) * 4);
     }
     meeting_->End(rank_, deadline);
   }
 
   void AllGatherRows(const at::Tensor& in, const std::vector<int64_t>& rows, at::Tensor& out) override {
-    CheckCounts(rows);
-    CheckRows(in, rows[rank_]);
-    CheckRows(out, SumOfRows(rows));
-    CheckSameRow(in, out);
+    CheckGather(in, rows, out, rank_, size());
     const int64_t row = RowBytes(in);
     const auto deadline = meeting_->Begin(rank_, {"all-gather of " + List(rows) + RowText(row), in, out, rows});
     const std::vector<int64_t> first = Offsets(rows, row);
-    for (int j = 0; j < size(); ++j) Copy(Bytes(out) + first[j], Bytes(meeting_->post(j).in), first[j + 1] - first[j]);
+    for (int j = 0; j < size(); ++j) {
+      CopyBytes(Bytes(out) + first[j], Bytes(meeting_->post(j).in), first[j + 1] - first[j]);
+    }
     meeting_->End(rank_, deadline);
   }
 
   void AllToAllRows(const at::Tensor& in, const std::vector<int64_t>& send_rows, at::Tensor& out,
                     const std::vector<int64_t>& recv_rows) override {
-    CheckCounts(send_rows);
-    CheckCounts(recv_rows);
-    CheckRows(in, SumOfRows(send_rows));
-    CheckRows(out, SumOfRows(recv_rows));
-    CheckSameRow(in, out);
+    CheckAllToAll(in, send_rows, out, recv_rows, rank_, size());
     const int64_t row = RowBytes(in);
     const auto deadline = meeting_->Begin(rank_, {"all-to-all" + RowText(row), in, out, send_rows});
     const std::vector<int64_t> to = Offsets(recv_rows, row);
@@ -161,18 +156,13 @@ class LocalCollective : public Collective {
         meeting_->Fail("all-to-all: rank " + std::to_string(rank_) + " expects " + std::to_string(recv_rows[j]) +
                        " rows from rank " + std::to_string(j) + ", which sends " + std::to_string(peer.rows[rank_]));
       }
-      Copy(Bytes(out) + to[j], Bytes(peer.in) + Offsets(peer.rows, row)[rank_], to[j + 1] - to[j]);
+      CopyBytes(Bytes(out) + to[j], Bytes(peer.in) + Offsets(peer.rows, row)[rank_], to[j + 1] - to[j]);
     }
     meeting_->End(rank_, deadline);
   }
 
   void ReduceScatterRows(const at::Tensor& in, const std::vector<int64_t>& rows, at::Tensor& out) override {
-    CheckCounts(rows);
-    CheckSummable(in);
-    CheckSummable(out);
-    CheckRows(in, SumOfRows(rows));
-    CheckRows(out, rows[rank_]);
-    CheckSameRow(in, out);
+    CheckReduceScatter(in, rows, out, rank_, size());
     const int64_t row = RowBytes(in);
     const auto deadline = meeting_->Begin(rank_, {"reduce-scatter of " + List(rows) + RowText(row), in, out, rows});
     const std::vector<int64_t> first = Offsets(rows, row / 4);
@@ -181,12 +171,11 @@ class LocalCollective : public Collective {
   }
 
   void Broadcast(at::Tensor& t, int root) override {
-    REFOCUS_CHECK(t.is_contiguous());
-    REFOCUS_CHECK(root >= 0 && root < size());
+    CheckBroadcast(t, root, size());
     const int64_t bytes = static_cast<int64_t>(t.nbytes());
     const auto deadline = meeting_->Begin(
         rank_, {"broadcast of " + std::to_string(bytes) + " bytes from " + std::to_string(root), t, t, {}});
-    if (rank_ != root) Copy(Bytes(t), Bytes(meeting_->post(root).in), bytes);
+    if (rank_ != root) CopyBytes(Bytes(t), Bytes(meeting_->post(root).in), bytes);
     meeting_->End(rank_, deadline);
   }
 
@@ -195,10 +184,6 @@ class LocalCollective : public Collective {
   void Abort(const std::string& reason) override { meeting_->Abort(reason); }
 
  private:
-  static void Copy(void* to, const void* from, int64_t bytes) {
-    if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<size_t>(bytes));
-  }
-
   static std::string List(const std::vector<int64_t>& rows) {
     std::string text;
     for (const int64_t n : rows) text += std::to_string(n) + " ";
@@ -206,10 +191,6 @@ class LocalCollective : public Collective {
   }
 
   static std::string RowText(int64_t row) { return " of " + std::to_string(row) + " bytes"; }
-
-  void CheckCounts(const std::vector<int64_t>& rows) const {
-    REFOCUS_CHECK_EQ(static_cast<int>(rows.size()), size());
-  }
 
   // out [end - begin] = sum over ranks of elements [begin, end) of what they published.
   void SumPart(int64_t begin, int64_t end, float* out) {

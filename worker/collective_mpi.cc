@@ -16,6 +16,7 @@
 #include <utility>
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 #include "worker/collective.h"
 #include "worker/collective_failpoint.h"
@@ -58,7 +59,10 @@ class MpiCollective : public Collective {
 
   // Before MPI_Finalize, which frees the communicator.
   ~MpiCollective() override {
-    if (failed_) KeptForGood().push_back(scratch_);
+    if (failed_) {
+      KeptForGood().push_back(scratch_);
+      KeptForGood().push_back(notices_);
+    }
     if (failed_ || notice_request_ == MPI_REQUEST_NULL) return;
     MPI_Cancel(&notice_request_);
     MPI_Wait(&notice_request_, MPI_STATUS_IGNORE);
@@ -83,48 +87,35 @@ class MpiCollective : public Collective {
   }
 
   void AllGatherRows(const at::Tensor& in, const std::vector<int64_t>& rows, at::Tensor& out) override {
-    CheckCounts(rows);
-    CheckRows(in, rows[rank_]);
-    CheckRows(out, SumOfRows(rows));
-    CheckSameRow(in, out);
+    CheckGather(in, rows, out, rank_, size_);
     StartCall("all-gather", {in, out});
     const std::vector<int64_t> first = Offsets(rows, RowBytes(in));
     for (int j : Peers()) Receive(Bytes(out) + first[j], first[j + 1] - first[j], j, &requests_);
     for (int j : Peers()) Send(Bytes(in), first[rank_ + 1] - first[rank_], j, &requests_);
-    Copy(Bytes(out) + first[rank_], Bytes(in), first[rank_ + 1] - first[rank_]);
+    CopyBytes(Bytes(out) + first[rank_], Bytes(in), first[rank_ + 1] - first[rank_]);
     Wait(requests_);
     EndCall();
   }
 
   void AllToAllRows(const at::Tensor& in, const std::vector<int64_t>& send_rows, at::Tensor& out,
                     const std::vector<int64_t>& recv_rows) override {
-    CheckCounts(send_rows);
-    CheckCounts(recv_rows);
-    CheckRows(in, SumOfRows(send_rows));
-    CheckRows(out, SumOfRows(recv_rows));
-    CheckSameRow(in, out);
-    REFOCUS_CHECK_EQ(send_rows[rank_], recv_rows[rank_]);
+    CheckAllToAll(in, send_rows, out, recv_rows, rank_, size_);
     StartCall("all-to-all", {in, out});
     const std::vector<int64_t> from = Offsets(send_rows, RowBytes(in));
     const std::vector<int64_t> to = Offsets(recv_rows, RowBytes(in));
     for (int j : Peers()) Receive(Bytes(out) + to[j], to[j + 1] - to[j], j, &requests_);
     for (int j : Peers()) Send(Bytes(in) + from[j], from[j + 1] - from[j], j, &requests_);
-    Copy(Bytes(out) + to[rank_], Bytes(in) + from[rank_], to[rank_ + 1] - to[rank_]);
+    CopyBytes(Bytes(out) + to[rank_], Bytes(in) + from[rank_], to[rank_ + 1] - to[rank_]);
     Wait(requests_);
     EndCall();
   }
 
   void ReduceScatterRows(const at::Tensor& in, const std::vector<int64_t>& rows, at::Tensor& out) override {
-    CheckCounts(rows);
-    CheckSummable(in);
-    CheckSummable(out);
-    CheckRows(in, SumOfRows(rows));
-    CheckRows(out, rows[rank_]);
-    CheckSameRow(in, out);
+    CheckReduceScatter(in, rows, out, rank_, size_);
     StartCall("reduce-scatter", {in, out});
     const std::vector<int64_t> first = Offsets(rows, RowBytes(in) / 4);
     if (size_ == 1) {
-      Copy(Bytes(out), Bytes(in), static_cast<int64_t>(in.nbytes()));
+      CopyBytes(Bytes(out), Bytes(in), static_cast<int64_t>(in.nbytes()));
     } else {
       ReduceParts(in.data_ptr<float>(), first, out.data_ptr<float>(), nullptr);
     }
@@ -132,8 +123,7 @@ class MpiCollective : public Collective {
   }
 
   void Broadcast(at::Tensor& t, int root) override {
-    REFOCUS_CHECK(t.is_contiguous());
-    REFOCUS_CHECK(root >= 0 && root < size_);
+    CheckBroadcast(t, root, size_);
     StartCall("broadcast", {t});
     const int64_t bytes = static_cast<int64_t>(t.nbytes());
     if (rank_ == root) {
@@ -175,13 +165,9 @@ class MpiCollective : public Collective {
     Wait(requests_);
     comm_ = comm;
     MPI_Comm_set_errhandler(comm_, MPI_ERRORS_RETURN);
-    MPI_Irecv(notice_.data(), kNoticeBytes, MPI_BYTE, MPI_ANY_SOURCE, kNoticeTag, comm_, &notice_request_);
+    MPI_Irecv(Heard(), kNoticeBytes, MPI_BYTE, MPI_ANY_SOURCE, kNoticeTag, comm_, &notice_request_);
     EndCall();
     calls_ = 0;
-  }
-
-  void CheckCounts(const std::vector<int64_t>& rows) const {
-    REFOCUS_CHECK_EQ(static_cast<int>(rows.size()), size_);
   }
 
   // The other ranks, each rank beginning with its successor so that not all talk to rank 0 first.
@@ -189,10 +175,6 @@ class MpiCollective : public Collective {
     std::vector<int> peers;
     for (int i = 1; i < size_; ++i) peers.push_back((rank_ + i) % size_);
     return peers;
-  }
-
-  static void Copy(void* to, const void* from, int64_t bytes) {
-    if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<size_t>(bytes));
   }
 
   void StartCall(const char* op, std::vector<at::Tensor> tensors) {
@@ -280,9 +262,9 @@ class MpiCollective : public Collective {
     MPI_Status status;
     MPI_Test(&notice_request_, &told, &status);
     if (told == 0) return;
-    notice_.back() = '\0';
+    Heard()[kNoticeBytes - 1] = '\0';
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (reason_.empty()) reason_ = "rank " + std::to_string(status.MPI_SOURCE) + ": " + notice_.data();
+    if (reason_.empty()) reason_ = "rank " + std::to_string(status.MPI_SOURCE) + ": " + Heard();
     failed_ = true;
     KeepTensors();
     throw CollectiveError(reason_);
@@ -309,14 +291,17 @@ class MpiCollective : public Collective {
 
   void TellOthers(const std::string& reason) {
     if (comm_ == MPI_COMM_NULL) return;
-    std::snprintf(told_.data(), told_.size(), "%s", reason.c_str());
+    std::snprintf(Told(), kNoticeBytes, "%s", reason.c_str());
     for (int j : Peers()) {
       MPI_Request request;
-      if (MPI_Isend(told_.data(), kNoticeBytes, MPI_BYTE, j, kNoticeTag, comm_, &request) == MPI_SUCCESS) {
+      if (MPI_Isend(Told(), kNoticeBytes, MPI_BYTE, j, kNoticeTag, comm_, &request) == MPI_SUCCESS) {
         MPI_Request_free(&request);
       }
     }
   }
+
+  char* Heard() { return Bytes(notices_); }
+  char* Told() { return Bytes(notices_) + kNoticeBytes; }
 
   float* Scratch(int64_t elements) {
     if (!scratch_.defined() || scratch_.numel() < elements) scratch_ = at::empty({elements}, at::kFloat);
@@ -388,8 +373,7 @@ class MpiCollective : public Collective {
   at::Tensor scratch_;
 
   MPI_Request notice_request_ = MPI_REQUEST_NULL;  // a peer's farewell
-  std::array<char, kNoticeBytes> notice_{};
-  std::array<char, kNoticeBytes> told_{};
+  at::Tensor notices_ = at::zeros({2 * kNoticeBytes}, at::kByte);  // heard, told
   bool failed_ = false;  // owner only
   std::atomic<bool> aborted_{false};
   std::mutex mutex_;

@@ -48,6 +48,44 @@ inline void CheckSummable(const at::Tensor& t) {
   REFOCUS_CHECK(t.scalar_type() == at::kFloat);
 }
 
+// The arguments of each call, as collective.h wants them.
+inline void CheckGather(const at::Tensor& in, const std::vector<int64_t>& rows, const at::Tensor& out, int rank,
+                        int size) {
+  REFOCUS_CHECK_EQ(static_cast<int>(rows.size()), size);
+  CheckRows(in, rows[rank]);
+  CheckRows(out, SumOfRows(rows));
+  CheckSameRow(in, out);
+}
+
+inline void CheckAllToAll(const at::Tensor& in, const std::vector<int64_t>& send_rows, const at::Tensor& out,
+                          const std::vector<int64_t>& recv_rows, int rank, int size) {
+  REFOCUS_CHECK_EQ(static_cast<int>(send_rows.size()), size);
+  REFOCUS_CHECK_EQ(static_cast<int>(recv_rows.size()), size);
+  REFOCUS_CHECK_EQ(send_rows[rank], recv_rows[rank]);
+  CheckRows(in, SumOfRows(send_rows));
+  CheckRows(out, SumOfRows(recv_rows));
+  CheckSameRow(in, out);
+}
+
+inline void CheckReduceScatter(const at::Tensor& in, const std::vector<int64_t>& rows, const at::Tensor& out, int rank,
+                               int size) {
+  REFOCUS_CHECK_EQ(static_cast<int>(rows.size()), size);
+  CheckSummable(in);
+  CheckSummable(out);
+  CheckRows(in, SumOfRows(rows));
+  CheckRows(out, rows[rank]);
+  CheckSameRow(in, out);
+}
+
+inline void CheckBroadcast(const at::Tensor& t, int root, int size) {
+  REFOCUS_CHECK(t.is_contiguous());
+  REFOCUS_CHECK(root >= 0 && root < size);
+}
+
+inline void CopyBytes(void* to, const void* from, int64_t bytes) {
+  if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
 // first[j] .. first[j + 1]: where rank j's rows begin, in units of `unit`.
 inline std::vector<int64_t> Offsets(const std::vector<int64_t>& rows, int64_t unit) {
   std::vector<int64_t> first(rows.size() + 1, 0);

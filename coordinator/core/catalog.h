@@ -16,12 +16,16 @@
 
 namespace refocus {
 
-// What a finished adaptation answers when its request id comes again.
+// What a finished call answers when its request id comes again, as long as what it made is there.
+struct CreateOutcome {
+  std::weak_ptr<Session> session;
+  api::Context context;
+};
 struct AdaptOutcome {
   api::AdaptEvent effective;
   api::AdaptEvent last;
 };
-using RequestOutcome = std::variant<api::Context, std::shared_ptr<AdaptJob>, AdaptOutcome>;
+using RequestOutcome = std::variant<CreateOutcome, std::shared_ptr<AdaptJob>, AdaptOutcome>;
 
 // Request id -> hash of the body and what came of it. Only successes and running work are kept: a failed call may be
 // repeated.

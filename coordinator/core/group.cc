@@ -8,6 +8,7 @@
 namespace refocus {
 namespace {
 
+constexpr double kSilentSeconds = 3;  // several missed heartbeats; far from enough to give a rank up
 constexpr int32_t kMaxRanks = 4096;
 constexpr size_t kMaxKeyBytes = 4096;
 
@@ -173,6 +174,8 @@ void Group::Tick(double now, const std::vector<bool>& working, Events* events) {
     return;
   }
   std::string missing;
+  // Ranks that wait for another one stand still as it does: of several, the silent one is to blame, else the first.
+  std::optional<int32_t> stuck;
   for (auto& [index, rank] : ranks_) {
     const double silent = now - rank.last_heartbeat;
     if (silent > options_.dead_seconds)
@@ -180,10 +183,14 @@ void Group::Tick(double now, const std::vector<bool>& working, Events* events) {
     if (!rank.ready) missing += (missing.empty() ? "" : ", ") + Describe(index);
     const bool busy = static_cast<size_t>(index) < working.size() && working[index];
     if (!busy) rank.last_progress = now;
-    const double still = now - rank.last_progress;
-    if (still > options_.stuck_seconds) {
-      return Lose(Describe(index) + " is alive but made no progress for " + Seconds(still), events);
-    }
+    const bool still = now - rank.last_progress > options_.stuck_seconds;
+    if (still && (!stuck || silent > kSilentSeconds)) stuck = index;
+  }
+  if (stuck) {
+    const Rank& rank = ranks_.at(*stuck);
+    const bool alive = now - rank.last_heartbeat <= kSilentSeconds;
+    return Lose(Describe(*stuck) + (alive ? " is alive but" : " is silent and") + " made no progress for " +
+                    Seconds(now - rank.last_progress), events);
   }
   if (state_ == State::kForming && now - formed_from_ > options_.form_seconds) {
     Lose(missing + " did not join within " + Seconds(options_.form_seconds), events);

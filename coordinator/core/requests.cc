@@ -82,7 +82,11 @@ StatusOr<api::Context> Coordinator::FinishUpload(const UploadTicket& ticket,
   const std::string body_hash = MessageDigest(body) + content_hash;
   if (!header.request_id().empty()) {
     REFOCUS_ASSIGN_OR_RETURN(const RequestOutcome* outcome, requests_.Find(CreateKey(header), body_hash));
-    if (outcome != nullptr) return std::get<api::Context>(*outcome);
+    if (outcome != nullptr) {
+      const auto& created = std::get<CreateOutcome>(*outcome);
+      const std::shared_ptr<Session> session = created.session.lock();
+      if (session != nullptr && Exists(session) && !session->deleting) return created.context;
+    }
   }
   if (group_.state() == Group::State::kServing) REFOCUS_RETURN_IF_ERROR(ledger_.Check(0, count));
   if (catalog_.stored_tokens() + count > options_.max_stored_tokens) {
@@ -103,8 +107,8 @@ StatusOr<api::Context> Coordinator::FinishUpload(const UploadTicket& ticket,
     catalog_.Unclaim(ticket.name);
     return context;
   }
+  if (!header.request_id().empty()) requests_.Put(CreateKey(header), body_hash, CreateOutcome{session, context});
   catalog_.Put(std::move(session));
-  if (!header.request_id().empty()) requests_.Put(CreateKey(header), body_hash, context);
   return context;
 }
 

@@ -26,6 +26,7 @@ TEST(CutLines, PartsAdjoinAtLineStarts) {
     }
   }
   EXPECT_EQ("two three\n", CutLines(text, 1, 5));
+  EXPECT_EQ("two three\n", CutLines(text, 4, 10));  // cuts that are line starts already stay
   EXPECT_EQ("", CutLines("", 0, 5));
   EXPECT_EQ("", CutLines(text, 1000, 5));
   EXPECT_EQ(text, CutLines(text, 0, INT64_MAX));

@@ -397,6 +397,14 @@ TEST_P(CollectiveTest, DifferentCallsAreRefused) {
     at::Tensor t = at::full({c.rank() == 0 ? 3 : 4}, 1.0, at::kFloat);
     EXPECT_THROW(c.AllReduceSum(t), CollectiveError);
   });
+  OnEveryRank(size(), kAmple, [](Collective& c) {  // rank 0 sends more than rank 1 expects
+    std::vector<int64_t> send(c.size(), 1);
+    const std::vector<int64_t> receive(c.size(), 1);
+    if (c.rank() == 0) send[1] = 2;
+    const at::Tensor in = at::full({c.size() + (c.rank() == 0 ? 1 : 0)}, 1.0, at::kFloat);
+    at::Tensor out = at::full({c.size()}, 0.0, at::kFloat);
+    EXPECT_THROW(c.AllToAllRows(in, send, out, receive), CollectiveError);
+  });
 }
 
 // Run with REFOCUS_FAILPOINT by a ctest entry of its own: rank 1 freezes, the others are released.

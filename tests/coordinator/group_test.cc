@@ -152,6 +152,25 @@ TEST_F(GroupTest, AStuckRankLosesTheGroupOnlyWhileItHasACommand) {
   EXPECT_NE(std::string(job->status().message()).find("rank 1"), std::string::npos);  // not rank 0, which did its part
 }
 
+// A frozen process holds up the ranks that wait for it; it, not they, is to blame.
+TEST_F(GroupTest, OfSeveralStuckRanksTheSilentOneIsNamed) {
+  CoordinatorOptions options = Simulation::DefaultOptions();
+  options.group.stuck_seconds = 5;
+  for (const int32_t silent : {0, 1, 2}) {
+    Simulation simulation(1, options);
+    simulation.Launch(3);
+    simulation.Run();
+    for (Simulation::Link& link : simulation.links()) link.frozen = true;
+    simulation.links()[silent].silent = true;
+    ASSERT_TRUE(simulation.Create("a", 1000).ok());
+    const auto job = *simulation.Prefill("a");
+    simulation.Advance(7);
+    ASSERT_TRUE(job->ended());
+    EXPECT_NE(std::string(job->status().message()).find("rank " + std::to_string(silent) + " is silent"),
+              std::string::npos) << job->status();
+  }
+}
+
 TEST_F(GroupTest, ARankThatNeverGetsReadyEndsTheAttempt) {
   simulation_.Launch(2);
   simulation_.links()[1].frozen = true;

@@ -266,7 +266,7 @@ TEST(UploadTest, BeginToken) {
 
 TEST(CatalogTest, RequestTableIsBounded) {
   RequestTable table;
-  for (int i = 0; i < 20'000; ++i) table.Put("create/" + std::to_string(i), "body", api::Context());
+  for (int i = 0; i < 20'000; ++i) table.Put("create/" + std::to_string(i), "body", CreateOutcome{});
   EXPECT_LE(table.size(), 8192u);
   EXPECT_EQ(*table.Find("create/0", "body"), nullptr);
   EXPECT_NE(*table.Find("create/19999", "body"), nullptr);
@@ -306,6 +306,31 @@ TEST_F(CoreTest, RepeatedRequestIdsRunOnce) {
   EXPECT_EQ(simulation_.Get("a").adapters(0).revision(), 1);
   request.set_steps(3);
   EXPECT_EQ(ReasonOf(simulation_.Adapt(request).status()), "REQUEST_ID_REUSED");
+}
+
+TEST_F(CoreTest, ARequestIdCreatesAnewWhenItsContextIsGone) {
+  ASSERT_TRUE(simulation_.Create("a", 100, "r").ok());
+  const auto first = simulation_.core().catalog().Find("contexts/a");
+  simulation_.Advance(1800);
+  ASSERT_TRUE(simulation_.Create("a", 100, "r").ok());
+  EXPECT_EQ(simulation_.core().catalog().Find("contexts/a"), first);
+  simulation_.Advance(2000);  // expired
+  ASSERT_EQ(simulation_.core().catalog().Find("contexts/a"), nullptr);
+  ASSERT_TRUE(simulation_.Create("a", 100, "r").ok());
+  const auto second = simulation_.core().catalog().Find("contexts/a");
+  ASSERT_NE(second, nullptr);
+  EXPECT_NE(second, first);
+
+  // While it is being deleted, and when its name belongs to another creation.
+  ASSERT_TRUE(simulation_.Prefill("a").ok());
+  api::DeleteContextRequest request;
+  request.set_name("contexts/a");
+  request.set_force(true);
+  ASSERT_TRUE(simulation_.core().DeleteContext(request).ok());
+  EXPECT_EQ(ReasonOf(simulation_.Create("a", 100, "r")), "CONTEXT_BUSY");
+  simulation_.Run();
+  ASSERT_TRUE(simulation_.Create("a", 100, "other").ok());
+  EXPECT_EQ(ReasonOf(simulation_.Create("a", 100, "r")), "CONTEXT_EXISTS");
 }
 
 TEST_F(CoreTest, ARequestIdRunsAgainWhenItsAdapterIsGone) {

@@ -8,6 +8,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/memory_plan.h"
 #include "coordinator/core/coordinator.h"
 #include "coordinator/core/digest.h"
 #include "coordinator/core/span_policy.h"

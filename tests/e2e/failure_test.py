@@ -7,6 +7,7 @@ import os
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 import unittest
 
@@ -14,6 +15,7 @@ import harness
 
 BIN = pathlib.Path(sys.argv.pop(1)).resolve()
 ROOT = pathlib.Path(sys.argv.pop(1)).resolve()
+GOLDEN = ROOT / "tests/golden/llama"
 MODEL = ROOT / ".deps/data/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXT = ROOT / ".deps/data/novels/persuasion.txt"
 RANKS = 2
@@ -87,6 +89,36 @@ class KilledRank(unittest.TestCase):
         self.kill_during(["ask", "short", "And", "--max-tokens", "4000", "--ignore-eos", "--json"], "stdout",
                          lambda line: '"token_ids":[' in line)
         self.check_context_comes_back("short")
+
+
+class FrozenRank(unittest.TestCase):
+    """SIGSTOP of a rank: its process, its connections and mpirun live on, but its work stands still."""
+
+    def test_while_adapting(self):
+        with harness.Service(BIN, GOLDEN, RANKS, "--threads-per-rank", "1", "--stuck-seconds", "3.5") as service:
+            with tempfile.NamedTemporaryFile("w") as file:
+                file.write(" ".join(map(str, range(200))))
+                file.flush()
+                service.call("context", "create", file.name, "--ids", "--id", "c")
+            old = service.worker_pids()
+            process = service.start("adapt", "c", "--steps", "10000", "--learning-rate", "1e-6", "--span-tokens", "32",
+                                    "--max-probe-rise", "100")
+            harness.first_line(process.stderr, lambda line: line.startswith("step "))
+            os.kill(old[-1], signal.SIGSTOP)
+            frozen = time.monotonic()
+            _, err = process.communicate(timeout=30)
+            self.assertLess(time.monotonic() - frozen, REPORT_SECONDS)
+            self.assertEqual(1, process.returncode, err)
+            error = [line for line in err.splitlines() if line.startswith("refocus ")][-1]
+            self.assertIn("[WORKER_LOST, UNAVAILABLE]", error)
+            self.assertIn("rank 1 is silent and made no progress", err)
+            service.ready(2, 60)
+            self.assertEqual("SERVING\n", service.call("status", "--health"))
+            self.assertFalse([pid for pid in old if harness.alive(pid)])
+            self.assertIn("rank 1", service.cluster()["last_incident"])
+            service.call("prefill", "c")
+            service.call("ask", "c", "1 2 3", "--ids", "--max-tokens", "3")
+            self.assertEqual(0, service.stop())
 
 
 class Supervision(unittest.TestCase):

@@ -131,7 +131,8 @@ TEST(LinkTest, HeartbeatsCarryProgressWhileTheEngineIsBusy) {
     FormOn(stream);
     stream.Write(CommandMessage(1, [](pb::Command& c) { c.mutable_close_context()->set_context(3); }));
     pb::WorkerMessage message;
-    while (beats.size() < 5 && stream.Read(&message)) {
+    // Beats may queue up before the first is read: as many more as it takes until the progress shows.
+    while ((beats.size() < 5 || (beats.back().progress() < 20 && beats.size() < 500)) && stream.Read(&message)) {
       if (!message.has_heartbeat()) continue;
       beats.push_back(message.heartbeat());
       engine.progress = 10 * static_cast<int64_t>(beats.size());
@@ -143,7 +144,7 @@ TEST(LinkTest, HeartbeatsCarryProgressWhileTheEngineIsBusy) {
   ASSERT_TRUE(link.Join().ok());
   ASSERT_TRUE(engine.WaitFor([&] { return !engine.losses.empty(); }));
   coordinator.Stop();
-  ASSERT_EQ(beats.size(), 5U);
+  ASSERT_GE(beats.size(), 5U);
   EXPECT_EQ(beats.front().progress(), 0);
   EXPECT_GE(beats.back().progress(), 20);
   for (const pb::Heartbeat& beat : beats) {

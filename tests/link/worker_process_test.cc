@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cmath>
 #include <condition_variable>
 #include <deque>
 #include <functional>
@@ -217,18 +218,20 @@ std::vector<std::string> Worker(const std::string& coordinator, std::vector<std:
 }
 
 std::vector<std::string> Mpirun(int ranks, std::vector<std::string> worker) {
-  std::vector<std::string> command{REFOCUS_MPIEXEC, "--oversubscribe", "-np", std::to_string(ranks)};
+  // Kills the rest of a failed launch at once instead of a second after it has asked.
+  std::vector<std::string> command{REFOCUS_MPIEXEC, "--mca", "odls_base_sigkill_timeout", "0", "--oversubscribe",
+                                   "-np", std::to_string(ranks)};
   command.insert(command.end(), worker.begin(), worker.end());
   return command;
 }
+
+uint32_t TokenAt(int64_t position) { return static_cast<uint32_t>(position * 7 % 200 + 3); }
 
 void Prefill(Group& group, int64_t first, int64_t rows) {
   group.Send([&](pb::Command& c) {
     c.mutable_prefill_chunk()->set_context(1);
     c.mutable_prefill_chunk()->set_first_pos(first);
-    for (int64_t p = first; p < first + rows; ++p) {
-      c.mutable_prefill_chunk()->add_ids(static_cast<uint32_t>(p * 7 % 200 + 3));
-    }
+    for (int64_t p = first; p < first + rows; ++p) c.mutable_prefill_chunk()->add_ids(TokenAt(p));
   });
 }
 
@@ -247,8 +250,92 @@ void ExpectAll(Group& group, StatusCode code, const char* what) {
   }
 }
 
-// A context over several blocks, two commands that are refused, and a short answer. Returns its tokens.
-std::vector<uint32_t> Serve(Group& group) {
+struct Served {
+  std::vector<uint32_t> ids;   // of the answers
+  std::vector<double> values;  // loss and gradient norm of each step, loss after them, the answers' log-probabilities
+};
+
+// Adapter 9 of context 1, revision 1: two steps on two spans, one of them over several blocks.
+void Adapt(Group& group, Served* served) {
+  const auto add_span = [](auto* command, int64_t start, int64_t rows) {
+    pb::Span* span = command->add_spans();
+    span->set_start(start);
+    for (int64_t p = start; p <= start + rows; ++p) span->add_ids(TokenAt(p));
+  };
+  group.Send([](pb::Command& c) {
+    pb::BeginAdapt* begin = c.mutable_begin_adapt();
+    begin->set_context(1);
+    begin->set_adapter(9);
+    begin->set_learning_rate(0.01F);
+    begin->set_clip_norm(1.0F);
+    begin->set_beta1(0.9F);
+    begin->set_beta2(0.999F);
+    begin->set_epsilon(1e-8F);
+  });
+  ExpectAll(group, StatusCode::kOk, "begin");
+  for (const int64_t step : {1, 2}) {
+    group.Send([&](pb::Command& c) {
+      c.mutable_adapt_step()->set_adapter(9);
+      c.mutable_adapt_step()->set_step(step);
+      add_span(c.mutable_adapt_step(), 500, 37);
+      add_span(c.mutable_adapt_step(), 100, 300);
+    });
+    auto finals = group.Finals();
+    for (const auto& [rank, result] : finals) EXPECT_EQ(result.code(), 0) << rank << ": " << result.message();
+    served->values.insert(served->values.end(), {finals[0].loss(), finals[0].grad_norm()});
+  }
+  group.Send([&](pb::Command& c) {
+    c.mutable_probe_loss()->set_adapter(9);
+    add_span(c.mutable_probe_loss(), 500, 37);
+  });
+  auto finals = group.Finals();
+  EXPECT_NE(finals[0].agree(), 0U);
+  for (const auto& [rank, result] : finals) EXPECT_EQ(result.agree(), finals[0].agree()) << "delta of rank " << rank;
+  served->values.push_back(finals[0].loss());
+  group.Send([](pb::Command& c) {
+    c.mutable_end_adapt()->set_adapter(9);
+    c.mutable_end_adapt()->set_commit(true);
+    c.mutable_end_adapt()->set_revision(1);
+  });
+  ExpectAll(group, StatusCode::kOk, "end");
+}
+
+// Seven tokens after the context and a prompt, with base queries (adapter 0) or adapter 9.
+void Ask(Group& group, int64_t context_tokens, uint64_t adapter, Served* served) {
+  group.Send([&](pb::Command& c) {
+    c.mutable_open_sequence()->set_sequence(5 + adapter);
+    c.mutable_open_sequence()->set_context(1);
+    c.mutable_open_sequence()->set_adapter(adapter);
+    c.mutable_open_sequence()->set_revision(adapter == 0 ? 0 : 1);
+    c.mutable_open_sequence()->set_capacity(20);
+  });
+  ExpectAll(group, StatusCode::kOk, "open sequence");
+  const auto take_tokens = [&] {
+    const auto finals = group.Finals();
+    for (const auto& [rank, result] : finals) {
+      EXPECT_EQ(result.code(), 0) << "rank " << rank << ": " << result.message();
+      for (const pb::Token& token : result.tokens()) {  // rank 0's only
+        served->ids.push_back(token.id());
+        served->values.push_back(token.logprob());
+      }
+    }
+  };
+  group.Send([&](pb::Command& c) {
+    c.mutable_extend_sequence()->set_sequence(5 + adapter);
+    c.mutable_extend_sequence()->set_first_pos(context_tokens);
+    for (const uint32_t id : {17, 4, 99}) c.mutable_extend_sequence()->add_ids(id);
+    c.mutable_extend_sequence()->set_sample(true);
+  });
+  take_tokens();
+  group.Send([&](pb::Command& c) {
+    c.mutable_decode_steps()->set_sequence(5 + adapter);
+    c.mutable_decode_steps()->set_steps(6);
+  });
+  take_tokens();
+}
+
+// A context over several blocks, two commands that are refused, an adaptation, and answers without and with it.
+Served Serve(Group& group) {
   constexpr int64_t kTokens = 600;
   group.Send([](pb::Command& c) {
     c.mutable_open_context()->set_context(1);
@@ -267,40 +354,18 @@ std::vector<uint32_t> Serve(Group& group) {
   ExpectAll(group, StatusCode::kInvalidArgument, "no command");
   Prefill(group, 301, kTokens - 301);
   ExpectAll(group, StatusCode::kOk, "prefill");
-  group.Send([](pb::Command& c) {
-    c.mutable_open_sequence()->set_sequence(5);
-    c.mutable_open_sequence()->set_context(1);
-    c.mutable_open_sequence()->set_capacity(20);
-  });
-  ExpectAll(group, StatusCode::kOk, "open sequence");
-  group.Send([](pb::Command& c) {
-    c.mutable_extend_sequence()->set_sequence(5);
-    c.mutable_extend_sequence()->set_first_pos(kTokens);
-    for (const uint32_t id : {17, 4, 99}) c.mutable_extend_sequence()->add_ids(id);
-    c.mutable_extend_sequence()->set_sample(true);
-  });
-  std::vector<uint32_t> ids;
-  const auto take_tokens = [&] {
-    const auto finals = group.Finals();
-    for (const auto& [rank, result] : finals) {
-      EXPECT_EQ(result.code(), 0) << "rank " << rank << ": " << result.message();
-      for (const pb::Token& token : result.tokens()) ids.push_back(token.id());  // rank 0's only
-    }
-  };
-  take_tokens();
-  group.Send([](pb::Command& c) {
-    c.mutable_decode_steps()->set_sequence(5);
-    c.mutable_decode_steps()->set_steps(6);
-  });
-  take_tokens();
+  Served served;
+  Adapt(group, &served);
+  Ask(group, kTokens, 0, &served);
+  Ask(group, kTokens, 9, &served);
   group.Send([](pb::Command& c) { c.mutable_close_context()->set_context(1); });
   const auto finals = group.Finals();
   for (const auto& [rank, result] : finals) EXPECT_EQ(result.kv_used_bytes(), 0) << "rank " << rank;
-  return ids;
+  return served;
 }
 
 TEST(WorkerProcessTest, ServesAloneAndByMpirunAndEndsAsPlanned) {
-  std::vector<std::vector<uint32_t>> answers;
+  std::vector<Served> served;
   for (const int ranks : {1, 2, 3}) {
     Group group(ranks);
     Child child(ranks == 1 ? Worker(group.address()) : Mpirun(ranks, Worker(group.address())));
@@ -319,13 +384,21 @@ TEST(WorkerProcessTest, ServesAloneAndByMpirunAndEndsAsPlanned) {
       EXPECT_EQ(hello.kv_bytes_per_token(), 2 * 2 * 3 * 80 * 4);
       EXPECT_GT(hello.weight_bytes(), 100'000);
     }
-    answers.push_back(Serve(group));
+    served.push_back(Serve(group));
     group.SendShutdown(true);
     EXPECT_EQ(child.WaitForEnd(20.0), kExitOk) << ranks << " ranks";
   }
-  EXPECT_EQ(answers[0].size(), 7U);
-  EXPECT_EQ(answers[1], answers[0]);
-  EXPECT_EQ(answers[2], answers[0]);
+  constexpr size_t kSteps = 5;  // values before those of the answers
+  const std::vector<double>& values = served[0].values;
+  ASSERT_EQ(served[0].ids.size(), 14U);
+  ASSERT_EQ(values.size(), kSteps + 14);
+  EXPECT_LT(values[2], values[0]) << "the second step's loss";
+  EXPECT_GT(std::abs(values[kSteps + 7] - values[kSteps]), 1e-3) << "the adapter changes the answer";
+  for (const Served& other : {served[1], served[2]}) {
+    EXPECT_EQ(other.ids, served[0].ids);
+    ASSERT_EQ(other.values.size(), values.size());
+    for (size_t i = 0; i < values.size(); ++i) EXPECT_NEAR(other.values[i], values[i], i < kSteps ? 1e-5 : 1e-4) << i;
+  }
 }
 
 // A group of one needs neither mpirun nor MPI.
@@ -335,7 +408,7 @@ TEST(WorkerProcessTest, ServesByItself) {
   ASSERT_TRUE(group.WaitReady());
   EXPECT_EQ(group.hellos().at(0).nonce().size(), 32U);
   EXPECT_FALSE(group.hellos().at(0).wants_rank());
-  EXPECT_EQ(Serve(group).size(), 7U);
+  EXPECT_EQ(Serve(group).ids.size(), 14U);
   group.SendShutdown(true);
   EXPECT_EQ(child.WaitForEnd(20.0), kExitOk);
 }
@@ -435,24 +508,27 @@ TEST(WorkerProcessTest, SignalsArePlannedEnds) {
 }
 
 TEST(WorkerProcessTest, StartFailuresHaveTheirExitCodes) {
+  const std::string worker = REFOCUS_BIN_DIR "/refocus-worker";
   const std::string nobody = "127.0.0.1:1";
-  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--version"}).WaitForEnd(10.0), kExitOk);
-  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--unknown"}).WaitForEnd(10.0), kExitConfig);
-  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--model", "/nowhere", "--coordinator", nobody}).WaitForEnd(10.0),
-            kExitConfig);
-  EXPECT_EQ(Child(Worker("127.0.0.1")).WaitForEnd(10.0), kExitConfig);
-  EXPECT_EQ(Child(Worker("127.0.0.1:70000")).WaitForEnd(10.0), kExitConfig);
-  EXPECT_EQ(Child(Worker(nobody, {"--kv-memory", "1GiB"})).WaitForEnd(10.0), kExitConfig);  // given twice
-  EXPECT_EQ(Child({REFOCUS_BIN_DIR "/refocus-worker", "--model", kModel, "--coordinator", nobody, "--kv-memory",
-                   "100TiB"}).WaitForEnd(10.0), kExitHardware);
-  EXPECT_EQ(Child(Worker(nobody, {"--connect-seconds", "0.3"})).WaitForEnd(10.0), kExitGroup);
-  EXPECT_EQ(Child(Worker(nobody, {"--collective", "nccl"})).WaitForEnd(10.0), kExitConfig);
-  EXPECT_EQ(Child(Worker(nobody, {"--group-size", "2", "--group-name", "g"})).WaitForEnd(10.0), kExitConfig);
-  EXPECT_EQ(Child(Worker(nobody, {"--device", "cuda", "--group-size", "2"})).WaitForEnd(10.0), kExitConfig);  // no name
-  EXPECT_EQ(Child(Mpirun(1, Worker(nobody, {"--group-size", "1"}))).WaitForEnd(10.0), kExitConfig);
   std::vector<std::string> blind = Worker(nobody, {"--device", "cuda"});
   blind.insert(blind.begin(), {"env", "CUDA_VISIBLE_DEVICES="});
-  EXPECT_EQ(Child(blind).WaitForEnd(30.0), kExitHardware);
+  const std::pair<std::vector<std::string>, int> cases[] = {
+      {{worker, "--version"}, kExitOk},
+      {{worker, "--unknown"}, kExitConfig},
+      {{worker, "--model", "/nowhere", "--coordinator", nobody}, kExitConfig},
+      {Worker("127.0.0.1"), kExitConfig},
+      {Worker("127.0.0.1:70000"), kExitConfig},
+      {Worker(nobody, {"--kv-memory", "1GiB"}), kExitConfig},  // given twice
+      {{worker, "--model", kModel, "--coordinator", nobody, "--kv-memory", "100TiB"}, kExitHardware},
+      {Worker(nobody, {"--connect-seconds", "0.3"}), kExitGroup},
+      {Worker(nobody, {"--collective", "nccl"}), kExitConfig},
+      {Worker(nobody, {"--group-size", "2", "--group-name", "g"}), kExitConfig},
+      {Worker(nobody, {"--device", "cuda", "--group-size", "2"}), kExitConfig},  // no name
+      {Mpirun(1, Worker(nobody, {"--group-size", "1"})), kExitConfig},
+      {blind, kExitHardware}};
+  std::deque<Child> children;  // all at once: most of their time is start and end of the process
+  for (const auto& [command, code] : cases) children.emplace_back(command);
+  for (size_t i = 0; i < children.size(); ++i) EXPECT_EQ(children[i].WaitForEnd(20.0), cases[i].second) << i;
 }
 
 }  // namespace

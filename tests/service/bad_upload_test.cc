@@ -100,12 +100,43 @@ TEST_F(BadUploadTest, Row43Row44RequestIds) {
   EXPECT_FAILS(Upload({header, TextMessage(0, "text"), FinishMessage()}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
 }
 
+// Also with a name of the server's making, which the second creation cannot get again.
+TEST_F(BadUploadTest, RequestIdOfADeletedContextCreatesAnew) {
+  for (const std::string id : {"again", ""}) {
+    api::CreateContextRequest header = HeaderMessage(id);
+    header.mutable_header()->set_request_id("request of " + id);
+    api::Context first, second, third;
+    ASSERT_TRUE(Upload({header, TextMessage(0, "text"), FinishMessage()}, &first).ok());
+    ASSERT_TRUE(Prefill(first.name().substr(9)).ok());
+    ASSERT_TRUE(Delete(first.name()).ok());
+    ASSERT_TRUE(Upload({header, TextMessage(0, "text"), FinishMessage()}, &second).ok());
+    EXPECT_EQ(second.state(), api::Context::CREATED);
+    EXPECT_EQ(first.name() == second.name(), !id.empty());
+    EXPECT_EQ(Get(second.name().substr(9)).token_count(), 4);
+    ASSERT_TRUE(Upload({header, TextMessage(0, "text"), FinishMessage()}, &third).ok());
+    EXPECT_EQ(second.SerializeAsString(), third.SerializeAsString());
+  }
+}
+
 TEST_F(BadUploadTest, Row45PageSize) {
   api::ListContextsResponse response;
   EXPECT_FAILS(List(-1, "", &response), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
   EXPECT_TRUE(List(0, "", &response).ok());
   EXPECT_TRUE(List(1'000'000'000, "", &response).ok());
   EXPECT_EQ(response.contexts_size(), 1);
+  server_->hub().With([](Coordinator& core) {
+    for (int i = 0; i < 1000; ++i) {
+      const auto tokens = std::make_shared<const std::vector<int32_t>>(1, 5);
+      EXPECT_TRUE(core.FinishUpload(*core.BeginUpload({}), {}, tokens, "").ok());
+    }
+  });
+  ASSERT_TRUE(List(1'000'000'000, "", &response).ok());
+  EXPECT_EQ(response.contexts_size(), 1000);
+  ASSERT_TRUE(List(1'000'000'000, response.next_page_token(), &response).ok());
+  EXPECT_EQ(response.contexts_size(), 1);
+  EXPECT_TRUE(response.next_page_token().empty());
+  ASSERT_TRUE(List(0, "", &response).ok());
+  EXPECT_EQ(response.contexts_size(), 50);
 }
 
 TEST_F(BadUploadTest, Row46PageToken) {

@@ -60,7 +60,7 @@ TEST_F(FaultsTest, CallerGoneInGenerateStopsTheWork) {
   ASSERT_TRUE(reader->Read(&event));
   call.TryCancel();
   EXPECT_EQ(reader->Finish().error_code(), grpc::CANCELLED);
-  WaitFor([&] { return Idle(); }, 1);
+  WaitFor([&] { return Idle(); }, 3);  // unharmed, it would take 6 s
   ExpectUnharmed();
 }
 
@@ -102,6 +102,7 @@ TEST_F(FaultsTest, CallerGoneInAdaptMayComeBack) {
   EXPECT_EQ(events.size(), 64u);  // all of it, from the start
   EXPECT_EQ(Get("a").adapters(0).revision(), 1);
   request.set_request_id("cancel");
+  request.set_steps(3000);  // far from its end when it is left
   request.set_on_disconnect(api::CANCEL);
   {
     grpc::ClientContext call;
@@ -136,7 +137,7 @@ TEST_F(FaultsTest, Row50DeleteWhileGenerating) {
 
 TEST_F(FaultsTest, Row71TwoAdaptationsOfOneContext) {
   api::AdaptContextRequest request = AdaptRequest("a");
-  request.set_steps(100);
+  request.set_steps(3000);
   request.set_on_disconnect(api::CANCEL);
   grpc::ClientContext call;
   const auto reader = contexts_->AdaptContext(&call, request);
@@ -162,6 +163,45 @@ TEST_F(FaultsTest, Row74NonFiniteLoss) {
   EXPECT_FAILS(status, ABORTED, "NON_FINITE_LOSS");
   EXPECT_EQ(FailureOf(status).metadata["step"], "2");
   EXPECT_EQ(FailureOf(status).metadata["kept_revision"], "0");
+  ExpectUnharmed();
+}
+
+TEST_F(FaultsTest, NonFiniteLogitsEndTheirCallOnly) {
+  std::atomic<int> poisoned{0};  // 1: prompts and targets, 2: the end of decode commands
+  std::atomic<size_t> steps{0};  // of the first such command
+  StartGroup(2, [&](FakeRank& rank) {
+    rank.tamper = [&](const wire::Command& command, wire::Result& result) {
+      if (!(poisoned == 1 && command.has_extend_sequence()) && !(poisoned == 2 && command.has_decode_steps())) return;
+      size_t none = 0;
+      steps.compare_exchange_strong(none, static_cast<size_t>(command.decode_steps().steps()));
+      result.clear_tokens();
+      result.clear_score_logprobs();
+      result.clear_score_greedy();
+      result.set_code(grpc::INTERNAL);
+      result.set_reason("NON_FINITE_LOGITS");
+      result.set_message("position 612: the logits are not finite");
+    };
+  });
+  CreateReady("a", "");
+  for (const int where : {1, 2}) {
+    poisoned = where;
+    const Answer answer = Generate(LongAnswer());
+    EXPECT_FAILS(answer.status, INTERNAL, "NON_FINITE_LOGITS");
+    EXPECT_FALSE(FailureOf(answer.status).retry);
+    EXPECT_LE(answer.ids.size(), where == 1 ? 0u : 1u + steps);  // what came before and was sent before the end
+    EXPECT_FALSE(answer.events.empty() ? false : answer.events.back().has_summary());
+    WaitFor([&] { return Idle(); });  // the caller is told before the second rank has ended its command
+  }
+  poisoned = 1;
+  api::ScoreRequest request;
+  request.set_name("contexts/a");
+  request.mutable_target()->set_text("q");
+  std::vector<api::ScoreEvent> events;
+  EXPECT_FAILS(Score({request}, &events), INTERNAL, "NON_FINITE_LOGITS");
+  EXPECT_TRUE(events.empty());
+  WaitFor([&] { return Idle(); });
+  poisoned = 0;
+  EXPECT_EQ(Generate(GenerateRequest("a", "a", 3)).text, "bcd");
   ExpectUnharmed();
 }
 
@@ -374,7 +414,7 @@ TEST_F(FaultsTest, Row97Deadlines) {
   while (reader->Read(&event)) {
   }
   EXPECT_EQ(reader->Finish().error_code(), grpc::DEADLINE_EXCEEDED);
-  WaitFor([&] { return Idle(); }, 1);
+  WaitFor([&] { return Idle(); }, 3);  // unharmed, it would take 6 s
   grpc::ClientContext far;
   far.set_deadline(std::chrono::system_clock::now() + std::chrono::hours(24 * 3650));
   api::GetClusterResponse response;

@@ -21,7 +21,7 @@ TEST_F(ServeTest, ContextFromUploadToAnswer) {
 
   std::vector<api::PrefillEvent> progress;
   ASSERT_TRUE(Prefill("novel", &progress).ok());
-  ASSERT_GE(progress.size(), 2u);
+  ASSERT_FALSE(progress.empty());  // steps that follow each other faster than they are sent are told as one
   EXPECT_EQ(progress.back().prefilled_tokens(), 1501);
   EXPECT_EQ(progress.back().context().state(), api::Context::READY);
   EXPECT_EQ(progress.back().usage().tokens(), 1501);

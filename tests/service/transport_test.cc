@@ -59,6 +59,36 @@ TEST_F(TransportTest, Row89BrokenProtobuf) {
   ExpectUnharmed();
 }
 
+// A `string` field is checked by the parser: nothing of ours sees the request. UNIMPLEMENTED is how the library's
+// callback API says it.
+TEST_F(TransportTest, StringsThatAreNoUtf8) {
+  const std::pair<const char*, grpc::StatusCode> methods[] = {{"ContextService/GetContext", grpc::INTERNAL},
+                                                              {"ContextService/PrefillContext", grpc::UNIMPLEMENTED},
+                                                              {"ContextService/AdaptContext", grpc::UNIMPLEMENTED},
+                                                              {"InferenceService/Generate", grpc::UNIMPLEMENTED}};
+  for (const auto& [method, code] : methods) {
+    // The name, of two bytes that are no character.
+    const grpc::Status status = RawCall(channel_, std::string("/refocus.v1.") + method, "\x0a\x02\xc3\x28");
+    EXPECT_EQ(status.error_code(), code) << method << ": " << status.error_message();
+  }
+  api::GenerateRequest stop = GenerateRequest("a", "x", 2);
+  stop.add_stop("\xff");
+  EXPECT_EQ(Generate(stop).status.error_code(), grpc::UNIMPLEMENTED);
+  api::CreateContextRequest header = HeaderMessage("b");
+  (*header.mutable_header()->mutable_labels())["k"] = "\xff";
+  EXPECT_FAILS(Upload({header, TextMessage(0, "text"), FinishMessage()}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
+  api::ScoreRequest score;
+  score.set_name("contexts/a");
+  score.mutable_target()->set_text("q");
+  api::ScoreRequest odd = score;
+  odd.set_target_id("\xff");
+  std::vector<api::ScoreEvent> events;
+  EXPECT_TRUE(Score({score, odd, score}, &events).ok());  // as if the caller had half-closed
+  EXPECT_EQ(events.size(), 1u);
+  EXPECT_FAILS(Score({odd}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
+  ExpectUnharmed();
+}
+
 TEST_F(TransportTest, Row90UnknownFieldIsIgnoredMissingFieldIsRefused) {
   api::GetContextRequest request;
   request.set_name("contexts/a");

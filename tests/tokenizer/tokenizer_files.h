@@ -2,12 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "coordinator/tokenizer.h"
+#include "tests/base/model_files.h"
 
 namespace refocus {
 
@@ -22,26 +22,8 @@ inline Json ReadJsonOf(const std::string& path) {
 
 inline Json GoldenTree(const std::string& kind) { return ReadJsonOf(kGoldens + kind + "/tokenizer.json"); }
 
-// A folder that lives as long as this object.
-class TemporaryFolder {
- public:
-  TemporaryFolder() {
-    std::string name = (std::filesystem::temp_directory_path() / "tokenizer_XXXXXX").string();
-    path_ = mkdtemp(name.data());
-  }
-  ~TemporaryFolder() { std::filesystem::remove_all(path_); }
-  const std::string& path() const { return path_; }
-  std::string Write(const std::string& name, const std::string& bytes) const {
-    std::ofstream(path_ + "/" + name, std::ios::binary) << bytes;
-    return path_ + "/" + name;
-  }
-
- private:
-  std::string path_;
-};
-
 inline StatusOr<std::unique_ptr<Tokenizer>> LoadTree(const Json& tree) {
-  const TemporaryFolder folder;
+  const TempDir folder;
   folder.Write("tokenizer.json", tree.dump());
   return Tokenizer::Load(folder.path());
 }

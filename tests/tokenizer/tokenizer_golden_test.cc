@@ -39,7 +39,7 @@ TEST_P(Golden, FolderGivesTheReferencesIds) {
 
 TEST_P(Golden, GgufGivesTheReferencesIds) {
   if (std::string(GetParam()) == "mixed") GTEST_SKIP() << "no name for it in GGUF";
-  const TemporaryFolder folder;
+  const TempDir folder;
   GgufWriter gguf = ToGguf(GoldenTree(GetParam()), GetParam());
   gguf.Bool("tokenizer.ggml.add_bos_token", false);
   const auto tokenizer = Tokenizer::Load(folder.Write("model.gguf", gguf.Bytes()));
@@ -133,7 +133,7 @@ TEST(Tokens, MarksAndNames) {
 }
 
 TEST(Tokens, NeighbouringFilesNameBeginAndEnd) {
-  const TemporaryFolder folder;
+  const TempDir folder;
   folder.Write("tokenizer.json", GoldenTree("qwen2").dump());
   folder.Write("tokenizer_config.json",
                R"({"bos_token": null, "eos_token": {"content": "<|end|>"}, "add_bos_token": true})");

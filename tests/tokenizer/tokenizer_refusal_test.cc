@@ -155,7 +155,7 @@ TEST(Refusals, MissingBytesNeedNoUnknownToken) {
 
 TEST(Refusals, BrokenFiles) {
   for (const std::string text : {"", "{", "\xef\xbb\xbf{}", "[]", "{} // x", "{\"a\":1,}", "7"}) {
-    const TemporaryFolder folder;
+    const TempDir folder;
     folder.Write("tokenizer.json", text);
     ExpectRefused(Tokenizer::Load(folder.path()).status(), "tokenizer.json");
   }
@@ -167,7 +167,7 @@ TEST(Refusals, NeighboursNameKnownTokens) {
                                                        {"generation_config.json", R"({"eos_token_id": [1, "2"]})"},
                                                        {"generation_config.json", R"({"bos_token_id": -1})"}};
   for (const auto& [name, text] : files) {
-    const TemporaryFolder folder;
+    const TempDir folder;
     folder.Write("tokenizer.json", GoldenTree("gpt-2").dump());
     folder.Write(name, text);
     ExpectRefused(Tokenizer::Load(folder.path()).status(), name);
@@ -175,7 +175,7 @@ TEST(Refusals, NeighboursNameKnownTokens) {
 }
 
 TEST(Refusals, FolderWithoutTokenizer) {
-  const TemporaryFolder folder;
+  const TempDir folder;
   const auto none = Tokenizer::Load(folder.path());
   ASSERT_TRUE(none.ok()) << none.status();
   EXPECT_EQ(*none, nullptr);
@@ -186,7 +186,7 @@ TEST(Refusals, FolderWithoutTokenizer) {
 TEST(Refusals, Gguf) {
   const Json tree = GoldenTree("gpt-2");
   const auto load = [](const GgufWriter& writer) {
-    const TemporaryFolder folder;
+    const TempDir folder;
     return Tokenizer::Load(folder.Write("model.gguf", writer.Bytes()));
   };
   const auto none = load(GgufWriter());

@@ -94,8 +94,13 @@ Group::~Group() {
 }
 
 void Group::Receive(int rank_index, Result result) {
-  if (rank_index == 0 && on_token_) {
-    for (const Token& token : result.tokens) on_token_(token);
+  std::function<void(const Token&)> on_token;
+  if (rank_index == 0) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    on_token = on_token_;
+  }
+  if (on_token) {
+    for (const Token& token : result.tokens) on_token(token);
   }
   const std::lock_guard<std::mutex> lock(mutex_);
   Rank& rank = *ranks_[rank_index];

@@ -60,7 +60,10 @@ class Group {
   // The two halves of Call. on_token runs on rank 0's engine thread.
   int64_t Send(Body body, uint64_t job = 0);
   Answer Wait(int64_t seq);
-  void OnToken(std::function<void(const Token&)> on_token) { on_token_ = std::move(on_token); }
+  void OnToken(std::function<void(const Token&)> on_token) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    on_token_ = std::move(on_token);
+  }
   Engine& engine(int rank) { return *ranks_[rank]->engine; }
 
   // Waits until every rank's Run() has returned; its statuses.
