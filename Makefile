@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 CTEST := ctest --output-on-failure -j 2 --test-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-all demo test test-all asan tsan bench bundle clean
+.PHONY: help setup build build-all demo test test-all asan tsan cuda bench bundle clean
 
 help:
 	@echo "make demo      read a novel on two ranks, adapt to it, ask it a question (sets everything up)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-all  also the slow ones"
 	@echo "make build     set up and build build/release/bin/{refocus,refocus-coordinator,refocus-worker}"
 	@echo "make asan      the fast tests under AddressSanitizer and UBSan;  make tsan: under ThreadSanitizer"
+	@echo "make cuda      what needs nvcc: the CUDA backend and its tests and benches (they run where there is a GPU)"
 	@echo "make bench     attention, tokenizer, and a whole context on one rank and on two: tables, about 5 minutes on 2 cores"
 	@echo "make bundle    build/refocus-bundle.tar.gz: the programs for other machines, with CUDA where nvcc is (PRESET=release: without)"
 	@echo "make clean     remove build/ (what was fetched stays in .deps/)"
@@ -43,6 +44,10 @@ asan tsan: setup
 	@cmake --preset $@ $(CONFIGURE)
 	@cmake --build build/$@ -j $(JOBS) --target fast_tests
 	@$(CTEST) build/$@ -L fast
+
+cuda: setup
+	@cmake --preset cuda $(CONFIGURE)
+	@cmake --build build/cuda -j $(JOBS) --target cuda_targets
 
 bench: setup
 	@cmake --preset release $(CONFIGURE) -DREFOCUS_BENCH=ON

@@ -14,6 +14,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <sstream>
 
 namespace refocus::cli {
 namespace {
@@ -99,6 +100,15 @@ void KillChildrenExcept(pid_t spared) {
     if (pid > 0 && pid != spared && ParentOf(entry->d_name) == getpid()) kill(pid, SIGKILL);
   }
   closedir(proc);
+}
+
+bool OnPath(const std::string& name) {
+  const char* path = std::getenv("PATH");
+  std::istringstream folders(path != nullptr ? path : "");
+  for (std::string folder; std::getline(folders, folder, ':');) {
+    if (access((folder + "/" + name).c_str(), X_OK) == 0) return true;
+  }
+  return false;
 }
 
 std::string OwnFolder() {

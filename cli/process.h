@@ -27,6 +27,9 @@ void AdoptOrphans();
 // SIGKILL to every direct child but `spared` (-1: to all).
 void KillChildrenExcept(pid_t spared);
 
+// Whether Spawn would find a command of this name.
+bool OnPath(const std::string& name);
+
 // Folder of this executable.
 std::string OwnFolder();
 

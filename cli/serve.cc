@@ -1,6 +1,7 @@
 // serve: coordinator and workers on this machine, kept running.
 #include <unistd.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <iostream>
 #include <optional>
@@ -51,7 +52,8 @@ int Serve(ServeFlags flags) {
     std::cerr << "refocus serve: " << problem << " [CONFIG_INVALID]" << std::endl;
     return kExitConfig;
   }
-  flags.options.ranks = flags.ranks.value_or(flags.device == "cuda" ? VisibleGpus() : 1);
+  flags.options.ranks = flags.ranks ? *flags.ranks
+                        : flags.device == "cuda" ? VisibleGpus(std::getenv("CUDA_VISIBLE_DEVICES")) : 1;
   auto& coordinator = flags.options.coordinator_flags;
   auto& worker = flags.options.worker_flags;
   const auto add = [](std::vector<std::string>* to, const std::string& flag, const std::string& value) {

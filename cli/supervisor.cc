@@ -12,7 +12,10 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <iostream>
+#include <sstream>
+#include <string_view>
 
 #include "base/log.h"
 #include "cli/rpc_error.h"
@@ -90,6 +93,24 @@ double Backoff::After(double lived) {
   const double wait = next_;
   next_ = std::min(next_ * 2, kLongestBackoffSeconds);
   return wait;
+}
+
+int VisibleGpus(const char* cuda_visible_devices, const std::string& devices) {
+  int count = 0;
+  if (cuda_visible_devices != nullptr) {
+    std::istringstream names(cuda_visible_devices);
+    // CUDA looks no further than the first name that it does not know, such as -1.
+    for (std::string name; std::getline(names, name, ',') && !name.empty() && name[0] != '-';) ++count;
+  } else {
+    constexpr std::string_view kPrefix = "nvidia";
+    std::error_code error;
+    for (const auto& entry : std::filesystem::directory_iterator(devices, error)) {
+      const std::string name = entry.path().filename().string();
+      const size_t digits = name.find_last_not_of("0123456789") + 1;
+      if (digits == kPrefix.size() && digits < name.size() && name.starts_with(kPrefix)) ++count;
+    }
+  }
+  return std::clamp(count, 1, kMaxServedRanks);
 }
 
 bool ParseReadyLine(const std::string& line, std::string* public_address, std::string* worker_address) {

@@ -43,6 +43,12 @@ bool ParseReadyLine(const std::string& line, std::string* public_address, std::s
 // Whether ranks that share a machine can copy straight from each other's memory; some containers forbid it.
 bool ProcessMemoryReadable();
 
+inline constexpr int kMaxServedRanks = 256;
+
+// GPUs that ranks started here would see, at least 1 (a rank says what is wrong with none) and at most kMaxServedRanks:
+// those that CUDA_VISIBLE_DEVICES names (null: unset), else the nodes nvidia0, nvidia1, ... in `devices`.
+int VisibleGpus(const char* cuda_visible_devices, const std::string& devices = "/dev");
+
 class Supervisor {
  public:
   explicit Supervisor(const ServeOptions& options);

@@ -1,5 +1,7 @@
 # Warnings are errors in our own code; generated code and dependencies are SYSTEM.
 add_library(refocus_options INTERFACE)
+# What __FILE__ says must not depend on where this was built.
+add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${CMAKE_SOURCE_DIR}/=>")
 target_compile_options(refocus_options INTERFACE
                        $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror;-Wno-missing-field-initializers>)
 # GCC 12 sees overlaps (-Wrestrict) in std::string's operator+ that are not there.

@@ -302,7 +302,8 @@ class Loader {
                                          : AllFinite<uint32_t>(place, elements, 0x7f800000))) {
       return Invalid(part.info->file, part.slot->name, "NaN or infinity", "finite values");
     }
-    if (uplink != nullptr) uplink->Send(part.slot->target->narrow(0, part.first, part.count));
+    // A vector is one row.
+    if (uplink != nullptr) uplink->Send(part.slot->target->view({-1, part.columns}).narrow(0, part.first, part.count));
     return absl::OkStatus();
   }
 

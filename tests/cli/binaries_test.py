@@ -1,4 +1,5 @@
-"""What the binaries link and export. Usage: binaries_test.py BIN_FOLDER [unittest arguments]
+"""What the binaries link and export. Usage: binaries_test.py BIN_FOLDER WITH_CUDA [unittest
+arguments]
 
 LibTorch carries a protobuf of its own: the worker must export none of ours beside it. Processes that compute
 nothing load no LibTorch and no MPI.
@@ -9,6 +10,7 @@ import sys
 import unittest
 
 BIN = pathlib.Path(sys.argv.pop(1))
+WITH_CUDA = sys.argv.pop(1) in ("ON", "1", "TRUE")
 BINARIES = ("refocus", "refocus-coordinator", "refocus-worker")
 
 
@@ -29,8 +31,11 @@ class Binaries(unittest.TestCase):
             self.assertIn("NEEDED", needed)
             for library in ("libtorch_cpu.so", "libc10.so", "libmpi.so"):
                 (self.assertIn if name == "refocus-worker" else self.assertNotIn)(library, needed)
-            for library in ("libgrpc", "libprotobuf", "libtorch_cuda", "libtorch_python"):
+            for library in ("libgrpc", "libprotobuf", "libtorch_python"):
                 self.assertNotIn(library, needed)
+            # Nothing names a symbol of it; without it LibTorch would know no CUDA device.
+            gpu = WITH_CUDA and name == "refocus-worker"
+            (self.assertIn if gpu else self.assertNotIn)("libtorch_cuda.so", needed)
 
 
 if __name__ == "__main__":

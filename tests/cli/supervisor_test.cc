@@ -11,6 +11,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <filesystem>
+#include <fstream>
+#include <string>
 
 namespace refocus::cli {
 namespace {
@@ -48,6 +51,30 @@ TEST(ProcessMemory, ReadableUnlessForbidden) {
   errno = 0;
   EXPECT_EQ(waitpid(-1, nullptr, WNOHANG), -1) << "a child was left behind";
   EXPECT_EQ(errno, ECHILD);
+}
+
+TEST(VisibleGpus, AsTheEnvironmentSaysElseByDeviceNodes) {
+  const std::string folder = ::testing::TempDir() + "/visible_gpus_" + std::to_string(getpid());
+  std::filesystem::create_directory(folder);
+  EXPECT_EQ(VisibleGpus(nullptr, folder), 1);
+  for (const char* name : {"nvidia0", "nvidia1", "nvidia12", "nvidiactl", "nvidia-uvm", "nvidia", "xnvidia3", "7"}) {
+    std::ofstream(folder + "/" + name) << "";
+  }
+  EXPECT_EQ(VisibleGpus(nullptr, folder), 3);
+  EXPECT_EQ(VisibleGpus(nullptr, folder + "/none"), 1);
+  EXPECT_EQ(VisibleGpus("0,2", folder), 2);
+  EXPECT_EQ(VisibleGpus("GPU-8f2e,GPU-11aa,3,MIG-1", folder), 4);
+  EXPECT_EQ(VisibleGpus("1,-1,2", folder), 1);
+  EXPECT_EQ(VisibleGpus("", folder), 1);
+  std::string many = "0";
+  for (int i = 0; i < 300; ++i) many += ",1";
+  EXPECT_EQ(VisibleGpus(many.c_str(), folder), kMaxServedRanks);
+  std::filesystem::remove_all(folder);
+}
+
+TEST(OnPath, FindsWhatSpawnWouldFind) {
+  EXPECT_TRUE(OnPath("sh"));
+  EXPECT_FALSE(OnPath("no-such-command-of-refocus"));
 }
 
 }  // namespace

@@ -288,7 +288,7 @@ TEST_F(JobsTest, AnAdaptationThatDoesNotFitIsRefusedBeforeAnyCommand) {
     const size_t before = small.rank(0).executed.size();
     const Status status = small.Adapt(Simulation::AdaptRequest("a", 1)).status();
     EXPECT_EQ(status.code(), StatusCode::kResourceExhausted);
-    EXPECT_EQ(ReasonOf(status), "ADAPT_OUT_OF_MEMORY");
+    ASSERT_EQ(ReasonOf(status), "ADAPT_OUT_OF_MEMORY");
     EXPECT_EQ(DetailOf(status).metadata[0], (std::pair<std::string, std::string>("need_bytes", std::to_string(need))));
     EXPECT_EQ(DetailOf(status).metadata[1].second, std::to_string(need - kFakeKvBytesPerToken));
     EXPECT_EQ(small.rank(0).executed.size(), before);

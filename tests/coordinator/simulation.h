@@ -220,7 +220,8 @@ class Simulation {
       bytes += session->token_count() * kFakeKvBytesPerToken;
       adapters += session->ToProto(0, 0).adapters_size();
     }
-    bytes += static_cast<int64_t>(adapters) * core_.group().size() * AdapterBytes(core_.model(), core_.group().device());
+    const Group& group = core_.group();
+    bytes += static_cast<int64_t>(adapters) * group.size() * AdapterBytes(core_.model(), group.device());
     EXPECT_EQ(core_.kv_used_bytes(), bytes);
     if (core_.group().state() != Group::State::kServing) return;
     for (const Link& link : links_) {

@@ -157,7 +157,7 @@ TEST_F(WeightsCudaTest, TooLargeForTheDevice) {
 
 TEST_F(WeightsCudaTest, ABrokenFileAndAFailingCallerAreErrors) {
   const TempDir dir;
-  std::filesystem::copy(std::string(kGolden) + "llama", dir.path(), std::filesystem::copy_options::overwrite_existing);
+  std::filesystem::copy(std::string(kGolden) + "llama", dir.path(), std::filesystem::copy_options::recursive);
   const auto config = LoadModelConfig(dir.path());
   ASSERT_TRUE(config.ok()) << config.status();
   LoadOptions options;
