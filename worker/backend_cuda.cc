@@ -3,6 +3,7 @@
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/cuda/CUDAEvent.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -11,10 +12,13 @@
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
 #include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
 #include <cmath>
 #include <exception>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -100,6 +104,7 @@ class CudaBackend : public Backend {
   void Bind() override {
     c10::cuda::set_device(device_.index());
     c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_.index()));
+    aside_ = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index());
     at::globalContext().setAllowBF16ReductionCuBLAS(/*allow_reduced_precision=*/false);
     sm_count_ = at::cuda::getDeviceProperties(device_.index())->multiProcessorCount;
     inverse_frequencies_ = at::tensor(InverseFrequencies(config_)).to(device_);
@@ -109,6 +114,24 @@ class CudaBackend : public Backend {
 
   std::unique_ptr<Repeat> Repeated(std::function<void()> pass) override {
     return std::make_unique<GraphRepeat>(std::move(pass));
+  }
+
+  int64_t min_overlap_rows() const override { return 1024; }
+
+  int64_t Aside(const std::function<void()>& work) override {
+    const c10::cuda::CUDAStream main = c10::cuda::getCurrentCUDAStream();
+    before_aside_.record(main);
+    before_aside_.block(*aside_);
+    at::cuda::CUDAEvent& done = asides_[++last_aside_ % asides_.size()];
+    c10::cuda::CUDAStreamGuard guard(*aside_);
+    work();
+    done.record(*aside_);
+    return last_aside_;
+  }
+
+  void Await(int64_t ticket) override {
+    REFOCUS_CHECK_LT(last_aside_ - ticket, static_cast<int64_t>(asides_.size()));
+    asides_[ticket % asides_.size()].block(c10::cuda::getCurrentCUDAStream());
   }
 
   Partial Attend(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) override {
@@ -397,6 +420,10 @@ class CudaBackend : public Backend {
   const ModelConfig config_;
   const at::Device device_;
   int sm_count_ = 0;
+  std::optional<c10::cuda::CUDAStream> aside_;
+  at::cuda::CUDAEvent before_aside_;
+  std::array<at::cuda::CUDAEvent, 8> asides_;
+  int64_t last_aside_ = 0;
   at::Tensor inverse_frequencies_;  // [head_dim / 2] fp32
 };
 

@@ -66,7 +66,7 @@ def command_name(pid):
 class Service:
     """One running `refocus serve`; use as a context manager."""
 
-    def __init__(self, bin_folder, model, ranks, *options):
+    def __init__(self, bin_folder, model, ranks, *options, kv_memory="500MB"):
         self.bin = pathlib.Path(bin_folder)
         self.folder = tempfile.TemporaryDirectory()
         self.out = pathlib.Path(self.folder.name) / "out"
@@ -76,7 +76,7 @@ class Service:
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(
                 [self.bin / "refocus", "serve", "--model", model, "--ranks", str(ranks), "--listen", "127.0.0.1:0",
-                 "--kv-memory", "500MB", *options],
+                 *(["--kv-memory", kv_memory] if kv_memory else []), *options],
                 stdout=out, stderr=err, stdin=subprocess.DEVNULL, env=variables)
         self.variables = variables
 

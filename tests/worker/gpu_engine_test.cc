@@ -142,7 +142,7 @@ class GpuEngineTest : public ::testing::TestWithParam<std::tuple<int, int>> {
 
   const ModelConfig config_ = Cases()[std::get<0>(GetParam())].config;
   const int ranks_ = std::get<1>(GetParam());
-  const int64_t tokens_ = 1300;
+  const int64_t tokens_ = 2600;
   std::vector<int32_t> ids_;
   std::unique_ptr<TorchOracle> oracle_, plain_;
 };
@@ -150,7 +150,7 @@ class GpuEngineTest : public ::testing::TestWithParam<std::tuple<int, int>> {
 TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
   MakeOracles();
   const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
-  group->Prefill(kContext, ids_, 500);
+  group->Prefill(kContext, ids_, 2560);  // enough rows for two ranks to overlap attention and exchange
   CompareScores(*group, at::Tensor(), 0, 0);
 
   // Eight AdamW steps; the oracles take theirs from the same start with autograd.
