@@ -2,7 +2,7 @@
 // each a replayed CUDA graph of enough calls to take about two milliseconds. Calls walk through one large K/V cache, so
 // that a short context is not read from the L2 cache.
 //
-//   kernel_bench [part of a row's name]
+//   kernel_bench [part of a row's name [portable]]
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -140,8 +140,13 @@ std::pair<double, double> Time(cudaStream_t stream, const std::function<cudaErro
 
 class Bench {
  public:
-  Bench(const Model& model, const char* filter, int sm_count, cudaStream_t stream)
-      : model_(model), memory_(model), filter_(filter), sm_count_(sm_count), stream_(stream) {}
+  Bench(const Model& model, const char* filter, bool portable_only, int sm_count, cudaStream_t stream)
+      : model_(model),
+        memory_(model),
+        filter_(filter),
+        portable_only_(portable_only),
+        sm_count_(sm_count),
+        stream_(stream) {}
 
   // The last `rows` positions of `keys`, each seeing all before it.
   void Forward(const char* what, int64_t rows, int64_t keys) {
@@ -223,6 +228,7 @@ class Bench {
     shape.kv[0] = {memory_.k, memory_.v, kCacheTokens * model_.head_dim, keys, 0};
     shape.pos = memory_.pos;
     shape.expected_keys = keys;
+    shape.portable_only = portable_only_;
     return shape;
   }
 
@@ -257,12 +263,13 @@ class Bench {
   const Model model_;
   Memory memory_;
   const std::string filter_;
+  const bool portable_only_;
   const int sm_count_;
   cudaStream_t stream_;
 };
 
-void RunModel(const Model& model, const char* filter, int sm_count, cudaStream_t stream) {
-  Bench bench(model, filter, sm_count, stream);
+void RunModel(const Model& model, const char* filter, bool portable_only, int sm_count, cudaStream_t stream) {
+  Bench bench(model, filter, portable_only, sm_count, stream);
   for (const int64_t keys : {4096, 32768, 131072, 524288}) bench.Forward("span", 128, keys);
   for (const int64_t keys : {4096, 32768, 131072, 524288}) bench.Backward("span-grad", 128, keys);
   bench.Forward("span", 512, 131072);
@@ -279,6 +286,7 @@ void RunModel(const Model& model, const char* filter, int sm_count, cudaStream_t
 
 int Main(int argc, char** argv) {
   const char* filter = argc > 1 ? argv[1] : "";
+  const bool portable_only = argc > 2 && std::strcmp(argv[2], "portable") == 0;
   cudaDeviceProp properties;
   Require(cudaGetDeviceProperties(&properties, 0), "no CUDA device");
   cudaStream_t stream;
@@ -288,7 +296,7 @@ int Main(int argc, char** argv) {
   std::printf("| model, work, rows x keys (combine: x parts) | splits | median us | worst us | TFLOP/s | K/V TB/s |\n");
   std::printf("|---|---:|---:|---:|---:|---:|\n");
   for (const Model& model : {Model{"qwen3-4b", 32, 8, 128}, Model{"smollm2", 9, 3, 64}}) {
-    RunModel(model, filter, properties.multiProcessorCount, stream);
+    RunModel(model, filter, portable_only, properties.multiProcessorCount, stream);
   }
   return 0;
 }

@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/attention.h"
+#include "kernels/hopper_paths.h"
 #include "kernels/key_tiles.cuh"
 #include "kernels/launch.cuh"
 
@@ -290,41 +291,40 @@ cudaError_t LaunchRows(const AttendArgs& args, int tile_rows, uint32_t blocks, c
   return Launch<kDim, 128>(args, blocks, stream);
 }
 
+cudaError_t LaunchDim(AttendArgs& args, int splits, cudaStream_t stream) {
+  const int tile_rows = AttendTileRows(PackedRows(args.shape));
+  uint32_t blocks = 0;
+  if (!MakeGrid(args.shape, tile_rows, splits, &args.grid, &blocks)) return cudaErrorInvalidValue;
+  switch (PaddedHeadDim(args.shape.head_dim)) {
+    case 32:
+      return LaunchRows<32>(args, tile_rows, blocks, stream);
+    case 64:
+      return LaunchRows<64>(args, tile_rows, blocks, stream);
+    case 96:
+      return LaunchRows<96>(args, tile_rows, blocks, stream);
+    case 128:
+      return LaunchRows<128>(args, tile_rows, blocks, stream);
+    case 256:
+      return LaunchRows<256>(args, tile_rows, blocks, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 cudaError_t Attend(const AttendParams& params, int sm_count, cudaStream_t stream) {
   const AttentionShape& shape = params.shape;
   if (!ValidShape(shape) || sm_count <= 0) return cudaErrorInvalidValue;
   if (shape.rows == 0) return cudaSuccess;
-  const int tile_rows = AttendTileRows(PackedRows(shape));
   const int splits = AttendSplits(shape, sm_count);
   AttendArgs args;
   args.shape = shape;
-  uint32_t blocks = 0;
-  if (!MakeGrid(shape, tile_rows, splits, &args.grid, &blocks)) return cudaErrorInvalidValue;
   args.q = static_cast<const __nv_bfloat16*>(params.q);
   args.out = splits == 1 ? params.out : static_cast<float*>(params.workspace);
   args.lse = splits == 1 ? params.lse : args.out + splits * shape.rows * shape.heads * shape.head_dim;
   args.scale_log2 = shape.scale * kLog2E;
-
-  cudaError_t error = cudaErrorInvalidValue;
-  switch (PaddedHeadDim(shape.head_dim)) {
-    case 32:
-      error = LaunchRows<32>(args, tile_rows, blocks, stream);
-      break;
-    case 64:
-      error = LaunchRows<64>(args, tile_rows, blocks, stream);
-      break;
-    case 96:
-      error = LaunchRows<96>(args, tile_rows, blocks, stream);
-      break;
-    case 128:
-      error = LaunchRows<128>(args, tile_rows, blocks, stream);
-      break;
-    case 256:
-      error = LaunchRows<256>(args, tile_rows, blocks, stream);
-      break;
-  }
+  const cudaError_t error = UsesHopper(shape) ? AttendHopper(params, splits, args.out, args.lse, sm_count, stream)
+                                              : LaunchDim(args, splits, stream);
   if (error != cudaSuccess || splits == 1) return error;
   CombineParams combine;
   combine.parts = splits;

@@ -5,12 +5,25 @@
 namespace refocus::kernels {
 namespace {
 
-// Rates of one H100/H200 multiprocessor that the choice balances: mma.sync products, its share of the memory stream,
-// and the fixed costs in microseconds. Rough is good enough: they only rank the splits.
-constexpr double kFlopsPerUs = 2.7e6;
-constexpr double kBytesPerUs = 2.6e4;
-constexpr double kBlockUs = 2.5;    // prologue, first loads, epilogue
-constexpr double kCombineUs = 3.0;  // one more launch
+// Rates of one H100/H200 multiprocessor that the choice balances, and the fixed costs in microseconds. Rough is good
+// enough: they only rank the splits.
+constexpr double kBytesPerUs = 2.6e4;  // its share of the memory stream
+constexpr double kCombineUs = 3.0;     // one more launch
+
+// What the blocks of a kernel are and do.
+struct BlockRates {
+  int rows;
+  int keys;
+  int blocks_per_sm;
+  double flops_per_us;  // of a multiprocessor
+  double block_us;      // prologue, first loads, epilogue
+};
+
+constexpr double kPortableFlopsPerUs = 2.7e6;
+constexpr double kHopperFlopsPerUs = 4.8e6;
+constexpr double kPortableBlockUs = 2.5;
+constexpr double kHopperBlockUs = 3.0;
+
 constexpr int kMaxSplits = 128;
 constexpr int64_t kMaxPartialBytes = int64_t{256} << 20;
 // With so many rounds of blocks the last one is short beside the others, and splitting only adds traffic.
@@ -30,19 +43,24 @@ int64_t QueryGradPartialBytes(const AttentionShape& shape) { return OutElements(
 
 int64_t RoundUp256(int64_t bytes) { return CeilDiv(bytes, 256) * 256; }
 
+BlockRates PortableRates(const AttentionShape& shape, TileConfig tile) {
+  return {tile.rows, tile.keys, BlocksPerSm(PaddedHeadDim(shape.head_dim), tile), kPortableFlopsPerUs,
+          kPortableBlockUs};
+}
+
+BlockRates HopperRates(HopperTile tile) { return {tile.rows, tile.keys, 1, kHopperFlopsPerUs, kHopperBlockUs}; }
+
 // products: matrix products a tile of keys takes.
-int ChooseSplits(const AttentionShape& shape, TileConfig tile, int products, int64_t partial_bytes, int sm_count) {
-  if (!ValidShape(shape) || shape.rows == 0 || sm_count <= 0) return 1;
+int ChooseSplits(const AttentionShape& shape, BlockRates tile, int products, int64_t partial_bytes, int sm_count) {
+  if (shape.rows == 0 || sm_count <= 0) return 1;
   const int64_t blocks = CeilDiv(PackedRows(shape), tile.rows) * shape.kv_heads;
-  const int dim = PaddedHeadDim(shape.head_dim);
-  const int blocks_per_sm = BlocksPerSm(dim, tile);
-  const int64_t slots = int64_t{sm_count} * blocks_per_sm;
+  const int64_t slots = int64_t{sm_count} * tile.blocks_per_sm;
   const int64_t key_tiles = CeilDiv(std::max<int64_t>(shape.expected_keys, 1), tile.keys);
   if (blocks >= kFullRounds * slots) return 1;
 
-  const double flops = 2.0 * products * tile.rows * tile.keys * dim;
+  const double flops = 2.0 * products * tile.rows * tile.keys * PaddedHeadDim(shape.head_dim);
   const double bytes = 4.0 * tile.keys * shape.head_dim;
-  const double tile_us = blocks_per_sm * std::max(flops / kFlopsPerUs, bytes / kBytesPerUs);
+  const double tile_us = tile.blocks_per_sm * std::max(flops / tile.flops_per_us, bytes / kBytesPerUs);
   // Written, then read.
   const double partial_us = 2.0 * static_cast<double>(partial_bytes) / (kBytesPerUs * sm_count);
   const int64_t most =
@@ -50,7 +68,7 @@ int ChooseSplits(const AttentionShape& shape, TileConfig tile, int products, int
   const auto time_us = [&](int64_t splits) {
     const double rounds = static_cast<double>(CeilDiv(blocks * splits, slots));
     const double combine_us = splits == 1 ? 0.0 : kCombineUs + static_cast<double>(splits) * partial_us;
-    return rounds * (static_cast<double>(CeilDiv(key_tiles, splits)) * tile_us + kBlockUs) + combine_us;
+    return rounds * (static_cast<double>(CeilDiv(key_tiles, splits)) * tile_us + tile.block_us) + combine_us;
   };
   double best_us = time_us(1);
   for (int64_t splits = 2; splits <= most; ++splits) best_us = std::min(best_us, time_us(splits));
@@ -76,10 +94,28 @@ bool ValidShape(const AttentionShape& s) {
   return true;
 }
 
+bool UsesHopper(const AttentionShape& shape) {
+  if (shape.portable_only || (shape.head_dim != 64 && shape.head_dim != 128)) return false;
+  // The copy engine counts in 32 bits.
+  constexpr int64_t kMost = 0x7fffff00;
+  for (int i = 0; i < shape.extents; ++i) {
+    if (shape.kv[i].slots > kMost) return false;
+  }
+  // Fewer rows are bound by reading K and V.
+  return PackedRows(shape) > 64 && shape.rows <= kMost;
+}
+
+HopperTile HopperAttendTileOf(const AttentionShape& shape) {
+  return HopperAttendTile(shape.head_dim, HopperFillsTallTiles(PackedRows(shape)));
+}
+
 int AttendSplits(const AttentionShape& shape, int sm_count) {
   if (!ValidShape(shape)) return 1;
-  const TileConfig tile = AttendTile(PaddedHeadDim(shape.head_dim), AttendTileRows(PackedRows(shape)));
-  return ChooseSplits(shape, tile, 2, AttendPartialBytes(shape), sm_count);
+  const BlockRates rates =
+      UsesHopper(shape)
+          ? HopperRates(HopperAttendTileOf(shape))
+          : PortableRates(shape, AttendTile(PaddedHeadDim(shape.head_dim), AttendTileRows(PackedRows(shape))));
+  return ChooseSplits(shape, rates, 2, AttendPartialBytes(shape), sm_count);
 }
 
 int64_t AttendWorkspaceBytes(const AttentionShape& shape, int sm_count) {
@@ -89,7 +125,9 @@ int64_t AttendWorkspaceBytes(const AttentionShape& shape, int sm_count) {
 
 int QueryGradSplits(const AttentionShape& shape, int sm_count) {
   if (!ValidShape(shape)) return 1;
-  return ChooseSplits(shape, QueryGradTile(PaddedHeadDim(shape.head_dim)), 3, QueryGradPartialBytes(shape), sm_count);
+  const BlockRates rates = UsesHopper(shape) ? HopperRates(HopperQueryGradTile(shape.head_dim))
+                                             : PortableRates(shape, QueryGradTile(PaddedHeadDim(shape.head_dim)));
+  return ChooseSplits(shape, rates, 3, QueryGradPartialBytes(shape), sm_count);
 }
 
 int64_t QueryGradWorkspaceBytes(const AttentionShape& shape, int sm_count) {

@@ -57,6 +57,48 @@ constexpr int MergeBytes(int padded_dim, TileConfig tile) {
   return tile.warps_n == 1 ? 0 : 4 * tile.warps_n * tile.rows * (padded_dim + 8 + 2);
 }
 
+// The tile of a Hopper block: 64 rows for each consuming warpgroup, keys of a tile, how many tiles of K and of V lie in
+// shared memory.
+struct HopperTile {
+  int rows;
+  int keys;
+  int k_stages;
+  int v_stages;
+
+  constexpr int consumers() const { return rows / 64; }
+  constexpr int threads() const { return 128 * (1 + consumers()); }
+};
+
+// As many keys as the registers hold scores and weights of. Tall tiles, of three warpgroups, read K and V least often
+// and hide most.
+constexpr HopperTile HopperAttendTile(int head_dim, bool tall) {
+  if (head_dim <= 64) return {192, 128, 4, 4};
+  return tall ? HopperTile{192, 80, 4, 4} : HopperTile{128, 176, 2, 2};
+}
+
+// Not where the last one would be mostly empty.
+constexpr bool HopperFillsTallTiles(int64_t packed_rows) {
+  const int64_t tall = (packed_rows + 191) / 192 * 192;
+  const int64_t low = (packed_rows + 127) / 128 * 128;
+  return tall * 100 <= low * 107;
+}
+
+// Two products of a tile lie beside each other in registers.
+constexpr HopperTile HopperQueryGradTile(int head_dim) {
+  return head_dim <= 64 ? HopperTile{192, 80, 4, 4} : HopperTile{128, 96, 3, 3};
+}
+
+// Row operands (q; q and dout) and stages.
+constexpr int HopperTileBytes(int head_dim, HopperTile tile, int row_operands) {
+  return 2 * head_dim * (row_operands * tile.rows + (tile.k_stages + tile.v_stages) * tile.keys);
+}
+
+// Whether Hopper's warpgroup kernels take the shape: many rows, and columns that fill their panels.
+bool UsesHopper(const AttentionShape& shape);
+
+// Its attention's tile.
+HopperTile HopperAttendTileOf(const AttentionShape& shape);
+
 // rows >= 0, head_dim, heads, extents, shard and strides within their limits.
 bool ValidShape(const AttentionShape& shape);
 

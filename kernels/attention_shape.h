@@ -35,6 +35,7 @@ struct AttentionShape {
   // Upper bound of what one row sees over all extents, for choosing the number of key splits only; a wrong one costs
   // time, never correctness. Must be the same whenever the same bits are wanted.
   int64_t expected_keys = 0;
+  bool portable_only = false;  // keep to the portable kernels: a second opinion for tests and benchmarks
 };
 
 // Key splits for few rows: pure functions of the shape, so that a replayed graph keeps its grid. Workspaces are 0 bytes

@@ -1,5 +1,5 @@
 // How a thread block finds its rows and its share of the keys: packed rows, visible slots of each extent, key tiles and
-// the copies that bring them into shared memory. Used by attend.cu and query_grad.cu.
+// the copies that bring them into shared memory. Used by attend.cu and query_grad.cu; key_pipeline.cuh is Hopper's way.
 #pragma once
 
 #include <cuda_bf16.h>

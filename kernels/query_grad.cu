@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/attention.h"
+#include "kernels/hopper_paths.h"
 #include "kernels/key_tiles.cuh"
 #include "kernels/launch.cuh"
 #include "kernels/sum_parts.cuh"
@@ -154,43 +155,42 @@ cudaError_t Launch(const QueryGradArgs& args, uint32_t blocks, cudaStream_t stre
   return LaunchBlocks(QueryGradKernel<kDim>, args, blocks, kTile.threads(), TileBytes(kDim, kTile, 2), stream);
 }
 
+cudaError_t LaunchDim(QueryGradArgs& args, int splits, cudaStream_t stream) {
+  const int padded_dim = PaddedHeadDim(args.shape.head_dim);
+  uint32_t blocks = 0;
+  if (!MakeGrid(args.shape, QueryGradTile(padded_dim).rows, splits, &args.grid, &blocks)) return cudaErrorInvalidValue;
+  switch (padded_dim) {
+    case 32:
+      return Launch<32>(args, blocks, stream);
+    case 64:
+      return Launch<64>(args, blocks, stream);
+    case 96:
+      return Launch<96>(args, blocks, stream);
+    case 128:
+      return Launch<128>(args, blocks, stream);
+    case 256:
+      return Launch<256>(args, blocks, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 cudaError_t QueryGrad(const QueryGradParams& params, int sm_count, cudaStream_t stream) {
   const AttentionShape& shape = params.shape;
   if (!ValidShape(shape) || sm_count <= 0) return cudaErrorInvalidValue;
   if (shape.rows == 0) return cudaSuccess;
-  const int padded_dim = PaddedHeadDim(shape.head_dim);
   const int splits = QueryGradSplits(shape, sm_count);
   QueryGradArgs args;
   args.shape = shape;
-  uint32_t blocks = 0;
-  if (!MakeGrid(shape, QueryGradTile(padded_dim).rows, splits, &args.grid, &blocks)) return cudaErrorInvalidValue;
   args.q = static_cast<const __nv_bfloat16*>(params.q);
   args.dout = static_cast<const __nv_bfloat16*>(params.dout);
   args.lse = params.lse;
   args.row_dot = params.row_dot;
   args.dq = splits == 1 ? params.dq : static_cast<float*>(params.workspace);
   args.scale_log2 = shape.scale * kLog2E;
-
-  cudaError_t error = cudaErrorInvalidValue;
-  switch (padded_dim) {
-    case 32:
-      error = Launch<32>(args, blocks, stream);
-      break;
-    case 64:
-      error = Launch<64>(args, blocks, stream);
-      break;
-    case 96:
-      error = Launch<96>(args, blocks, stream);
-      break;
-    case 128:
-      error = Launch<128>(args, blocks, stream);
-      break;
-    case 256:
-      error = Launch<256>(args, blocks, stream);
-      break;
-  }
+  const cudaError_t error =
+      UsesHopper(shape) ? QueryGradHopper(params, splits, args.dq, sm_count, stream) : LaunchDim(args, splits, stream);
   if (error != cudaSuccess || splits == 1) return error;
   return SumParts(args.dq, splits, shape.rows * shape.heads * shape.head_dim, params.dq, stream);
 }

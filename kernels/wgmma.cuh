@@ -1,11 +1,12 @@
 // Hopper's warpgroup products (wgmma, bf16 in, fp32 sums) on tiles in shared memory.
 //
-// A tile is [columns / 64][rows][64] bf16: panels of 128-byte rows, 16-byte pieces permuted by the row (128-byte swizzle,
-// what a bulk tensor copy writes), each panel 1024-byte aligned. The same tile serves as a right factor in two ways:
-// rows . tile^T (Steps along its columns) and weights . tile (steps along its rows).
+// A tile is [columns / 64][rows][64] bf16: panels of 128-byte rows, 16-byte pieces permuted by the row (128-byte
+// swizzle, what a bulk tensor copy writes), each panel 1024-byte aligned. The same tile serves as a right factor in two
+// ways: rows . tile^T (Steps along its columns) and weights . tile (steps along its rows).
 //
-// A warpgroup's sums of 64 x kN: the thread's element 4 * j + 2 * half + c is row 16 * warp + 8 * half + lane / 4, column
-// 8 * j + 2 * (lane % 4) + c. Neighbouring sums, rounded, are a left factor's registers without any exchange (mma.cuh).
+// A warpgroup's sums of 64 x kN: the thread's element 4 * j + 2 * half + c is row 16 * warp + 8 * half + lane / 4,
+// column 8 * j + 2 * (lane % 4) + c. Neighbouring sums, rounded, are a left factor's registers without any exchange
+// (mma.cuh).
 #pragma once
 
 #include <cstdint>
@@ -39,14 +40,18 @@ __device__ __forceinline__ void Pin(uint32_t (&registers)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// Where a factor begins, as the instruction wants it. Groups of eight rows lie 1024 bytes apart.
+// Where a factor begins, as the instruction wants it. Groups of eight rows lie 1024 bytes apart. Of an address
+// 18 bits count: what lies above (in a cluster, the block) must not spill into the next field.
+__device__ __forceinline__ uint64_t FactorStart(uint32_t address) {
+  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | ((address & 0x3ffff) >> 4);
+}
 // Rows along the product's rows (or columns of the result), columns along its sum.
 __device__ __forceinline__ uint64_t FactorByColumns(uint32_t address) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 16) | (address >> 4);
+  return FactorStart(address) | (uint64_t{1} << 16);
 }
 // Transposed: rows along the sum, columns along the result's columns, panels panel_bytes apart.
 __device__ __forceinline__ uint64_t FactorByRows(uint32_t address, uint32_t panel_bytes) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 >> 4} << 32) | (uint64_t{panel_bytes >> 4} << 16) | (address >> 4);
+  return FactorStart(address) | (uint64_t{panel_bytes >> 4} << 16);
 }
 
 // One instruction: sums (64 x kN) += a (64 x 16) . b (16 x kN); `add` 0 overwrites the sums.
@@ -64,26 +69,28 @@ struct WarpgroupMma;
 #define REFOCUS_L80 ",%80,%81,%82,%83,%84,%85,%86,%87"
 
 // kN; its sums as text and as operands; the numbers of the operands behind them.
-#define REFOCUS_WARPGROUP_MMA(N, LIST, SUMS, I0, I1, I2, I3, I4, I5)                                                   \
-  template <>                                                                                                          \
-  struct WarpgroupMma<N> {                                                                                             \
-    /* Both factors in shared memory, sums along columns. */                                                           \
-    static __device__ __forceinline__ void Shared(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {                \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\n"                                                   \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, %" #I0 ", %" #I1              \
-                   ", p, 1, 1, 0, 0;\n}\n"                                                                             \
-                   : SUMS                                                                                              \
-                   : "l"(a), "l"(b), "r"(add));                                                                        \
-    }                                                                                                                  \
-    /* The left factor in registers, the right one by rows. */                                                         \
-    static __device__ __forceinline__ void Registers(float (&d)[N / 2], uint32_t a0, uint32_t a1, uint32_t a2,         \
-                                                     uint32_t a3, uint64_t b, int add) {                               \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\n"                                                   \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, {%" #I0 ",%" #I1 ",%" #I2     \
-                   ",%" #I3 "}, %" #I4 ", p, 1, 1, 1;\n}\n"                                                            \
-                   : SUMS                                                                                              \
-                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));                                            \
-    }                                                                                                                  \
+#define REFOCUS_WARPGROUP_MMA(N, LIST, SUMS, I0, I1, I2, I3, I4, I5)                                               \
+  template <>                                                                                                      \
+  struct WarpgroupMma<N> {                                                                                         \
+    /* Both factors in shared memory, sums along columns. */                                                       \
+    static __device__ __forceinline__ void Shared(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {            \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                                        \
+                   ", 0;\n"                                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, %" #I0 ", %" #I1          \
+                   ", p, 1, 1, 0, 0;\n}\n"                                                                         \
+                   : SUMS                                                                                          \
+                   : "l"(a), "l"(b), "r"(add));                                                                    \
+    }                                                                                                              \
+    /* The left factor in registers, the right one by rows. */                                                     \
+    static __device__ __forceinline__ void Registers(float (&d)[N / 2], uint32_t a0, uint32_t a1, uint32_t a2,     \
+                                                     uint32_t a3, uint64_t b, int add) {                           \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5                                                        \
+                   ", 0;\n"                                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, {%" #I0 ",%" #I1 ",%" #I2 \
+                   ",%" #I3 "}, %" #I4 ", p, 1, 1, 1;\n}\n"                                                        \
+                   : SUMS                                                                                          \
+                   : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(b), "r"(add));                                        \
+    }                                                                                                              \
   };
 
 #define REFOCUS_S64 REFOCUS_F32(0)
@@ -103,7 +110,8 @@ REFOCUS_WARPGROUP_MMA(96, REFOCUS_T96, REFOCUS_S96, 48, 49, 50, 51, 52, 53)
 REFOCUS_WARPGROUP_MMA(128, REFOCUS_T128, REFOCUS_S128, 64, 65, 66, 67, 68, 69)
 REFOCUS_WARPGROUP_MMA(176, REFOCUS_T176, REFOCUS_S176, 88, 89, 90, 91, 92, 93)
 
-// sums (64 x kKeys) = rows (64 x kDim) . keys^T: both tiles in shared memory, panels row_panel and key_panel bytes long.
+// sums (64 x kKeys) = rows (64 x kDim) . keys^T: both tiles in shared memory, panels row_panel and key_panel bytes
+// long.
 template <int kDim, int kKeys>
 __device__ __forceinline__ void RowsTimesKeys(float (&sums)[kKeys / 2], uint32_t rows, uint32_t row_panel,
                                               uint32_t keys) {

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <random>
 
@@ -242,6 +243,74 @@ std::vector<float> RowDot(const Bf16Buffer& dout, const std::vector<double>& out
     row_dot[i] = static_cast<float>(sum);
   }
   return row_dot;
+}
+
+// Every shard forward, the combination, every shard backward: each against fp64.
+void Check(const Case& c, int sm_count, Worst* forward, Worst* backward) {
+  SCOPED_TRACE(c.Describe());
+  const Inputs in = MakeInputs(c);
+  std::vector<PartialOut> parts(c.shards);
+  std::vector<AttendReference> wants;
+  Worst here;
+  for (int64_t shard = 0; shard < c.shards; ++shard) {
+    const AttentionShape& shape = in.shards[shard].shape;
+    RunAttend(shape, in.q, sm_count, &parts[shard]);
+    if (::testing::Test::HasFatalFailure()) return;
+    wants.push_back(ReferenceAttend(shape, in.q));
+    here.Merge(CompareAttend(parts[shard].out, parts[shard].lse, wants.back(), c.head_dim),
+               "shard " + std::to_string(shard) + " in " + std::to_string(AttendSplits(shape, sm_count)) + " splits");
+  }
+  Combined combined;
+  RunCombine(c, parts, &combined);
+  if (::testing::Test::HasFatalFailure()) return;
+  const AttendReference want = CombineReference(wants, c.head_dim);
+  here.Merge(CompareAttend(combined.partial.out, combined.partial.lse, want, c.head_dim), "combined");
+  int64_t wrongly_rounded = 0;
+  for (size_t i = 0; i < combined.rounded.size(); ++i) {
+    wrongly_rounded +=
+        __bfloat162float(combined.rounded[i]) != __bfloat162float(__float2bfloat16(combined.partial.out[i]));
+  }
+  EXPECT_EQ(wrongly_rounded, 0);
+  EXPECT_LE(here.share, 1.0) << here.where;
+  forward->Merge(here, c.Describe());
+
+  const std::vector<float> lse_host(want.lse.begin(), want.lse.end());
+  const DeviceBuffer<float> lse(lse_host), row_dot(RowDot(in.dout, want.out, c.head_dim));
+  here = Worst();
+  for (int64_t shard = 0; shard < c.shards; ++shard) {
+    const AttentionShape& shape = in.shards[shard].shape;
+    std::vector<float> dq;
+    RunQueryGrad(shape, in, lse, row_dot, sm_count, &dq);
+    if (::testing::Test::HasFatalFailure()) return;
+    here.Merge(
+        CompareQueryGrad(dq, ReferenceQueryGrad(shape, in.q, in.dout, lse, row_dot), wants[shard], lse_host,
+                         c.head_dim),
+        "shard " + std::to_string(shard) + " in " + std::to_string(QueryGradSplits(shape, sm_count)) + " splits");
+  }
+  EXPECT_LE(here.share, 1.0) << here.where;
+  backward->Merge(here, c.Describe());
+}
+
+void Print(const char* what, const Worst& worst) {
+  std::printf("  %s: worst error %.3f of its bound, %.2e of the rms; %s\n", what, worst.share, worst.of_rms,
+              worst.where.c_str());
+}
+
+void CheckAll(const std::vector<Case>& cases, int sm_count) {
+  Worst forward;
+  Worst backward;
+  int failed = 0;
+  for (const Case& c : cases) {
+    const int before = ::testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
+    Check(c, sm_count, &forward, &backward);
+    const int after = ::testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
+    failed += after > before ? 1 : 0;
+    // An illegal access fails everything after it; some failures tell as much as all.
+    if (failed >= 8 || cudaPeekAtLastError() != cudaSuccess) break;
+  }
+  std::printf("  %zu cases\n", cases.size());
+  Print("forward", forward);
+  Print("backward", backward);
 }
 
 }  // namespace refocus::kernels

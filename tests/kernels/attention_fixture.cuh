@@ -210,4 +210,30 @@ void RunCombine(const Case& c, const std::vector<PartialOut>& parts, Combined* r
 // rowsum(dout * out) of the combined attention, as the caller forms it.
 std::vector<float> RowDot(const Bf16Buffer& dout, const std::vector<double>& out, int head_dim);
 
+class Attention : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    int devices = 0;
+    const cudaError_t error = cudaGetDeviceCount(&devices);
+    cudaGetLastError();  // a missing driver is no failure
+    if (error != cudaSuccess || devices == 0) {
+      GTEST_SKIP() << "no CUDA device: " << (error == cudaSuccess ? "none found" : cudaGetErrorString(error));
+    }
+    cudaDeviceGetAttribute(&sm_count_, cudaDevAttrMultiProcessorCount, 0);
+  }
+  // A test that left an error behind would make the next one fail.
+  void TearDown() override {
+    if (sm_count_ > 0) {
+      EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+    }
+  }
+
+  int sm_count_ = 0;
+};
+
+// Every shard forward, the combination, every shard backward: each against fp64. Stops after several failed cases and
+// prints the worst errors.
+void CheckAll(const std::vector<Case>& cases, int sm_count);
+void Print(const char* what, const Worst& worst);
+
 }  // namespace refocus::kernels

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace refocus::kernels {
 namespace {
@@ -23,7 +24,7 @@ AttentionShape Shape(int64_t rows, int heads, int kv_heads, int head_dim, int64_
 }
 
 int64_t Blocks(const AttentionShape& shape) {
-  const int rows = AttendTileRows(PackedRows(shape));
+  const int rows = UsesHopper(shape) ? HopperAttendTileOf(shape).rows : AttendTileRows(PackedRows(shape));
   return (PackedRows(shape) + rows - 1) / rows * shape.kv_heads * AttendSplits(shape, kSms);
 }
 
@@ -32,7 +33,7 @@ TEST(AttentionPlan, FewRowsAgainstManyKeysFillTheGpu) {
     for (const int64_t keys : {int64_t{1} << 17, int64_t{1} << 20}) {
       const AttentionShape shape = Shape(rows, 32, 8, 128, keys);
       const int64_t blocks = Blocks(shape);
-      const int64_t slots = 2 * kSms;
+      const int64_t slots = UsesHopper(shape) ? kSms : 2 * kSms;
       const double rounds = static_cast<double>(blocks) / static_cast<double>(slots);
       EXPECT_GE(rounds / static_cast<double>((blocks + slots - 1) / slots), 0.9)
           << rows << " rows, " << keys << " keys";
@@ -57,7 +58,8 @@ TEST(AttentionPlan, SplitsStayWithinTheKeysAndTheWorkspace) {
         const int splits = AttendSplits(shape, kSms);
         const TileConfig tile = AttendTile(PaddedHeadDim(head_dim), AttendTileRows(PackedRows(shape)));
         EXPECT_GE(splits, 1);
-        EXPECT_LE(splits, std::max<int64_t>(1, (keys + tile.keys - 1) / tile.keys));
+        const int tile_keys = UsesHopper(shape) ? HopperAttendTileOf(shape).keys : tile.keys;
+        EXPECT_LE(splits, std::max<int64_t>(1, (keys + tile_keys - 1) / tile_keys));
         EXPECT_GE(AttendWorkspaceBytes(shape, kSms), splits == 1 ? 0 : splits * rows * 12 * (head_dim + 1) * 4);
         EXPECT_LE(AttendWorkspaceBytes(shape, kSms), int64_t{257} << 20);
         const int grad_splits = QueryGradSplits(shape, kSms);
@@ -83,6 +85,44 @@ TEST(AttentionPlan, TilesFitAMultiprocessor) {
     EXPECT_LE(BlocksPerSm(dim, tile) * (TileBytes(dim, tile, 2) + 8 * tile.rows + 256 + kReserved), kSharedPerSm)
         << dim;
   }
+}
+
+TEST(AttentionPlan, HopperTilesFitAMultiprocessor) {
+  constexpr int kSharedPerBlock = 227 * 1024;
+  constexpr int kStateBytes = 256 + 2 * (8 * 192 + 128);  // barriers, two plans
+  for (const int dim : {64, 128}) {
+    for (const auto& [tile, operands] :
+         {std::pair{HopperAttendTile(dim, true), 1}, std::pair{HopperAttendTile(dim, false), 1},
+          std::pair{HopperQueryGradTile(dim), 2}}) {
+      EXPECT_LE(HopperTileBytes(dim, tile, operands) + kStateBytes, kSharedPerBlock) << dim;
+      EXPECT_EQ(tile.rows % 64, 0);
+      EXPECT_EQ(tile.keys % 16, 0);
+      EXPECT_LE(tile.keys, 256) << "a box of the copy engine";
+      EXPECT_EQ(tile.threads(), 128 + 2 * tile.rows);
+    }
+  }
+}
+
+TEST(AttentionPlan, HopperTakesManyRowsOfWholePanels) {
+  EXPECT_TRUE(UsesHopper(Shape(128, 32, 8, 128, 1 << 19)));
+  EXPECT_TRUE(UsesHopper(Shape(128, 9, 3, 64, 1 << 17)));
+  EXPECT_TRUE(UsesHopper(Shape(17, 32, 8, 128, 1 << 17)));
+  EXPECT_FALSE(UsesHopper(Shape(16, 32, 8, 128, 1 << 17)));  // 64 packed rows: bound by reading
+  EXPECT_FALSE(UsesHopper(Shape(128, 32, 8, 96, 1 << 17)));
+  EXPECT_FALSE(UsesHopper(Shape(128, 32, 8, 256, 1 << 17)));
+  EXPECT_FALSE(UsesHopper(Shape(int64_t{1} << 31, 32, 8, 128, 1 << 17)));
+  EXPECT_TRUE(HopperFillsTallTiles(32768 * 4));
+  EXPECT_TRUE(HopperFillsTallTiles(384));
+  EXPECT_FALSE(HopperFillsTallTiles(512));  // three tall tiles would hold 576
+  EXPECT_FALSE(HopperFillsTallTiles(128));
+  AttentionShape shape = Shape(128, 32, 8, 128, 1 << 19);
+  shape.extents = 1;
+  shape.kv[0].slots = int64_t{1} << 31;
+  EXPECT_FALSE(UsesHopper(shape));
+  shape.kv[0].slots = 1 << 19;
+  EXPECT_TRUE(UsesHopper(shape));
+  shape.portable_only = true;
+  EXPECT_FALSE(UsesHopper(shape));
 }
 
 TEST(AttentionPlan, RefusesWhatTheKernelsCannotRead) {

@@ -15,95 +15,6 @@
 namespace refocus::kernels {
 namespace {
 
-class Attention : public ::testing::Test {
- protected:
-  void SetUp() override {
-    int devices = 0;
-    const cudaError_t error = cudaGetDeviceCount(&devices);
-    cudaGetLastError();  // a missing driver is no failure
-    if (error != cudaSuccess || devices == 0) {
-      GTEST_SKIP() << "no CUDA device: " << (error == cudaSuccess ? "none found" : cudaGetErrorString(error));
-    }
-    cudaDeviceGetAttribute(&sm_count_, cudaDevAttrMultiProcessorCount, 0);
-  }
-  // A test that left an error behind would make the next one fail.
-  void TearDown() override {
-    if (sm_count_ > 0) {
-      EXPECT_EQ(cudaGetLastError(), cudaSuccess);
-    }
-  }
-
-  int sm_count_ = 0;
-};
-
-// Every shard forward, the combination, every shard backward: each against fp64.
-void Check(const Case& c, int sm_count, Worst* forward, Worst* backward) {
-  SCOPED_TRACE(c.Describe());
-  const Inputs in = MakeInputs(c);
-  std::vector<PartialOut> parts(c.shards);
-  std::vector<AttendReference> wants;
-  Worst here;
-  for (int64_t shard = 0; shard < c.shards; ++shard) {
-    const AttentionShape& shape = in.shards[shard].shape;
-    RunAttend(shape, in.q, sm_count, &parts[shard]);
-    if (::testing::Test::HasFatalFailure()) return;
-    wants.push_back(ReferenceAttend(shape, in.q));
-    here.Merge(CompareAttend(parts[shard].out, parts[shard].lse, wants.back(), c.head_dim),
-               "shard " + std::to_string(shard) + " in " + std::to_string(AttendSplits(shape, sm_count)) + " splits");
-  }
-  Combined combined;
-  RunCombine(c, parts, &combined);
-  if (::testing::Test::HasFatalFailure()) return;
-  const AttendReference want = CombineReference(wants, c.head_dim);
-  here.Merge(CompareAttend(combined.partial.out, combined.partial.lse, want, c.head_dim), "combined");
-  int64_t wrongly_rounded = 0;
-  for (size_t i = 0; i < combined.rounded.size(); ++i) {
-    wrongly_rounded +=
-        __bfloat162float(combined.rounded[i]) != __bfloat162float(__float2bfloat16(combined.partial.out[i]));
-  }
-  EXPECT_EQ(wrongly_rounded, 0);
-  EXPECT_LE(here.share, 1.0) << here.where;
-  forward->Merge(here, c.Describe());
-
-  const std::vector<float> lse_host(want.lse.begin(), want.lse.end());
-  const DeviceBuffer<float> lse(lse_host), row_dot(RowDot(in.dout, want.out, c.head_dim));
-  here = Worst();
-  for (int64_t shard = 0; shard < c.shards; ++shard) {
-    const AttentionShape& shape = in.shards[shard].shape;
-    std::vector<float> dq;
-    RunQueryGrad(shape, in, lse, row_dot, sm_count, &dq);
-    if (::testing::Test::HasFatalFailure()) return;
-    here.Merge(
-        CompareQueryGrad(dq, ReferenceQueryGrad(shape, in.q, in.dout, lse, row_dot), wants[shard], lse_host,
-                         c.head_dim),
-        "shard " + std::to_string(shard) + " in " + std::to_string(QueryGradSplits(shape, sm_count)) + " splits");
-  }
-  EXPECT_LE(here.share, 1.0) << here.where;
-  backward->Merge(here, c.Describe());
-}
-
-void Print(const char* what, const Worst& worst) {
-  std::printf("  %s: worst error %.3f of its bound, %.2e of the rms; %s\n", what, worst.share, worst.of_rms,
-              worst.where.c_str());
-}
-
-void CheckAll(const std::vector<Case>& cases, int sm_count) {
-  Worst forward;
-  Worst backward;
-  int failed = 0;
-  for (const Case& c : cases) {
-    const int before = ::testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
-    Check(c, sm_count, &forward, &backward);
-    const int after = ::testing::UnitTest::GetInstance()->current_test_info()->result()->total_part_count();
-    failed += after > before ? 1 : 0;
-    // An illegal access fails everything after it; some failures tell as much as all.
-    if (failed >= 8 || cudaPeekAtLastError() != cudaSuccess) break;
-  }
-  std::printf("  %zu cases\n", cases.size());
-  Print("forward", forward);
-  Print("backward", backward);
-}
-
 TEST_F(Attention, ReferenceAgreesWithTheDefinitionOnTheHost) {
   Case c{.rows = 5, .heads = 6, .kv_heads = 2, .head_dim = 40, .keys = 700, .shards = 2, .order = "random"};
   const Inputs in = MakeInputs(c);
@@ -342,19 +253,19 @@ TEST_F(Attention, CombineLeavesEmptyPartsOut) {
 }
 
 // A replayed graph reads the positions of that moment.
-TEST_F(Attention, GraphReplaysWithNewPositions) {
-  Case c{.rows = 2, .heads = 8, .kv_heads = 2, .head_dim = 128, .keys = 4000, .order = "tail", .seed = 7000};
+void CheckGraph(int64_t rows, int sm_count) {
+  Case c{.rows = rows, .heads = 8, .kv_heads = 2, .head_dim = 128, .keys = 4000, .order = "tail", .seed = 7000};
   const Inputs in = MakeInputs(c);
   AttendParams params;
   params.shape = in.shards[0].shape;
-  DeviceBuffer<float> out(2 * 8 * 128), lse(2 * 8);
-  DeviceBuffer<unsigned char> workspace(AttendWorkspaceBytes(params.shape, sm_count_));
+  DeviceBuffer<float> out(rows * 8 * 128), lse(rows * 8);
+  DeviceBuffer<unsigned char> workspace(AttendWorkspaceBytes(params.shape, sm_count));
   params.q = in.q.get();
   params.out = out.get();
   params.lse = lse.get();
   params.workspace = workspace.get();
-  ASSERT_GT(AttendSplits(params.shape, sm_count_), 1);
-  ASSERT_CUDA(Attend(params, sm_count_, nullptr));  // loads the kernels, which a capture may not
+  ASSERT_GT(AttendSplits(params.shape, sm_count), 1);
+  ASSERT_CUDA(Attend(params, sm_count, nullptr));  // loads the kernels, which a capture may not
   ASSERT_CUDA(cudaDeviceSynchronize());
 
   cudaStream_t stream;
@@ -362,25 +273,31 @@ TEST_F(Attention, GraphReplaysWithNewPositions) {
   cudaGraphExec_t exec;
   ASSERT_CUDA(cudaStreamCreate(&stream));
   ASSERT_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal));
-  const cudaError_t enqueued = Attend(params, sm_count_, stream);
+  const cudaError_t enqueued = Attend(params, sm_count, stream);
   ASSERT_CUDA(cudaStreamEndCapture(stream, &graph));
   ASSERT_CUDA(enqueued);
   ASSERT_CUDA(cudaGraphInstantiate(&exec, graph, 0));
   for (const int64_t at : {3999, 5, 2000}) {
-    const std::vector<int64_t> pos = {at, at / 2};
-    ASSERT_CUDA(cudaMemcpy(in.pos.get(), pos.data(), 16, cudaMemcpyHostToDevice));
+    std::vector<int64_t> pos(rows, at);
+    pos.back() = at / 2;
+    ASSERT_CUDA(cudaMemcpy(in.pos.get(), pos.data(), rows * sizeof(int64_t), cudaMemcpyHostToDevice));
     ASSERT_CUDA(cudaGraphLaunch(exec, stream));
     ASSERT_CUDA(cudaStreamSynchronize(stream));
     const PartialOut replayed{out.Host(), lse.Host()};
     const Worst worst = CompareAttend(replayed.out, replayed.lse, ReferenceAttend(params.shape, in.q), 128);
     EXPECT_LE(worst.share, 1.0) << "position " << at << ": " << worst.where;
     PartialOut direct;
-    RunAttend(params.shape, in.q, sm_count_, &direct);
+    RunAttend(params.shape, in.q, sm_count, &direct);
     EXPECT_TRUE(SameBits(direct.out, replayed.out)) << "position " << at;
   }
   cudaGraphExecDestroy(exec);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
+}
+
+TEST_F(Attention, GraphReplaysWithNewPositions) {
+  CheckGraph(2, sm_count_);
+  CheckGraph(40, sm_count_);
 }
 
 TEST_F(Attention, RefusesShapesOutsideItsLimits) {

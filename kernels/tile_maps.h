@@ -1,0 +1,18 @@
+// Tensor maps: what the copy engine needs to know of a tensor in device memory. Host only.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime_api.h>
+
+#include "kernels/attention_shape.h"
+
+namespace refocus::kernels {
+
+// bf16 [rows, heads, head_dim] in boxes of row_count query rows, `group` heads and 64 columns.
+cudaError_t MapRows(const AttentionShape& shape, const void* data, int group, int row_count, CUtensorMap* map);
+
+// K or V of an extent with slots > 0, in boxes of `keys` slots with all columns as panels of 64. Slots behind the
+// extent read as zero.
+cudaError_t MapKeys(const AttentionShape& shape, const KvSlots& kv, const void* data, int keys, CUtensorMap* map);
+
+}  // namespace refocus::kernels
