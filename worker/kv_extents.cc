@@ -1,6 +1,7 @@
 #include "worker/kv_extents.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/randn.h>
 
 #include <limits>
 
@@ -43,8 +44,10 @@ int64_t KvExtent::SlotOf(int64_t position) const {
 
 void KvExtent::FillRandom() {
   for (int64_t layer = 0; layer < k_.size(0); ++layer) {
-    k_.select(0, layer).normal_();
-    v_.select(0, layer).normal_();
+    for (const at::Tensor& all : {k_, v_}) {
+      const at::Tensor one = all.select(0, layer);
+      one.copy_(at::randn(one.sizes(), one.options()));
+    }
   }
   length_ = slots_;
 }
