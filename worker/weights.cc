@@ -381,6 +381,10 @@ Status Allocate(const std::string& path, const std::vector<Slot>& slots, const L
   try {
     const at::TensorOptions where = at::TensorOptions().dtype(type).device(options.device);
     for (const Slot& slot : slots) *slot.target = at::empty(slot.shape, where);
+    // The memory may have been used before, by work that is still enqueued; the loading threads have streams of their own.
+    if (!options.device.is_cpu()) {
+      c10::impl::VirtualGuardImpl(options.device.type()).getStream(options.device).synchronize();
+    }
   } catch (const std::exception&) {
     return Error(StatusCode::kResourceExhausted, "HARDWARE",
                  path + ": weights need " + std::to_string(weights->bytes) + " bytes as " +

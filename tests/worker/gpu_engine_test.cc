@@ -224,6 +224,32 @@ TEST_P(GpuEngineTest, DecodedTokensAreWhatScoringExpects) {
   EXPECT_LE(other, 30);  // near ties of a random model
 }
 
+// How the context was cut into chunks and how many GPUs hold it changes nothing but roundings: teacher-forced
+// log-probabilities agree, and so does the most likely token wherever the gap to the next is more than noise.
+TEST_P(GpuEngineTest, ChunksAndRanksAgree) {
+  const std::vector<int32_t> text = Ids(200, config_.vocab, 12);
+  const std::vector<int32_t> question(text.begin(), text.begin() + 1), targets(text.begin() + 1, text.end());
+  std::vector<Result> results;
+  std::vector<std::vector<Token>> answers;
+  for (const auto& [ranks, chunk] : {std::pair<int, int64_t>{1, 300}, {ranks_, 2560}}) {
+    const std::unique_ptr<Group> group = GpuGroup(config_, ranks);
+    group->Prefill(kContext, ids_, chunk);
+    results.push_back(group->Score(kContext, question, tokens_, targets));
+    answers.push_back(group->Ask(kContext, tokens_, question, 0, 1, 0, 0, 2));
+  }
+  double worst = 0.0;
+  for (size_t i = 0; i < targets.size(); ++i) {
+    worst = std::max(worst, std::abs(static_cast<double>(results[0].score_logprobs[i]) - results[1].score_logprobs[i]));
+  }
+  std::printf("%s, %d ranks in one chunk against 1 in many: log-probabilities off by at most %.2e\n",
+              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, worst);
+  EXPECT_LE(worst, 0.1);
+  const Token& first = answers[0].at(0);
+  if (first.top_logprobs[0] - first.top_logprobs[1] > 4 * worst) {
+    EXPECT_EQ(answers[1].at(0).id, first.id);
+  }
+}
+
 TEST_P(GpuEngineTest, TheSameBitsTwice) {
   std::vector<std::vector<double>> runs;
   for (int run = 0; run < 2; ++run) {
