@@ -365,6 +365,7 @@ Status RunRank(const Options& options, const Launch& launch) {
   const double load_seconds = Now() - begin;
   const std::string device = options.cuda() ? gpu.name : "CPU";
   const Ceilings ceilings = MeasureCeilings(*backend);
+  GpuReleaseCached();  // what the ceilings took is not the engine's
   const int64_t element_bytes = static_cast<int64_t>(c10::elementSize(backend->dtype()));
   if (launch.rank == 0) {
     std::printf("# %s, %lld layers, %d x %s%s; GEMM %.3f TFLOP/s, copy %.3f TB/s; %.2f GB of weights in %.1f s\n",
@@ -412,7 +413,7 @@ int Main(int argc, char** argv) {
   app.add_option("--ids", options.ids_file, "Token ids, little-endian int32; random ids without it");
   app.add_option("--tokens", options.tokens, "Lengths of the contexts")->delimiter(',')->capture_default_str();
   app.add_flag("--synthetic-cache", options.synthetic_cache, "Random K/V instead of a prefill: times of steps and decode");
-  app.add_option("--chunk", options.chunk, "Rows of a prefill chunk; 0: 512 on the CPU, 8192 on a GPU");
+  app.add_option("--chunk", options.chunk, "Rows of a prefill chunk; 0: 512 on the CPU, 8192 on GPUs");
   app.add_option("--steps", options.steps, "Adaptation steps")->capture_default_str();
   app.add_option("--span", options.span, "Rows of a span")->capture_default_str();
   app.add_option("--spans-per-step", options.spans_per_step, "Spans of a step")->capture_default_str();

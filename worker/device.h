@@ -28,6 +28,9 @@ StatusOr<Gpu> UseGpu(int local_rank, int ranks_on_host);
 // Of the calling thread's current device, by everybody; 0 without one.
 int64_t GpuUsedBytes();
 
+// Gives memory that LibTorch keeps for reuse back to the device.
+void GpuReleaseCached();
+
 // For ranks whose UseGpu succeeded.
 std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig& config, const Gpu& gpu);
 std::string MakeGpuGroupId();  // MakeNcclId

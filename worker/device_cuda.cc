@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <c10/cuda/CUDACachingAllocator.h>
+
 #include <cstdlib>
 #include <vector>
 
@@ -87,6 +89,8 @@ int64_t GpuUsedBytes() {
   size_t total = 0;
   return cudaMemGetInfo(&free, &total) == cudaSuccess ? static_cast<int64_t>(total - free) : 0;
 }
+
+void GpuReleaseCached() { c10::cuda::CUDACachingAllocator::emptyCache(); }
 
 std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig& config, const Gpu& gpu) {
   return MakeCudaBackend(config, gpu.index);

@@ -10,6 +10,7 @@ StatusOr<Gpu> UseGpu(int, int) {
 }
 
 int64_t GpuUsedBytes() { return 0; }
+void GpuReleaseCached() {}
 
 // Not reached: UseGpu refused.
 std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig&, const Gpu&) {

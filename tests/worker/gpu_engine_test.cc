@@ -150,7 +150,7 @@ class GpuEngineTest : public ::testing::TestWithParam<std::tuple<int, int>> {
 TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
   MakeOracles();
   const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
-  group->Prefill(kContext, ids_, 2560);  // enough rows for two ranks to overlap attention and exchange
+  group->Prefill(kContext, ids_, 2560);
   CompareScores(*group, at::Tensor(), 0, 0);
 
   // Eight AdamW steps; the oracles take theirs from the same start with autograd.
@@ -229,13 +229,16 @@ TEST_P(GpuEngineTest, DecodedTokensAreWhatScoringExpects) {
 TEST_P(GpuEngineTest, ChunksAndRanksAgree) {
   const std::vector<int32_t> text = Ids(200, config_.vocab, 12);
   const std::vector<int32_t> question(text.begin(), text.begin() + 1), targets(text.begin() + 1, text.end());
+  // Chunks of 16384 rows: two ranks overlap the exchange of one half with the attention of the other.
+  const int64_t tokens = 16'384 + 40;
+  const std::vector<int32_t> ids = Ids(tokens, config_.vocab, 14);
   std::vector<Result> results;
   std::vector<std::vector<Token>> answers;
-  for (const auto& [ranks, chunk] : {std::pair<int, int64_t>{1, 300}, {ranks_, 2560}}) {
+  for (const auto& [ranks, chunk] : {std::pair<int, int64_t>{1, 1000}, {ranks_, 16'384}}) {
     const std::unique_ptr<Group> group = GpuGroup(config_, ranks);
-    group->Prefill(kContext, ids_, chunk);
-    results.push_back(group->Score(kContext, question, tokens_, targets));
-    answers.push_back(group->Ask(kContext, tokens_, question, 0, 1, 0, 0, 2));
+    group->Prefill(kContext, ids, chunk);
+    results.push_back(group->Score(kContext, question, tokens, targets));
+    answers.push_back(group->Ask(kContext, tokens, question, 0, 1, 0, 0, 2));
   }
   double worst = 0.0;
   for (size_t i = 0; i < targets.size(); ++i) {
