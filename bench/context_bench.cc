@@ -247,12 +247,13 @@ class ContextBench {
     // Attention by arithmetic, spread over the ranks; linear layers by arithmetic or by reading the weights twice; AdamW
     // by bytes: gradient, moments and delta read, all but the gradient and the rounded delta written.
     const double steps = Real(options_.steps);
-    const double linear = k * (2 * LinearFlops(c_, false, true) + 2.0 * Real(c_.query_parameters()));
+    const bool split = element_ == 4 || k >= 192.0 * ranks_;  // as the backends do it
+    const double linear = k / (split ? ranks_ : 1) * (2 * LinearFlops(c_, false, true) + 2.0 * Real(c_.query_parameters()));
     const double adam = Real(c_.query_parameters()) * (16.0 + 12.0 + (element_ == 4 ? 0.0 : 2.0));
     row.floor_seconds = row.flops / (ceilings_.gemm_flops * ranks_) +
                         steps * (std::max(linear / ceilings_.gemm_flops, 2.0 * weight_bytes() / ceilings_.copy_bytes) +
                                  adam / ceilings_.copy_bytes);
-    row.flops += steps * linear;
+    row.flops += steps * linear * (split ? ranks_ : 1);
     for (const double seconds : each) row.seconds += seconds;
     row.median_seconds = Median({each.begin() + (each.size() > 4 ? 3 : 0), each.end()});
     rows_.push_back(row);

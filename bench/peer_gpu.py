@@ -5,8 +5,9 @@ decoding, and query-only training steps against the frozen cache with autograd a
     context_bench --model FOLDER --random-weights 1 --device cuda --tokens 32768 --at 0.5 --results ours.json
     python3 bench/peer_gpu.py FOLDER --seed 1 --tokens 32768 --at 0.5 --ours ours.json
 
-Weights come from random_weights.py, so both sides hold the same values. With --ours it also says how far our losses and
-gradient norms are from transformers' in bf16 and, with --exact, how far both are from the same model in fp64. Token ids
+Weights come from random_weights.py, so both sides hold the same values. With --ours it also says how far our first loss is
+from transformers' in bf16 and, with --exact, from the same model in fp64. Later losses differ by more than roundings:
+here the gradient flows through the K and V of the span's own rows, which Refocus keeps frozen. Token ids
 are the bench's own (std::mt19937_64, seed 1). Prints one JSON line per figure, a table last.
 """
 import argparse
@@ -188,12 +189,10 @@ def main():
         ours = json.load(open(args.ours))
         names = {torch.bfloat16: "transformers bf16", torch.float64: "fp64"}
         for dtype, theirs in losses.items():
-            off = max(abs(a - b[0]) for a, b in zip(ours["losses"], theirs))
-            norm = max(abs(a / b[1] - 1) for a, b in zip(ours["grad_norms"], theirs))
-            print(f"ours against {names[dtype]}: losses off by at most {off:.2e}, gradient norms by {norm:.2%}")
+            print(f"ours against {names[dtype]}: first loss off by {abs(ours['losses'][0] - theirs[0][0]):.2e}")
         if len(losses) == 2:
-            off = max(abs(a[0] - b[0]) for a, b in zip(losses[torch.bfloat16], losses[torch.float64]))
-            print(f"transformers bf16 against fp64: losses off by at most {off:.2e}")
+            off = abs(losses[torch.bfloat16][0][0] - losses[torch.float64][0][0])
+            print(f"transformers bf16 against fp64: first loss off by {off:.2e}")
         print("ours:", [round(x, 5) for x in ours["losses"][:args.steps]])
         print("theirs:", [round(x[0], 5) for x in losses[torch.bfloat16]])
 
