@@ -142,7 +142,7 @@ Ceilings MeasureCeilings(Backend& backend) {
   const int64_t n = cpu ? 2048 : 8192;
   const auto options = at::TensorOptions(backend.device()).dtype(backend.dtype());
   const at::Tensor a = at::randn({n, n}, options), b = at::randn({n, n}, options);
-  const at::Tensor from = at::randn({cpu ? int64_t{64} << 20 : int64_t{256} << 20}, options);
+  const at::Tensor from = at::randn({cpu ? int64_t{24} << 20 : int64_t{256} << 20}, options);
   at::Tensor to = at::empty(from.sizes(), options);
   for (int i = 0; i < 5; ++i) {
     backend.Synchronize();
