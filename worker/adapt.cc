@@ -53,7 +53,7 @@ void EnqueueLoss(Model& model, const StepRows& rows, at::Tensor loss, at::Tensor
       dhidden = {hidden, model.backend().Rounded(hidden)};
     }
     AddOwnLoss(model, hidden, batch->targets, rows.total, loss, grad != nullptr ? &dhidden : nullptr);
-    if (grad != nullptr) model.Backward(batch->input, trace, dhidden, add, *grad);
+    if (grad != nullptr) model.Backward(batch->input, trace, dhidden, add, rows.delta.Over(*grad));
     add = true;
   }
   loss.div_(static_cast<double>(rows.total));
@@ -85,7 +85,7 @@ int64_t TotalRows(const std::vector<Span>& spans) {
   return rows;
 }
 
-StepRows MakeStepRows(const Model& model, const KvExtent& extent, const at::Tensor& delta,
+StepRows MakeStepRows(const Model& model, const KvExtent& extent, const QueryDelta& delta,
                       const std::vector<Span>& spans) {
   StepRows step;
   std::vector<int64_t> positions;
@@ -98,6 +98,7 @@ StepRows MakeStepRows(const Model& model, const KvExtent& extent, const at::Tens
       targets.push_back(span.ids[row + 1]);
     }
   }
+  step.delta = delta;
   step.total = static_cast<int64_t>(positions.size());
   REFOCUS_CHECK_GT(step.total, 0);
   const ShardPlan& plan = model.plan();
@@ -109,7 +110,7 @@ StepRows MakeStepRows(const Model& model, const KvExtent& extent, const at::Tens
     batch->plan = step.split ? RowPlan::Even(at, plan) : RowPlan::Replicated(at, plan);
     batch->input = model.MakeInput(batch->plan, {ids.begin() + first, ids.begin() + end});
     batch->input.extents = {&extent};
-    batch->input.delta = delta;
+    batch->input.SetDelta(delta);
     std::vector<int64_t> own;
     for (const int64_t index : batch->plan.own_order()) own.push_back(targets[first + index]);
     batch->targets = at::tensor(own, at::kLong).to(model.backend().device());
@@ -118,13 +119,13 @@ StepRows MakeStepRows(const Model& model, const KvExtent& extent, const at::Tens
   return step;
 }
 
-double SpanLoss(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans) {
+double SpanLoss(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans) {
   const at::Tensor loss = at::empty({1}, at::TensorOptions(model.backend().device()).dtype(at::kDouble));
   EnqueueLoss(model, MakeStepRows(model, extent, delta, spans), loss, nullptr);
   return OnHost(model, loss);
 }
 
-double SpanGradient(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans,
+double SpanGradient(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans,
                     at::Tensor& grad) {
   const at::Tensor loss = at::empty({1}, grad.options().dtype(at::kDouble));
   EnqueueLoss(model, MakeStepRows(model, extent, delta, spans), loss, &grad);

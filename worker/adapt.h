@@ -29,23 +29,24 @@ struct SpanRows {
 };
 
 // All rows of a step in micro-batches. Split evenly over the ranks where that leaves each enough of them, else every
-// rank computes them all and no gradient needs to travel. `extent` and `delta` (rounded) must outlive it.
+// rank computes them all and no gradient needs to travel. `extent` must outlive it.
 struct StepRows {
   int64_t total = 0;  // of all ranks
   bool split = false;
+  QueryDelta delta;  // rounded
   std::vector<std::unique_ptr<SpanRows>> batches;
 };
-StepRows MakeStepRows(const Model& model, const KvExtent& extent, const at::Tensor& delta,
+StepRows MakeStepRows(const Model& model, const KvExtent& extent, const QueryDelta& delta,
                       const std::vector<Span>& spans);
 
 int64_t TotalRows(const std::vector<Span>& spans);
 
 // Mean loss over all ranks' rows, nats. The same double on every rank. `delta` as queries read it (dtype).
-double SpanLoss(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans);
+double SpanLoss(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans);
 
-// The same, and the gradient with respect to the delta summed over ranks: `grad` [layers, heads * head_dim, hidden] fp32
-// is overwritten with the same bits on every rank.
-double SpanGradient(Model& model, const KvExtent& extent, const at::Tensor& delta, const std::vector<Span>& spans,
+// The same, and the gradient with respect to the delta summed over ranks: `grad`, fp32, laid out by DeltaSizes (of a full
+// delta where `delta` is none), is overwritten with the same bits on every rank.
+double SpanGradient(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans,
                     at::Tensor& grad);
 
 class Adapter {
@@ -56,12 +57,12 @@ class Adapter {
   int64_t revision() const { return revision_; }
   int64_t steps() const { return steps_; }  // of the adaptation under way
   bool adapting() const { return work_ != nullptr; }
-  // Committed delta as queries read it (dtype); undefined before the first commit. Never written again: a request keeps
+  // Committed delta as queries read it (dtype); none before the first commit. Never written again: a request keeps
   // the one it was opened with.
-  const at::Tensor& committed() const { return committed_.rounded; }
+  QueryDelta committed() const { return committed_.rounded; }
   // The delta under adaptation, [layers, heads * head_dim, hidden]: fp32, and as queries read it.
   const at::Tensor& working() const { return work_->delta.master; }
-  const at::Tensor& working_rounded() const { return work_->delta.rounded; }
+  QueryDelta working_rounded() const { return work_->delta.rounded; }
   // Global norm of the last gradient before clipping, loss of the last step.
   struct StepResult {
     double loss = 0.0;

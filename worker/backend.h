@@ -132,6 +132,8 @@ class Backend {
   virtual at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) = 0;
   // x . w^T + x . delta^T, added in fp32 before any rounding; delta [out, in] dtype or undefined -> [rows, out] fp32.
   virtual at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) = 0;
+  // y += scale * x . w^T, added in fp32: x [rows, in], w [out, in] dtype, y [rows, out] fp32, contiguous.
+  virtual void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) = 0;
   // dx = dy . w (+ dy . delta): dy [rows, out], w and delta [out, in] -> [rows, in] dtype.
   virtual at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) = 0;
   // grad [out, in] fp32 = dy^T . x, or += when `add`: dy [rows, out], x [rows, in] dtype.

@@ -64,6 +64,10 @@ at::Tensor CpuRowwise::LinearSum(const at::Tensor& x, const at::Tensor& w, const
   return y;
 }
 
+void CpuRowwise::AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) {
+  y.add_(Linear(x, w), scale);
+}
+
 at::Tensor CpuRowwise::LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) {
   at::Tensor dx = at::mm(dy, w);
   if (delta.defined()) dx.addmm_(dy, delta);

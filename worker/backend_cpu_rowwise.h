@@ -26,6 +26,7 @@ class CpuRowwise : public Backend {
   void Await(int64_t) override {}
 
   at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) override;
+  void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) override;
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override;
   void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) override;
 

@@ -193,6 +193,10 @@ class CudaBackend : public Backend {
     return y;
   }
 
+  void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) override {
+    if (x.size(0) > 0) at::addmm_out(y, y, x, w.t(), at::kFloat, /*beta=*/1, scale);
+  }
+
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override {
     at::Tensor dx = at::mm(dy, w);
     if (delta.defined()) dx.addmm_(dy, delta);

@@ -24,6 +24,12 @@ struct PrefillChunk {
   std::vector<int32_t> ids;
 };
 
+// What an adapter trains: rank 0 is a full delta, else a LoRA of that rank.
+struct DeltaConfig {
+  int64_t lora_rank = 0;
+  float lora_alpha = 0.0f;  // the product of both matrices counts alpha / rank
+};
+
 struct AdamWConfig {
   float learning_rate = 1e-5f;
   float weight_decay = 0.01f;

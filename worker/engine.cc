@@ -330,7 +330,7 @@ class EngineState {
       return Precondition("sequence uid", std::to_string(open.sequence), "a new one");
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindReady(open.context, &context));
-    at::Tensor delta;
+    QueryDelta delta;
     if (open.adapter != 0) {
       const auto found = adapters_.find(open.adapter);
       if (found == adapters_.end()) return Absent("adapter", open.adapter);

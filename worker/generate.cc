@@ -31,7 +31,7 @@ std::vector<int64_t> Iota(int64_t first, int64_t count) {
 
 }  // namespace
 
-Sequence::Sequence(const OpenSequence& open, const KvExtent& context, std::unique_ptr<KvExtent> tail, at::Tensor delta)
+Sequence::Sequence(const OpenSequence& open, const KvExtent& context, std::unique_ptr<KvExtent> tail, QueryDelta delta)
     : open_(open),
       context_(context),
       tail_(std::move(tail)),
@@ -42,7 +42,7 @@ at::Tensor Sequence::Rows(Model& model, const RowPlan& plan, const std::vector<i
   int64_t writing = 0;
   ForwardInput input = model.MakeInput(plan, ids, tail_.get(), &writing);
   input.extents = {&context_};
-  input.delta = delta_;
+  input.SetDelta(delta_);
   at::Tensor hidden = model.Forward(input);
   tail_->Advance(writing);
   return hidden;
@@ -127,7 +127,7 @@ bool Sequence::Decode(Model& model, int64_t steps, const std::function<bool()>& 
       step_input_.slots = state_.slots;
       step_input_.append = tail_.get();
       step_input_.extents = {&context_};
-      step_input_.delta = delta_;
+      step_input_.SetDelta(delta_);
       step_ = model.backend().Repeated([this, &model] { EnqueueStep(model); });
     }
     if (first_rank && cancelled()) leave_.fill_(1);

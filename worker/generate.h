@@ -14,8 +14,8 @@ namespace refocus {
 // The K/V of question and answer belong to the request alone; the context's are shared and never written.
 class Sequence {
  public:
-  // `context` outlives the sequence; delta is undefined for base queries and is kept alive here.
-  Sequence(const OpenSequence& open, const KvExtent& context, std::unique_ptr<KvExtent> tail, at::Tensor delta);
+  // `context` outlives the sequence; `delta` is none for base queries and is kept alive here.
+  Sequence(const OpenSequence& open, const KvExtent& context, std::unique_ptr<KvExtent> tail, QueryDelta delta);
 
   uint64_t context_id() const { return open_.context; }
   int64_t bytes() const { return tail_->bytes(); }
@@ -50,7 +50,7 @@ class Sequence {
   OpenSequence open_;
   const KvExtent& context_;
   std::unique_ptr<KvExtent> tail_;
-  at::Tensor delta_;
+  QueryDelta delta_;
   int64_t next_position_;
   bool has_pending_ = false;
   bool finished_ = false;

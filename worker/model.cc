@@ -40,10 +40,6 @@ ForwardInput Model::MakeInput(const RowPlan& rows, const std::vector<int32_t>& i
   return input;
 }
 
-at::Tensor Model::LayerDelta(const ForwardInput& input, int64_t layer) const {
-  return input.delta.defined() ? input.delta.select(0, layer) : at::Tensor();
-}
-
 at::Tensor Model::GatherRows(const RowPlan& rows, const at::Tensor& own) {
   if (!rows.split() || collective_.size() == 1) return own;
   std::vector<int64_t> shape = own.sizes().vec();
@@ -195,7 +191,7 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
       Append(input, layer, h, rotation);
       return at::Tensor();
     }
-    const at::Tensor q_raw = backend_.LinearSum(h, w.wq, LayerDelta(input, layer)).view({n, c.heads, c.head_dim});
+    const at::Tensor q_raw = ProjectQueries(backend_, h, w.wq, input.adapters, layer).view({n, c.heads, c.head_dim});
     at::Tensor q_all;
     const Partial attention =
         Attention(input, layer, backend_.Rotate(q_raw, w.q_norm, rotation), h, rotation, &q_all);
@@ -226,10 +222,12 @@ Gradient Model::LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits) 
 }
 
 void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, Gradient dx, bool add,
-                     at::Tensor& grad) {
+                     const QueryDelta& grad) {
   const ModelConfig& c = config();
   const RowPlan& rows = *input.rows;
   const int64_t n = rows.own_rows();
+  REFOCUS_CHECK(input.adapters.empty() || (input.adapters.size() == 1 && input.adapters[0].count == n));
+  const QueryDelta delta = input.adapters.empty() ? QueryDelta() : input.adapters[0].delta;
   const Rotation rotation = backend_.RotationAt(input.own_pos);
   for (int64_t layer = c.layers - 1; layer >= 0; --layer, ++progress_) {
     const LayerWeights& w = weights_.layers[layer];
@@ -246,10 +244,9 @@ void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& t
                            GatherRows(rows, backend_.RowDot(dout, t.out)));
     const at::Tensor dq =
         backend_.RotateGrad(SumOverRanks(rows, dq_all), t.q_raw, w.q_norm, rotation).view({n, c.q_dim()});
-    at::Tensor grad_layer = grad.select(0, layer);
-    backend_.WeightGrad(dq, t.h, add, grad_layer);
+    DeltaGrad(backend_, dq, t.h, delta, layer, add, grad);
     if (layer == 0) break;  // nothing below is trained
-    dx = backend_.NormGrad(t.x, w.attn_norm, backend_.LinearGrad(dq, w.wq, LayerDelta(input, layer)), dx_mid.sum);
+    dx = backend_.NormGrad(t.x, w.attn_norm, QueriesGrad(backend_, dq, w.wq, delta, layer), dx_mid.sum);
   }
 }
 

@@ -13,6 +13,7 @@
 #include "worker/backend.h"
 #include "worker/collective.h"
 #include "worker/kv_extents.h"
+#include "worker/query_delta.h"
 #include "worker/row_plan.h"
 #include "worker/weights.h"
 
@@ -49,7 +50,13 @@ struct ForwardInput {
   at::Tensor slots;    // [n] int64: where own rows write K/V in `append`, < 0: nowhere; undefined: none writes
   std::vector<const KvExtent*> extents;  // that attention reads besides `append`
   KvExtent* append = nullptr;
-  at::Tensor delta;        // [layers, H * d, hidden] dtype, or undefined: base queries
+  // Whose queries the own rows ask with, ordered by row; rows that are not named: base queries.
+  std::vector<AdapterRows> adapters;
+  // All own rows ask with one delta, or none.
+  void SetDelta(QueryDelta delta) {
+    adapters.clear();
+    if (delta.defined()) adapters.push_back({0, ids.size(0), std::move(delta)});
+  }
   bool keys_only = false;  // stop when the last layer's K/V are written; returns an undefined tensor
 };
 
@@ -77,11 +84,12 @@ class Model {
   // Gradient with respect to the hidden rows of a loss with gradient `dlogits` [m, vocab] dtype behind Logits.
   Gradient LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits);
 
-  // From dx at Forward's output down to the queries: activation gradients, and this rank's share of the delta's gradient
-  // goes to `grad` [layers, H * d, hidden] fp32, or is added to it when `add`. Replicated rows give every rank the whole
-  // gradient instead of a share. K and V get no gradient (they are frozen). `input` as in Forward.
+  // From dx at Forward's output down to the queries: activation gradients, and this rank's share of the delta's
+  // gradient goes to `grad` (fp32, of the delta's kind), or is added to it when `add`. Replicated rows give every rank
+  // the whole gradient instead of a share. K and V get no gradient (they are frozen). `input` as in Forward, with one
+  // delta or none for all rows.
   void Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, Gradient dx, bool add,
-                at::Tensor& grad);
+                const QueryDelta& grad);
 
  private:
   std::vector<RowPart> MakeParts(const RowPlan& rows) const;
@@ -90,7 +98,6 @@ class Model {
   Partial Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
                     const Rotation& rotation, at::Tensor* all);
   void Append(const ForwardInput& input, int64_t layer, const at::Tensor& h, const Rotation& rotation);
-  at::Tensor LayerDelta(const ForwardInput& input, int64_t layer) const;
   // The partials of this rank's keys for all rows -> combined attention of own rows.
   Partial Exchange(const RowPlan& rows, const Partial& partial);
   // Every rank's partial of n own rows, [ranks * n, ...]: room for them, their exchange, their combination.

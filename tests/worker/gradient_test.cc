@@ -11,11 +11,16 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/equal.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/full_like.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/randn.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
@@ -78,8 +83,16 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
     return at::zeros({c.layers, c.q_dim(), c.hidden}, at::kFloat);
   }
 
-  // Logits of rows of the context, queried again; replicated, so that every rank has them.
-  at::Tensor LogitsAt(const Rank& rank, const json& rows, const at::Tensor& delta) {
+  // A LoRA of this rank (of the matrices) with numbers drawn by `seed`; B is not zero.
+  QueryDelta DrawnLora(int64_t lora_rank, float alpha, uint64_t seed) const {
+    const DeltaConfig config{.lora_rank = lora_rank, .lora_alpha = alpha};
+    const std::vector<int64_t> sizes = DeltaSizes(weights_->config, config);
+    const at::Tensor numbers = at::randn(sizes, at::make_generator<at::CPUGeneratorImpl>(seed), at::kFloat).mul_(0.05);
+    return DeltaOver(weights_->config, config, numbers);
+  }
+
+  // Logits of rows of the context, queried again; replicated, so that every rank has them. `adapters` by row.
+  at::Tensor LogitsAt(const Rank& rank, const json& rows, const std::vector<AdapterRows>& adapters) {
     const std::vector<int32_t> ids = golden_.context();
     std::vector<int64_t> positions;
     std::vector<int32_t> row_ids;
@@ -90,8 +103,12 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
     const RowPlan plan = RowPlan::Replicated(positions, rank.model.plan());
     ForwardInput input = rank.model.MakeInput(plan, row_ids);
     input.extents = {&rank.context};
-    input.delta = delta;
+    input.adapters = adapters;
     return rank.model.Logits(rank.model.Forward(input));
+  }
+
+  at::Tensor LogitsAt(const Rank& rank, const json& rows, const QueryDelta& delta) {
+    return LogitsAt(rank, rows, std::vector<AdapterRows>{{0, static_cast<int64_t>(rows.size()), delta}});
   }
 
   const Golden& golden_;
@@ -101,7 +118,7 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
 
 TEST_P(GradientTest, LogitsOfBaseAndAdaptedRows) {
   OnRanks(golden_.context(), [&](const Rank& rank) {
-    const at::Tensor base = LogitsAt(rank, golden_.json.at("rows"), at::Tensor());
+    const at::Tensor base = LogitsAt(rank, golden_.json.at("rows"), QueryDelta());
     EXPECT_LE(RelativeError(base, golden_.tensor("logits.rows")), kTensorBound);
     const at::Tensor adapted = LogitsAt(rank, golden_.json.at("adapt").at("adapted_rows"), golden_.layers("delta"));
     EXPECT_LE(RelativeError(adapted, golden_.tensor("adapted.logits.rows")), kTensorBound);
@@ -149,6 +166,68 @@ TEST_P(GradientTest, EqualsFiniteDifferencesWhenAdapted) {
   });
 }
 
+// scale * B . A, as a full delta.
+at::Tensor Dense(const QueryDelta& lora) { return at::matmul(lora.b, lora.a).mul_(lora.scale); }
+
+TEST_P(GradientTest, LoraEqualsItsDenseDelta) {
+  const json rows = golden_.json.at("rows");
+  for (const int64_t lora_rank : {1, 3, 8}) {
+    const QueryDelta lora = DrawnLora(lora_rank, 6.0f, 11);
+    OnRanks(golden_.context(), [&](const Rank& rank) {
+      const at::Tensor dense = LogitsAt(rank, rows, Dense(lora));
+      EXPECT_LE(RelativeError(LogitsAt(rank, rows, lora), dense), kTensorBound) << "rank " << lora_rank;
+      EXPECT_GE(RelativeError(LogitsAt(rank, rows, QueryDelta()), dense), 10 * kTensorBound) << "a delta that matters";
+      QueryDelta zero = lora;
+      zero.b = at::zeros_like(lora.b);
+      EXPECT_TRUE(at::equal(LogitsAt(rank, rows, zero), LogitsAt(rank, rows, QueryDelta()))) << "B = 0 is the base";
+    });
+  }
+}
+
+// With G the gradient of the dense delta: dB = scale * G . A^T, dA = scale * B^T . G.
+TEST_P(GradientTest, LoraGradientFollowsFromTheDenseOne) {
+  const std::vector<Span> spans = golden_.spans(golden_.json.at("gradients").at("two_spans").at("spans"));
+  const QueryDelta lora = DrawnLora(4, 8.0f, 12);
+  std::vector<uint64_t> hashes(ranks_);
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    at::Tensor dense = NewDelta();
+    const double loss = SpanGradient(rank.model, rank.context, Dense(lora), spans, dense);
+    at::Tensor numbers = at::full(DeltaSizes(weights_->config, {.lora_rank = 4, .lora_alpha = 8.0f}),
+                                  std::numeric_limits<float>::quiet_NaN(), at::kFloat);
+    EXPECT_NEAR(SpanGradient(rank.model, rank.context, lora, spans, numbers), loss, kLossBound);
+    const QueryDelta grad = lora.Over(numbers);
+    const at::Tensor expected_b = at::matmul(dense, lora.a.transpose(1, 2)).mul_(lora.scale);
+    const at::Tensor expected_a = at::matmul(lora.b.transpose(1, 2), dense).mul_(lora.scale);
+    for (int64_t layer = 0; layer < dense.size(0); ++layer) {
+      EXPECT_LE(RelativeError(grad.a.select(0, layer), expected_a.select(0, layer)), kTensorBound) << "A, layer " << layer;
+      EXPECT_LE(RelativeError(grad.b.select(0, layer), expected_b.select(0, layer)), kTensorBound) << "B, layer " << layer;
+    }
+    hashes[rank.index] = HashTensor(numbers);
+  });
+  for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << "every rank holds the same bits";
+}
+
+// One pass over rows of several adapters, and rows of none, gives each row what a pass with its own adapter gives.
+TEST_P(GradientTest, RowsReadTheirOwnAdapters) {
+  json rows = golden_.json.at("rows");
+  rows.erase(0);  // the first token sees only itself, whatever it asks
+  const auto count = static_cast<int64_t>(rows.size());
+  ASSERT_GE(count, 4);
+  const QueryDelta full = golden_.layers("delta"), lora = DrawnLora(2, 4.0f, 13);
+  const std::vector<AdapterRows> mixed = {{0, 1, full}, {1, 1, lora}, {3, count - 3, full}};  // row 2: base
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    const at::Tensor together = LogitsAt(rank, rows, mixed);
+    const at::Tensor by_full = LogitsAt(rank, rows, full), by_lora = LogitsAt(rank, rows, lora);
+    const at::Tensor base = LogitsAt(rank, rows, QueryDelta());
+    for (int64_t row = 0; row < count; ++row) {
+      const at::Tensor& alone = row == 1 ? by_lora : row == 2 ? base : by_full;
+      EXPECT_LE(RelativeError(together[row], alone[row]), kTensorBound) << "row " << row;
+      const at::Tensor& other = row == 2 ? by_full : base;
+      EXPECT_GE(RelativeError(together[row], other[row]), 10 * kTensorBound) << "row " << row;
+    }
+  });
+}
+
 TEST_P(GradientTest, EightStepsEqualTheReference) {
   const json& adapt = golden_.json.at("adapt");
   const at::Tensor expected = golden_.layers("delta");
@@ -178,7 +257,7 @@ TEST_P(GradientTest, BaseWeightsAreNeverWritten) {
     adapter.Begin(rank.model, golden_.optimizer(), false);
     adapter.Step(rank.model, rank.context, golden_.spans(golden_.json.at("gradients").at("one_span").at("spans")));
     adapter.Commit(1);
-    LogitsAt(rank, json::array({5, 699}), adapter.committed());
+    LogitsAt(rank, json::array({5, 699}), adapter.committed().full);
   });
   EXPECT_EQ(HashWeights(*weights_), before);
 }
