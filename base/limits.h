@@ -31,6 +31,9 @@ inline constexpr int32_t kMaxTopLogprobs = 20;
 inline constexpr int64_t kMaxStops = 16;
 inline constexpr int64_t kMaxStopBytes = 256;
 inline constexpr int64_t kMaxStopTokenIds = 64;
+inline constexpr int64_t kMaxLogitBias = 1024;
+inline constexpr int32_t kMaxTopK = 1 << 20;
+inline constexpr int32_t kMaxSamples = 64;            // of one request
 
 // One prefill or extend command: rows, and the time it should take (its length follows from measured times).
 inline constexpr int64_t kMaxChunkRows = 16'384;

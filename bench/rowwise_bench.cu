@@ -161,17 +161,28 @@ void BenchLoss(int64_t rows) {
   Measure("CrossEntropy + dlogits", rows, 6 * elements, [&](cudaStream_t s) { return CrossEntropy(params, s); });
 }
 
-void BenchSample() {
+void BenchSample(int64_t rows) {
   Memory m;
-  int64_t* index = m.Rising(1, 0);
-  int64_t* token = m.Rising(1, 0);
-  SampleParams params{kVocab, m.Float(kVocab), 0.0f,       7,
-                      index,  token,           m.Float(1), m.Get<char>(SampleWorkspaceBytes(kVocab))};
-  const double bytes = 4.0 * static_cast<double>(kVocab);
-  Measure("Sample greedy", 1, bytes, [&](cudaStream_t s) { return Sample(params, s); });
-  params.temperature = 0.7f;
-  Measure("Sample", 1, bytes, [&](cudaStream_t s) { return Sample(params, s); });
-  const AdvanceParams advance{token, m.Rising(1, 0), m.Rising(1, 0), m.Rising(1, 0), index, 1, 0, 0};
+  int64_t* tokens = m.Rising(rows, 0);
+  SamplerState* states = m.Get<SamplerState>(rows);
+  std::vector<SamplerState*> addresses;
+  for (int64_t row = 0; row < rows; ++row) addresses.push_back(states + row);
+  SamplerState** samplers = m.Get<SamplerState*>(rows);
+  Check(cudaMemcpy(samplers, addresses.data(), addresses.size() * sizeof(SamplerState*), cudaMemcpyHostToDevice),
+        "cudaMemcpy");
+  const SampleParams params{rows,   kVocab,        m.Float(rows * kVocab), samplers,
+                            tokens, m.Float(rows), m.Get<char>(SampleWorkspaceBytes(rows, kVocab))};
+  const auto measure = [&](const char* name, SamplerState state) {
+    const std::vector<SamplerState> all(rows, state);
+    Check(cudaMemcpy(states, all.data(), all.size() * sizeof(SamplerState), cudaMemcpyHostToDevice), "cudaMemcpy");
+    Measure(name, rows, 4.0 * static_cast<double>(rows * kVocab), [&](cudaStream_t s) { return Sample(params, s); });
+  };
+  SamplerState state;
+  measure("Sample greedy", state);
+  state.inverse_temperature = 1 / 0.7;
+  measure("Sample", state);
+  if (rows > 1) return;
+  const AdvanceParams advance{tokens, m.Rising(1, 0), m.Rising(1, 0), m.Rising(1, 0), 1, 0, 0};
   Measure("Advance", 1, 64.0, [&](cudaStream_t s) { return Advance(advance, s); });
 }
 
@@ -192,7 +203,7 @@ int Main() {
     BenchSwiglu(rows);
     BenchLoss(rows);
   }
-  BenchSample();
+  for (const int64_t rows : {1, 16, 64}) BenchSample(rows);
   return 0;
 }
 

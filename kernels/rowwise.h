@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "base/sampling.h"
+
 namespace refocus::kernels {
 
 // x[row] = table[ids[row]] : table bf16 [vocab, hidden], ids [rows] int64, x fp32 [rows, hidden]. A negative id gives a
@@ -105,34 +107,29 @@ struct CrossEntropyParams {
 };
 cudaError_t CrossEntropy(const CrossEntropyParams& params, cudaStream_t stream);
 
-// One token from one row of fp32 logits [vocab], the way worker/sampler.h does it: greedy at temperature 0 (the lowest
-// id among equals), else the first id at which the running sum of exp((logit - max) / temperature), added in fp64 in
-// rising order of ids (blockwise sums may be formed first, always in the same order), exceeds u times the total; u is
-// that of (seed, *index). A NaN logit or no finite one gives id -1. Writes *token (int64) and *logprob (fp32, at
-// temperature 1).
+// One token from each row of fp32 logits [rows, vocab], as base/sampling.h defines it; a row's result depends on that row
+// and its sampler alone. The id is -1, and the sampler keeps its state, where a logit is NaN or infinite, none is finite,
+// or nothing is left to draw from.
 struct SampleParams {
+  int64_t rows = 0;                    // at most 65535
   int64_t vocab = 0;
   const float* logits = nullptr;
-  float temperature = 0.0f;
-  uint64_t seed = 0;
-  const int64_t* index = nullptr;  // device: which token of the answer this is
-  int64_t* token = nullptr;        // device
-  float* logprob = nullptr;        // device
-  void* workspace = nullptr;       // SampleWorkspaceBytes(vocab)
+  SamplerState* const* samplers = nullptr;  // [rows] device; null: the row is skipped, its id is -1. Each at most once
+  int64_t* tokens = nullptr;           // [rows]
+  float* logprobs = nullptr;           // [rows], at temperature 1
+  void* workspace = nullptr;           // SampleWorkspaceBytes(rows, vocab)
 };
-int64_t SampleWorkspaceBytes(int64_t vocab);
+int64_t SampleWorkspaceBytes(int64_t rows, int64_t vocab);
 cudaError_t Sample(const SampleParams& params, cudaStream_t stream);
 
 // After a decode step: the state of the next one, on the device, so that a captured step can be replayed. One thread.
-//   ids[0] = token; pos[0] += 1; slot[0] = the tail's slot of the new position if this shard owns it, else -1;
-//   index[0] += 1.
+//   ids[0] = token; pos[0] += 1; slot[0] = the tail's slot of the new position if this shard owns it, else -1.
 // slot = CountBelow(pos) - first_index of the block-cyclic plan (base/shard_plan.h).
 struct AdvanceParams {
   const int64_t* token = nullptr;
   int64_t* ids = nullptr;
   int64_t* pos = nullptr;
   int64_t* slot = nullptr;
-  int64_t* index = nullptr;
   int64_t shards = 1;
   int64_t shard = 0;
   int64_t first_index = 0;         // of the tail extent

@@ -1,5 +1,6 @@
-// One token from one row of logits, and the step from one decoded token to the next. Two launches: every tile of ids
-// forms its sums relative to its own largest logit; then one block weighs the tiles, finds the tile and in it the id.
+// One token from each row of logits, and the step from one decoded token to the next. Two launches: every tile of ids
+// forms its sums relative to its own largest logit; then one block a row weighs the tiles, finds the tile and in it the
+// id.
 #include "base/shard_plan.h"
 #include "kernels/rowwise.cuh"
 #include "kernels/rowwise.h"
@@ -12,11 +13,17 @@ constexpr int kWarps = kThreads / row::kWarp;
 constexpr int kPerThread = 4;  // neighbouring ids
 constexpr int kTileIds = kThreads * kPerThread;
 
+struct Tile;
+
 struct Arguments {
   SampleParams p;
-  double inverse_temperature;  // 0 where greedy
   int64_t tiles;
   bool aligned;
+
+  // Of the block's row.
+  __device__ const float* logits() const { return p.logits + blockIdx.y * p.vocab; }
+  __device__ Tile* row_tiles() const;
+  __device__ SamplerState* sampler() const { return p.samplers[blockIdx.y]; }
 };
 
 struct Tile {
@@ -25,6 +32,8 @@ struct Tile {
   int64_t best;   // the lowest id that has the largest logit
   float max;      // NaN when a logit is; -inf when all are
 };
+
+__device__ Tile* Arguments::row_tiles() const { return static_cast<Tile*>(p.workspace) + blockIdx.y * tiles; }
 
 struct Best {
   float value;
@@ -58,12 +67,12 @@ struct Logits {
 __device__ Logits LoadLogits(const Arguments& a, int64_t first) {
   const SampleParams& p = a.p;
   if (a.aligned && first + kPerThread <= p.vocab) {
-    const float4 raw = *reinterpret_cast<const float4*>(p.logits + first);
+    const float4 raw = *reinterpret_cast<const float4*>(a.logits() + first);
     return {raw.x, raw.y, raw.z, raw.w};
   }
   Logits result;
 #pragma unroll
-  for (int j = 0; j < kPerThread; ++j) result.v[j] = first + j < p.vocab ? p.logits[first + j] : -INFINITY;
+  for (int j = 0; j < kPerThread; ++j) result.v[j] = first + j < p.vocab ? a.logits()[first + j] : -INFINITY;
   return result;
 }
 
@@ -72,7 +81,9 @@ __device__ double Weight(float logit, float max, double inverse_temperature) {
 }
 
 __global__ void __launch_bounds__(kThreads) TileKernel(Arguments a) {
-  const SampleParams& p = a.p;
+  const SamplerState* const sampler = a.sampler();
+  if (sampler == nullptr) return;
+  const double inverse_temperature = sampler->inverse_temperature;
   __shared__ double weight_scratch[kWarps], plain_scratch[kWarps];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTileIds + threadIdx.x * kPerThread;
   const Logits logits = LoadLogits(a, first);
@@ -91,12 +102,12 @@ __global__ void __launch_bounds__(kThreads) TileKernel(Arguments a) {
 #pragma unroll
   for (int j = 0; j < kPerThread; ++j) {
     plain += Weight(logits.v[j], max, 1.0);
-    weight += Weight(logits.v[j], max, a.inverse_temperature);
+    weight += Weight(logits.v[j], max, inverse_temperature);
   }
   weight = row::BlockSum(weight, weight_scratch);
   plain = row::BlockSum(plain, plain_scratch);
   if (threadIdx.x == 0) {
-    static_cast<Tile*>(p.workspace)[blockIdx.x] = {weight, plain, best.id,
+    a.row_tiles()[blockIdx.x] = {weight, plain, best.id,
                                                    nan ? __uint_as_float(0x7fffffffu) : best.value};
   }
 }
@@ -146,18 +157,6 @@ __device__ Place Choose(double own, double target, const double* sums) {
   return {t == (first < kThreads ? first : last), t == 0 ? 0.0 : sums[t - 1]};
 }
 
-__device__ uint64_t Mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-// As UniformAt of worker/sampler.h.
-__device__ double UniformAt(uint64_t seed, int64_t index) {
-  return static_cast<double>(Mix(Mix(seed) ^ static_cast<uint64_t>(index)) >> 11) * 0x1.0p-53;
-}
-
 // The thread's share of the tiles: neighbours, in rising order.
 struct TileRange {
   int64_t begin, end;
@@ -171,20 +170,21 @@ __device__ TileRange OwnTiles(int64_t tiles) {
 
 // The tile in which the running sum exceeds u times the total, and how much of that, relative to the tile's own largest
 // logit, is left for its ids. One thread writes both.
-__device__ void ChooseTile(const Arguments& a, const Tile* tiles, TileRange own, float max, int64_t* tile,
+__device__ void ChooseTile(const SamplerState& sampler, const Tile* tiles, TileRange own, float max, int64_t* tile,
                            double* rest) {
+  const double inverse_temperature = sampler.inverse_temperature;
   __shared__ double sums[kThreads];
   double weight = 0.0;
   for (int64_t i = own.begin; i < own.end; ++i) {
-    if (tiles[i].weight > 0.0) weight += tiles[i].weight * Weight(tiles[i].max, max, a.inverse_temperature);
+    if (tiles[i].weight > 0.0) weight += tiles[i].weight * Weight(tiles[i].max, max, inverse_temperature);
   }
-  const double target = UniformAt(a.p.seed, *a.p.index) * BlockScan(weight, sums);
+  const double target = static_cast<double>(UniformBits(sampler.seed, sampler.index)) * 0x1.0p-53 * BlockScan(weight, sums);
   const Place place = Choose(weight, target, sums);
   if (!place.chosen) return;
   double sum = place.before;
   for (int64_t i = own.begin; i < own.end; ++i) {
     if (!(tiles[i].weight > 0.0)) continue;
-    const double scale = Weight(tiles[i].max, max, a.inverse_temperature);
+    const double scale = Weight(tiles[i].max, max, inverse_temperature);
     const double scaled = tiles[i].weight * scale;
     if (!(scaled > 0.0)) continue;
     *tile = i;
@@ -200,7 +200,7 @@ __device__ void ChooseId(const Arguments& a, int64_t tile, float max, double res
   const Logits logits = LoadLogits(a, first);
   double weights[kPerThread], own = 0.0;
 #pragma unroll
-  for (int j = 0; j < kPerThread; ++j) own += weights[j] = Weight(logits.v[j], max, a.inverse_temperature);
+  for (int j = 0; j < kPerThread; ++j) own += weights[j] = Weight(logits.v[j], max, a.sampler()->inverse_temperature);
   BlockScan(own, sums);
   const Place place = Choose(own, rest, sums);
   if (!place.chosen) return;
@@ -213,12 +213,22 @@ __device__ void ChooseId(const Arguments& a, int64_t tile, float max, double res
   }
 }
 
+__device__ void NoToken(const SampleParams& p) {
+  p.tokens[blockIdx.y] = -1;
+  p.logprobs[blockIdx.y] = __uint_as_float(0x7fffffffu);
+}
+
 __global__ void __launch_bounds__(kThreads) ChooseKernel(Arguments a) {
   const SampleParams& p = a.p;
   __shared__ double plain_scratch[kWarps];
   __shared__ int64_t tile, id;
   __shared__ double rest;
-  const Tile* all = static_cast<const Tile*>(p.workspace);
+  SamplerState* const sampler = a.sampler();
+  if (sampler == nullptr) {
+    if (threadIdx.x == 0) NoToken(p);
+    return;
+  }
+  const Tile* all = a.row_tiles();
   const TileRange own = OwnTiles(a.tiles);
   Best best = {-INFINITY, INT64_MAX};
   bool nan = false;
@@ -233,10 +243,7 @@ __global__ void __launch_bounds__(kThreads) ChooseKernel(Arguments a) {
   nan = __syncthreads_or(nan) != 0;
   best = BlockBest(best);
   if (nan || !isfinite(best.value)) {
-    if (threadIdx.x == 0) {
-      *p.token = -1;
-      *p.logprob = __uint_as_float(0x7fffffffu);
-    }
+    if (threadIdx.x == 0) NoToken(p);
     return;
   }
   double plain = 0.0;
@@ -245,8 +252,8 @@ __global__ void __launch_bounds__(kThreads) ChooseKernel(Arguments a) {
   }
   plain = row::BlockSum(plain, plain_scratch);
   int64_t chosen = best.id;
-  if (p.temperature > 0.0f) {
-    ChooseTile(a, all, own, best.value, &tile, &rest);
+  if (sampler->inverse_temperature > 0.0) {
+    ChooseTile(*sampler, all, own, best.value, &tile, &rest);
     __syncthreads();
     ChooseId(a, tile, all[tile].max, rest, &id);
     __syncthreads();
@@ -254,8 +261,9 @@ __global__ void __launch_bounds__(kThreads) ChooseKernel(Arguments a) {
   }
   if (threadIdx.x == 0) {
     const double lse = static_cast<double>(best.value) + log(plain);
-    *p.token = chosen;
-    *p.logprob = static_cast<float>(static_cast<double>(p.logits[chosen]) - lse);
+    p.tokens[blockIdx.y] = chosen;
+    p.logprobs[blockIdx.y] = static_cast<float>(static_cast<double>(a.logits()[chosen]) - lse);
+    ++sampler->index;
   }
 }
 
@@ -266,25 +274,27 @@ __global__ void AdvanceKernel(AdvanceParams p) {
   *p.pos = pos;
   // Of an owned position, CountBelow is its place in the shard's own order.
   *p.slot = block % p.shards == p.shard ? block / p.shards * kBlockTokens + pos % kBlockTokens - p.first_index : -1;
-  *p.index += 1;
 }
 
 }  // namespace
 
-int64_t SampleWorkspaceBytes(int64_t vocab) {
-  return row::CeilDiv(vocab, kTileIds) * static_cast<int64_t>(sizeof(Tile));
+int64_t SampleWorkspaceBytes(int64_t rows, int64_t vocab) {
+  return rows * row::CeilDiv(vocab, kTileIds) * static_cast<int64_t>(sizeof(Tile));
 }
 
 cudaError_t Sample(const SampleParams& params, cudaStream_t stream) {
-  if (params.vocab <= 0) return cudaErrorInvalidValue;
+  if (params.vocab <= 0 || params.rows < 0 || params.rows > 65535) return cudaErrorInvalidValue;
+  if (params.rows == 0) return cudaSuccess;
   Arguments a = {};
   a.p = params;
-  a.inverse_temperature = params.temperature > 0.0f ? 1.0 / static_cast<double>(params.temperature) : 0.0;
   a.tiles = row::CeilDiv(params.vocab, kTileIds);
-  a.aligned = row::Aligned(params.logits);
-  const cudaError_t error = row::Launch(TileKernel, a.tiles, kThreads, 0, stream, a);
+  a.aligned = row::Aligned(params.logits) && (params.rows == 1 || params.vocab % kPerThread == 0);
+  const auto rows = static_cast<unsigned>(params.rows);
+  TileKernel<<<dim3(static_cast<unsigned>(a.tiles), rows), kThreads, 0, stream>>>(a);
+  const cudaError_t error = cudaPeekAtLastError();
   if (error != cudaSuccess) return error;
-  return row::Launch(ChooseKernel, 1, kThreads, 0, stream, a);
+  ChooseKernel<<<dim3(1, rows), kThreads, 0, stream>>>(a);
+  return cudaPeekAtLastError();
 }
 
 cudaError_t Advance(const AdvanceParams& params, cudaStream_t stream) {

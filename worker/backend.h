@@ -73,12 +73,12 @@ struct Losses {
 };
 
 // The state of a sequence between two decode steps, on the device, so that a step can be recorded once and repeated.
+// Together with its sampler (worker/sampler.h).
 struct DecodeState {
   at::Tensor ids;      // [1] int64: the token that the next step reads
   at::Tensor pos;      // [1] int64: its position
   at::Tensor slots;    // [1] int64: its slot in the tail's extent, -1 on ranks that do not own it
-  at::Tensor index;    // [1] int64: tokens sampled so far
-  at::Tensor token;    // [1] int64: the last sampled token; negative: see Sample
+  at::Tensor token;    // [1] int64: the last sampled token; -1: there is none
   at::Tensor logprob;  // [1] fp32
 };
 
@@ -177,9 +177,13 @@ class Backend {
   // dlogits = (softmax - onehot) * grad_scale.
   virtual Losses CrossEntropy(at::Tensor logits, const at::Tensor& targets, bool grad, double grad_scale) = 0;
 
-  // state.token and state.logprob from logits [1, vocab] fp32, as worker/sampler.h defines it: the state.index-th token
-  // of an answer. token = -1: the logits are not finite.
-  virtual void Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) = 0;
+  // tokens [rows] int64 and logprobs [rows] fp32 from logits [rows, vocab] fp32 and samplers [rows] int64, each the
+  // SamplerAddress of a sampler of this device (worker/sampler.h), named at most once: the next token of its answer, which
+  // the sampler then counts. Depends on the row and its sampler alone. Where the address is 0, a logit is NaN or infinite,
+  // or nothing is left to draw from, the token is -1, and the sampler is as before. A recorded pass reads addresses and
+  // samplers anew in every run: sequences may join, leave and change rows by writing to `samplers`.
+  virtual void Sample(const at::Tensor& logits, const at::Tensor& samplers, at::Tensor& tokens,
+                      at::Tensor& logprobs) = 0;
   // state.token becomes the token that the next step reads, one position further; slots for `tail`'s plan.
   virtual void Advance(const KvView& tail, DecodeState& state) = 0;
 };

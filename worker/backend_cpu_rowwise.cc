@@ -184,18 +184,23 @@ Losses CpuRowwise::CrossEntropy(at::Tensor logits, const at::Tensor& targets, bo
   return losses;
 }
 
-void CpuRowwise::Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) {
-  SamplingConfig plain = sampling;
-  plain.top_logprobs = 0;  // the caller's matter
-  const Token token = SampleToken(logits.view({-1}), plain, state.index.item<int64_t>());
-  state.token.fill_(static_cast<int64_t>(token.id));
-  state.logprob.fill_(token.logprob);
+void CpuRowwise::Sample(const at::Tensor& logits, const at::Tensor& samplers, at::Tensor& tokens,
+                        at::Tensor& logprobs) {
+  REFOCUS_CHECK(logits.is_contiguous() && samplers.is_contiguous() && tokens.is_contiguous());
+  const int64_t rows = logits.size(0), vocab = logits.size(1);
+  const float* values = logits.const_data_ptr<float>();
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto address = static_cast<uintptr_t>(samplers.const_data_ptr<int64_t>()[row]);
+    Draw draw;
+    if (address != 0) draw = DrawToken(values + row * vocab, vocab, *reinterpret_cast<SamplerState*>(address));
+    tokens.data_ptr<int64_t>()[row] = draw.id;
+    logprobs.data_ptr<float>()[row] = draw.logprob;
+  }
 }
 
 void CpuRowwise::Advance(const KvView& tail, DecodeState& state) {
   state.ids.copy_(state.token);
   state.pos.add_(1);
-  state.index.add_(1);
   const int64_t pos = state.pos.item<int64_t>();
   const bool here = tail.plan.Owns(pos);
   state.slots.fill_(here ? tail.plan.CountBelow(pos) - tail.first_index : -1);

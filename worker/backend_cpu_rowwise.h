@@ -49,7 +49,7 @@ class CpuRowwise : public Backend {
   SiluGrads SiluMulGrad(const at::Tensor& dact, const at::Tensor& gate, const at::Tensor& up) override;
   at::Tensor RowDot(const at::Tensor& dout, const at::Tensor& out) override;
   Losses CrossEntropy(at::Tensor logits, const at::Tensor& targets, bool grad, double grad_scale) override;
-  void Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) override;
+  void Sample(const at::Tensor& logits, const at::Tensor& samplers, at::Tensor& tokens, at::Tensor& logprobs) override;
   void Advance(const KvView& tail, DecodeState& state) override;
 
  private:

@@ -325,16 +325,18 @@ class CudaBackend : public Backend {
     return losses;
   }
 
-  void Sample(const at::Tensor& logits, const SamplingConfig& sampling, DecodeState& state) override {
-    const at::Tensor workspace = Bytes(kernels::SampleWorkspaceBytes(logits.numel()));
+  void Sample(const at::Tensor& logits, const at::Tensor& samplers, at::Tensor& tokens, at::Tensor& logprobs) override {
+    const at::Tensor workspace = Bytes(kernels::SampleWorkspaceBytes(logits.size(0), logits.size(1)));
+    for (const int64_t count : {samplers.numel(), tokens.numel(), logprobs.numel()}) {
+      REFOCUS_CHECK_EQ(count, logits.size(0));
+    }
     kernels::SampleParams params;
-    params.vocab = logits.numel();
+    params.rows = logits.size(0);
+    params.vocab = logits.size(1);
     params.logits = Data<float>(logits);
-    params.temperature = sampling.temperature;
-    params.seed = sampling.seed;
-    params.index = Data<int64_t>(state.index);
-    params.token = Data<int64_t>(state.token);
-    params.logprob = Data<float>(state.logprob);
+    params.samplers = reinterpret_cast<SamplerState* const*>(Data<int64_t>(samplers));
+    params.tokens = Data<int64_t>(tokens);
+    params.logprobs = Data<float>(logprobs);
     params.workspace = Data(workspace);
     CheckLaunch(kernels::Sample(params, Stream()), "Sample");
   }
@@ -345,7 +347,6 @@ class CudaBackend : public Backend {
     params.ids = Data<int64_t>(state.ids);
     params.pos = Data<int64_t>(state.pos);
     params.slot = Data<int64_t>(state.slots);
-    params.index = Data<int64_t>(state.index);
     params.shards = tail.plan.shards;
     params.shard = tail.plan.shard;
     params.first_index = tail.first_index;

@@ -68,10 +68,19 @@ struct DropAdapter {
 };
 
 struct SamplingConfig {
-  float temperature = 0.0f;  // 0: greedy
+  double temperature = 0;    // 0: greedy
   uint64_t seed = 0;
   std::vector<int32_t> stop_ids;
   int32_t top_logprobs = 0;
+  int32_t top_k = 0;         // 0: all
+  double top_p = 1;
+  double min_p = 0;
+  double repetition_penalty = 1;
+  double presence_penalty = 0;
+  double frequency_penalty = 0;
+  int64_t min_tokens = 0;    // stop_ids are not drawn before
+  std::vector<int32_t> bias_ids;
+  std::vector<float> bias_values;
 };
 struct OpenSequence {
   uint64_t sequence = 0;

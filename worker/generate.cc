@@ -2,6 +2,7 @@
 
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -52,7 +53,7 @@ void Sequence::EnqueueSample(Model& model, const at::Tensor& hidden) {
   Collective& collective = model.collective();
   if (collective.rank() == 0) {
     logits_ = model.Logits(hidden);
-    model.backend().Sample(logits_, open_.sampling, state_);
+    model.backend().Sample(logits_, sampler_address_, state_.token, state_.logprob);
     state_.token.masked_fill_(leave_.ne(0), kLeave);
   }
   collective.Broadcast(state_.token, 0);
@@ -104,9 +105,11 @@ void Sequence::Extend(Model& model, const ExtendSequence& command, Result& resul
   if (plan.split()) model.collective().Broadcast(last, static_cast<int>(rank));
   if (!state_.token.defined()) {
     const auto on_device = at::TensorOptions(model.backend().device());
-    for (at::Tensor* t : {&state_.ids, &state_.pos, &state_.slots, &state_.index, &state_.token, &leave_})
+    for (at::Tensor* t : {&state_.ids, &state_.pos, &state_.slots, &state_.token, &leave_})
       *t = at::zeros({1}, on_device.dtype(at::kLong));
     state_.logprob = at::zeros({1}, on_device.dtype(at::kFloat));
+    sampler_ = MakeSampler(open_.sampling, model.config().vocab, {}, model.backend().device());
+    sampler_address_ = at::full({1}, SamplerAddress(sampler_), on_device.dtype(at::kLong));
     word_ = at::empty({2}, at::TensorOptions(at::kDouble).pinned_memory(!model.backend().device().is_cpu()));
   }
   state_.pos.fill_(next_position_ - 1);

@@ -57,6 +57,8 @@ class Sequence {
 
   // For decode steps, which are recorded once and repeated; made with the first sampled token.
   DecodeState state_;
+  at::Tensor sampler_;  // worker/sampler.h
+  at::Tensor sampler_address_;  // [1] int64 on the device
   at::Tensor leave_;    // [1] int64 on the device: not 0 when rank 0 wants all to stop
   at::Tensor word_;     // [2] fp64 on the host, page-locked for a GPU: token (or why there is none), log-probability
   at::Tensor logits_;   // [1, vocab] fp32 of the last token, on rank 0

@@ -2,6 +2,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <set>
 #include <utility>
 
 #include "base/limits.h"
@@ -150,6 +151,36 @@ DropAdapter Read(const pb::DropAdapter& in, Checker& check) {
   return {in.adapter()};
 }
 
+SamplingConfig ReadSampling(const pb::OpenSequence& in, Checker& check) {
+  SamplingConfig out;
+  out.temperature = in.temperature();
+  out.seed = in.seed();
+  out.top_logprobs = in.top_logprobs();
+  // The request's own beside the model's end tokens.
+  out.stop_ids = check.TokenIds("stop_ids", in.stop_ids(), 0, 2 * kMaxStopTokenIds);
+  check.InRange("top_k", in.top_k(), 0, kMaxTopK);
+  check.Real("top_p", in.top_p(), 0.0, 1.0 + 1e-9, false);
+  check.Real("min_p", in.min_p(), 0.0, 1.0, false);
+  check.Real("repetition_penalty", in.repetition_penalty(), 0.0, 1e6, false);
+  check.Real("presence_penalty", in.presence_penalty(), -1e6, 1e6, false);
+  check.Real("frequency_penalty", in.frequency_penalty(), -1e6, 1e6, false);
+  check.InRange("min_tokens", in.min_tokens(), 0, kMaxGeneratedTokens);
+  out.top_k = in.top_k();
+  if (in.top_p() > 0) out.top_p = in.top_p();
+  out.min_p = in.min_p();
+  if (in.repetition_penalty() > 0) out.repetition_penalty = in.repetition_penalty();
+  out.presence_penalty = in.presence_penalty();
+  out.frequency_penalty = in.frequency_penalty();
+  out.min_tokens = in.min_tokens();
+  out.bias_ids = check.TokenIds("bias_ids", in.bias_ids(), 0, kMaxLogitBias);
+  check.InRange("bias_values (count)", in.bias_values_size(), in.bias_ids_size(), in.bias_ids_size());
+  for (const float value : in.bias_values()) check.Real("bias_values", value, -1e6, 1e6, false);
+  out.bias_values.assign(in.bias_values().begin(), in.bias_values().end());
+  const std::set<int32_t> distinct(out.bias_ids.begin(), out.bias_ids.end());
+  check.InRange("bias_ids (distinct)", static_cast<int64_t>(distinct.size()), in.bias_ids_size(), in.bias_ids_size());
+  return out;
+}
+
 OpenSequence Read(const pb::OpenSequence& in, Checker& check) {
   check.Uid("sequence", in.sequence());
   check.Uid("context", in.context());
@@ -158,11 +189,7 @@ OpenSequence Read(const pb::OpenSequence& in, Checker& check) {
   check.Real("temperature", in.temperature(), 0.0, 1e6, false);
   check.InRange("top_logprobs", in.top_logprobs(), 0, kMaxTopLogprobs);
   OpenSequence out{in.sequence(), in.context(), in.adapter(), in.revision(), in.capacity(), {}};
-  out.sampling.temperature = static_cast<float>(in.temperature());
-  out.sampling.seed = in.seed();
-  out.sampling.top_logprobs = in.top_logprobs();
-  // The request's own beside the model's end tokens.
-  out.sampling.stop_ids = check.TokenIds("stop_ids", in.stop_ids(), 0, 2 * kMaxStopTokenIds);
+  out.sampling = ReadSampling(in, check);
   return out;
 }
 

@@ -1,7 +1,10 @@
 #include "worker/sampler.h"
 
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <numeric>
 
@@ -10,20 +13,13 @@
 namespace refocus {
 namespace {
 
-uint64_t Mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-int64_t Draw(const float* logits, int64_t vocab, float max, double temperature, double u) {
+int64_t Choose(const float* logits, int64_t vocab, float max, double inverse_temperature, double u) {
   double total = 0.0;
-  for (int64_t i = 0; i < vocab; ++i) total += std::exp((static_cast<double>(logits[i]) - max) / temperature);
+  for (int64_t i = 0; i < vocab; ++i) total += std::exp((static_cast<double>(logits[i]) - max) * inverse_temperature);
   double rest = u * total;
   int64_t last = 0;
   for (int64_t i = 0; i < vocab; ++i) {
-    const double weight = std::exp((static_cast<double>(logits[i]) - max) / temperature);
+    const double weight = std::exp((static_cast<double>(logits[i]) - max) * inverse_temperature);
     if (weight <= 0.0) continue;
     last = i;  // rounding may leave a rest behind the last token that has any weight
     if ((rest -= weight) < 0.0) break;
@@ -41,8 +37,54 @@ double LogSumExp(const float* values, int64_t count) {
 
 }  // namespace
 
-double UniformAt(uint64_t seed, int64_t index) {
-  return static_cast<double>(Mix(Mix(seed) ^ static_cast<uint64_t>(index)) >> 11) * 0x1.0p-53;
+at::Tensor MakeSampler(const SamplingConfig& sampling, int64_t vocab, const std::vector<int32_t>& prompt,
+                       at::Device device) {
+  SamplerState state;
+  state.inverse_temperature = sampling.temperature > 0 ? 1.0 / sampling.temperature : 0.0;
+  state.top_p = sampling.top_p;
+  state.min_p_margin = sampling.min_p > 0 ? sampling.temperature * std::log(sampling.min_p)
+                                          : -std::numeric_limits<double>::infinity();
+  state.seed = sampling.seed;
+  state.min_tokens = sampling.min_tokens;
+  state.repetition = static_cast<float>(sampling.repetition_penalty);
+  state.presence = static_cast<float>(sampling.presence_penalty);
+  state.frequency = static_cast<float>(sampling.frequency_penalty);
+  state.top_k = sampling.top_k;
+  state.bias_count = static_cast<int32_t>(sampling.bias_ids.size());
+  state.end_count = sampling.min_tokens > 0 ? static_cast<int32_t>(sampling.stop_ids.size()) : 0;
+  REFOCUS_CHECK_EQ(sampling.bias_values.size(), sampling.bias_ids.size());
+
+  std::vector<uint32_t> counts;
+  if (state.repetition != 1.0f || state.presence != 0.0f || state.frequency != 0.0f) {
+    counts.resize(vocab);
+    for (const int32_t id : prompt) counts.at(id) = SamplerState::kInPrompt;
+  }
+  int64_t bytes = sizeof(SamplerState);
+  const auto place = [&bytes](size_t count) {
+    if (count == 0) return int64_t{0};
+    const int64_t at = bytes;
+    bytes += (static_cast<int64_t>(count) * 4 + 15) / 16 * 16;
+    return at;
+  };
+  state.bias_ids = place(sampling.bias_ids.size());
+  state.bias_values = place(sampling.bias_values.size());
+  state.end_ids = place(state.end_count);
+  state.counts = place(counts.size());
+  at::Tensor memory = at::zeros({bytes}, at::kByte);
+  uint8_t* const to = memory.data_ptr<uint8_t>();
+  const auto copy = [to](int64_t at, const void* from, size_t count) {
+    if (count > 0) std::memcpy(to + at, from, count * 4);
+  };
+  std::memcpy(to, &state, sizeof(state));
+  copy(state.bias_ids, sampling.bias_ids.data(), sampling.bias_ids.size());
+  copy(state.bias_values, sampling.bias_values.data(), sampling.bias_values.size());
+  copy(state.end_ids, sampling.stop_ids.data(), state.end_count);
+  copy(state.counts, counts.data(), counts.size());
+  return memory.to(device);
+}
+
+int64_t SamplerAddress(const at::Tensor& sampler) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(sampler.data_ptr()));
 }
 
 void AddTopLogprobs(const at::Tensor& logits, int64_t count, Token& token) {
@@ -60,24 +102,16 @@ void AddTopLogprobs(const at::Tensor& logits, int64_t count, Token& token) {
   }
 }
 
-Token SampleToken(const at::Tensor& logits, const SamplingConfig& sampling, int64_t index) {
-  REFOCUS_CHECK(logits.is_contiguous());
-  const int64_t vocab = logits.numel();
-  const float* values = logits.const_data_ptr<float>();
-  Token token;
-  token.id = -1;
-  const int64_t best = std::max_element(values, values + vocab) - values;
-  const float max = values[best];
-  const double lse = LogSumExp(values, vocab);
-  if (!std::isfinite(lse)) return token;
-
-  const int64_t id = sampling.temperature > 0.0f
-                         ? Draw(values, vocab, max, sampling.temperature, UniformAt(sampling.seed, index))
+Draw DrawToken(const float* logits, int64_t vocab, SamplerState& sampler) {
+  const int64_t best = std::max_element(logits, logits + vocab) - logits;
+  const double lse = LogSumExp(logits, vocab);
+  if (!std::isfinite(lse)) return {};
+  const double u = static_cast<double>(UniformBits(sampler.seed, sampler.index)) * 0x1.0p-53;
+  const int64_t id = sampler.inverse_temperature > 0
+                         ? Choose(logits, vocab, logits[best], sampler.inverse_temperature, u)
                          : best;
-  token.id = static_cast<int32_t>(id);
-  token.logprob = static_cast<float>(values[id] - lse);
-  if (sampling.top_logprobs > 0) AddTopLogprobs(logits, sampling.top_logprobs, token);
-  return token;
+  ++sampler.index;
+  return {id, static_cast<float>(logits[id] - lse)};
 }
 
 }  // namespace refocus

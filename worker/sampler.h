@@ -1,24 +1,35 @@
-// One token from one row of logits.
+// Draws tokens from logits, as base/sampling.h defines it: what the CPU does, and what both devices keep of a sequence.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <limits>
+#include <vector>
 
+#include "base/sampling.h"
 #include "worker/command.h"
 
 namespace refocus {
 
-// logits [vocab] fp32. Greedy at temperature 0 (the lowest id among equals), else by inverse CDF of softmax(logits /
-// temperature) with a number that depends on (seed, index) alone: the index-th token of an answer is drawn the same way
-// however the answer was cut into commands. Log-probabilities are at temperature 1. id -1 when a logit is NaN or all
-// are -inf.
-Token SampleToken(const at::Tensor& logits, const SamplingConfig& sampling, int64_t index);
+// The sampler of one answer on `device`, a SamplerState with its lists in [bytes] uint8, before its first token. With a
+// repetition penalty, `prompt` is what it counts beside the answer. 4 bytes an id of the vocabulary with any penalty, else
+// a few hundred.
+at::Tensor MakeSampler(const SamplingConfig& sampling, int64_t vocab, const std::vector<int32_t>& prompt,
+                       at::Device device);
 
-// The `count` most likely tokens of the same row, best first, to token.top_ids and top_logprobs.
+// What Backend::Sample reads; valid as long as the tensor.
+int64_t SamplerAddress(const at::Tensor& sampler);
+
+struct Draw {
+  int64_t id = -1;  // none
+  float logprob = std::numeric_limits<float>::quiet_NaN();
+};
+
+// The CPU's: logits [vocab].
+Draw DrawToken(const float* logits, int64_t vocab, SamplerState& sampler);
+
+// The `count` most likely tokens of logits [vocab] fp32, best first, to token.top_ids and top_logprobs.
 void AddTopLogprobs(const at::Tensor& logits, int64_t count, Token& token);
-
-// Uniform in [0, 1), splitmix64 over the pair.
-double UniformAt(uint64_t seed, int64_t index);
 
 }  // namespace refocus

@@ -2,7 +2,7 @@
 """Checks who may include what. Usage: include_rules.py REPOSITORY; prints every violation, exit code 1 if there is one.
 
 The rules are those of docs/architecture.md: coordinator and worker never include each other; only worker/link sees
-generated protobuf and gRPC, and nothing that it includes, directly or not, sees LibTorch; kernels know CUDA and the shard plan; MPI,
+generated protobuf and gRPC, and nothing that it includes, directly or not, sees LibTorch; kernels know CUDA, the shard plan and sampling; MPI,
 CUDA and NCCL headers appear in one place each; base needs neither LibTorch nor CUDA nor RPC.
 """
 import pathlib
@@ -10,6 +10,7 @@ import re
 import sys
 
 FOLDERS = ("base", "cli", "coordinator", "kernels", "worker")
+KERNELS_BASE = ("base/sampling.h", "base/shard_plan.h")
 SUFFIXES = (".h", ".cc", ".cu", ".cuh", ".inc")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
@@ -55,8 +56,8 @@ def direct_violations(path, name):
         yield "the command line includes nothing of " + into
     if folder == "base" and into in FOLDERS and into != "base":
         yield "base includes nothing of " + into
-    if folder == "kernels" and into in FOLDERS and into != "kernels" and name != "base/shard_plan.h":
-        yield "kernels include nothing of " + into + " but base/shard_plan.h"
+    if folder == "kernels" and into in FOLDERS and into != "kernels" and name not in KERNELS_BASE:
+        yield "kernels include nothing of " + into + " but " + " and ".join(KERNELS_BASE)
     if into == "kernels" and folder != "kernels" and not path.startswith("worker/backend_cuda"):
         yield "only worker/backend_cuda includes kernels"
     if TORCH.search(name) and (folder != "worker" or is_link):

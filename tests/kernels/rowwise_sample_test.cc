@@ -13,15 +13,8 @@ using SampleTest = RowwiseTest;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-uint64_t Mix(uint64_t x) {
-  x += 0x9e3779b97f4a7c15u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
 double UniformAt(uint64_t seed, int64_t index) {
-  return static_cast<double>(Mix(Mix(seed) ^ static_cast<uint64_t>(index)) >> 11) * 0x1.0p-53;
+  return static_cast<double>(UniformBits(seed, index)) * 0x1.0p-53;
 }
 
 struct Token {
@@ -34,24 +27,39 @@ class Sampler {
  public:
   explicit Sampler(const std::vector<float>& logits, int64_t shift = 0)
       : logits_(logits, shift),
-        workspace_(SampleWorkspaceBytes(static_cast<int64_t>(logits.size()))),
+        workspace_(SampleWorkspaceBytes(1, static_cast<int64_t>(logits.size()))),
+        samplers_(std::vector<SamplerState*>{state_.get()}),
         vocab_(static_cast<int64_t>(logits.size())) {}
 
-  SampleParams Params(float temperature, uint64_t seed) {
-    return {vocab_, logits_.get(), temperature, seed, index_.get(), token_.get(), logprob_.get(), workspace_.get()};
+  SampleParams Params() {
+    return {1, vocab_, logits_.get(), samplers_.get(), token_.get(), logprob_.get(), workspace_.get()};
+  }
+
+  void Set(float temperature, uint64_t seed, int64_t index) {
+    SamplerState state;
+    state.inverse_temperature = temperature > 0.0f ? 1.0 / static_cast<double>(temperature) : 0.0;
+    state.seed = seed;
+    state.index = index;
+    cudaMemcpy(state_.get(), &state, sizeof(state), cudaMemcpyHostToDevice);
   }
 
   Token Draw(float temperature, uint64_t seed, int64_t index) {
-    cudaMemcpy(index_.get(), &index, sizeof(index), cudaMemcpyHostToDevice);
-    EXPECT_EQ(Sample(Params(temperature, seed), nullptr), cudaSuccess);
+    Set(temperature, seed, index);
+    EXPECT_EQ(Sample(Params(), nullptr), cudaSuccess);
     workspace_.Download();  // its guards
-    return {token_.Download()[0], logprob_.Download()[0]};
+    const Token token = {token_.Download()[0], logprob_.Download()[0]};
+    EXPECT_EQ(state_.Download()[0].index, index + (token.id >= 0 ? 1 : 0));
+    return token;
   }
+
+  SamplerState State() { return state_.Download()[0]; }
 
  private:
   DeviceArray<float> logits_;
   DeviceArray<char> workspace_;
-  DeviceArray<int64_t> index_{1}, token_{1};
+  DeviceArray<SamplerState> state_{1};
+  DeviceArray<SamplerState*> samplers_;
+  DeviceArray<int64_t> token_{1};
   DeviceArray<float> logprob_{1};
   int64_t vocab_;
 };
@@ -199,11 +207,11 @@ TEST_F(SampleTest, ReplayedStepsAdvance) {
     const int64_t first_position = int64_t{1} << 20 | 200, steps = 700;
     const int64_t first_index = plan.CountBelow(first_position);
     Sampler sampler(logits);
-    const SampleParams sample = sampler.Params(1.0f, 99);
+    const SampleParams sample = sampler.Params();
+    sampler.Set(1.0f, 99, 0);
     DeviceArray<int64_t> ids(1), slot(1), pos(std::vector<int64_t>{first_position - 1});
-    REFOCUS_CUDA(cudaMemset(const_cast<int64_t*>(sample.index), 0, sizeof(int64_t)));
-    const AdvanceParams advance{sample.token, ids.get(),  pos.get(),  slot.get(), const_cast<int64_t*>(sample.index),
-                                plan.shards,  plan.shard, first_index};
+    const AdvanceParams advance{sample.tokens, ids.get(),  pos.get(),  slot.get(),
+                                plan.shards,   plan.shard, first_index};
     cudaStream_t stream;
     cudaGraph_t graph;
     cudaGraphExec_t step;
@@ -219,8 +227,8 @@ TEST_F(SampleTest, ReplayedStepsAdvance) {
       const int64_t position = first_position + i;
       int64_t token = 0;
       float logprob = 0.0f;
-      REFOCUS_CUDA(cudaMemcpy(&token, sample.token, sizeof(token), cudaMemcpyDeviceToHost));
-      REFOCUS_CUDA(cudaMemcpy(&logprob, sample.logprob, sizeof(logprob), cudaMemcpyDeviceToHost));
+      REFOCUS_CUDA(cudaMemcpy(&token, sample.tokens, sizeof(token), cudaMemcpyDeviceToHost));
+      REFOCUS_CUDA(cudaMemcpy(&logprob, sample.logprobs, sizeof(logprob), cudaMemcpyDeviceToHost));
       const int64_t want = reference.Draw(UniformAt(99, i));
       ASSERT_TRUE(want < 0 || token == want) << "step " << i;
       ASSERT_EQ(ids.Download()[0], token);
@@ -229,9 +237,7 @@ TEST_F(SampleTest, ReplayedStepsAdvance) {
       ASSERT_EQ(slot.Download()[0], plan.Owns(position) ? plan.CountBelow(position) - first_index : -1)
           << "position " << position << " shard " << plan.shard << " of " << plan.shards;
     }
-    int64_t index = 0;
-    REFOCUS_CUDA(cudaMemcpy(&index, sample.index, sizeof(index), cudaMemcpyDeviceToHost));
-    EXPECT_EQ(index, steps);
+    EXPECT_EQ(sampler.State().index, steps);
     cudaGraphExecDestroy(step);
     cudaGraphDestroy(graph);
     cudaStreamDestroy(stream);

@@ -12,26 +12,32 @@ namespace {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
 
-Token Sample(const std::vector<float>& logits, const SamplingConfig& sampling, int64_t index = 0) {
-  return SampleToken(at::tensor(logits, at::kFloat), sampling, index);
+Draw Sample(const std::vector<float>& logits, const SamplingConfig& sampling, int64_t index = 0) {
+  const auto vocab = static_cast<int64_t>(logits.size());
+  const at::Tensor sampler = MakeSampler(sampling, vocab, {}, at::kCPU);
+  auto& state = *reinterpret_cast<SamplerState*>(SamplerAddress(sampler));
+  state.index = index;
+  const Draw draw = DrawToken(logits.data(), vocab, state);
+  EXPECT_EQ(state.index, index + (draw.id >= 0 ? 1 : 0));
+  return draw;
 }
 
 TEST(SamplerTest, GreedyTakesTheLowestIdAmongEquals) {
-  const Token token = Sample({0.5f, 2.0f, -1.0f, 2.0f}, {});
+  const Draw token = Sample({0.5f, 2.0f, -1.0f, 2.0f}, {});
   EXPECT_EQ(token.id, 1);
   const double total = std::exp(0.5) + 2 * std::exp(2.0) + std::exp(-1.0);
   EXPECT_NEAR(token.logprob, 2.0 - std::log(total), 1e-6);
 }
 
 TEST(SamplerTest, TopLogprobsAreInOrder) {
-  SamplingConfig sampling;
-  sampling.top_logprobs = 3;
-  const Token token = Sample({0.5f, 2.0f, -1.0f, 2.0f}, sampling);
+  Token token;
+  AddTopLogprobs(at::tensor({0.5f, 2.0f, -1.0f, 2.0f}, at::kFloat), 3, token);
   EXPECT_EQ(token.top_ids, (std::vector<int32_t>{1, 3, 0}));
-  EXPECT_EQ(token.top_logprobs[0], token.logprob);
+  EXPECT_EQ(token.top_logprobs[0], Sample({0.5f, 2.0f, -1.0f, 2.0f}, {}).logprob);
   EXPECT_NEAR(token.top_logprobs[0] - token.top_logprobs[2], 1.5, 1e-6);
-  sampling.top_logprobs = 9;
-  EXPECT_EQ(Sample({1.0f, 0.0f}, sampling).top_ids.size(), 2u);
+  Token all;
+  AddTopLogprobs(at::tensor({1.0f, 0.0f}, at::kFloat), 9, all);
+  EXPECT_EQ(all.top_ids.size(), 2u);
 }
 
 // 10^5 draws over five logits: each count within five standard deviations of softmax(logits / 0.7).
@@ -58,12 +64,11 @@ TEST(SamplerTest, SeedAndIndexAloneDecide) {
   sampling.seed = 1;
   EXPECT_EQ(Sample(logits, sampling, 5).id, Sample(logits, sampling, 5).id);
   EXPECT_NE(Sample(logits, sampling, 5).id, Sample(logits, sampling, 6).id);
-  const int32_t first = Sample(logits, sampling, 5).id;
+  const int64_t first = Sample(logits, sampling, 5).id;
   sampling.seed = 2;
   EXPECT_NE(Sample(logits, sampling, 5).id, first);
   for (int64_t index = 0; index < 1000; ++index) {
-    EXPECT_GE(UniformAt(7, index), 0.0);
-    EXPECT_LT(UniformAt(7, index), 1.0);
+    EXPECT_LT(UniformBits(7, index), uint64_t{1} << 53);
   }
 }
 
@@ -71,7 +76,7 @@ TEST(SamplerTest, WhatIsNotADistributionGivesNoToken) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   for (const float temperature : {0.0f, 1.0f}) {
     SamplingConfig sampling;
-    sampling.temperature = temperature;
+    sampling.temperature = static_cast<double>(temperature);
     EXPECT_EQ(Sample({0.0f, nan, 1.0f}, sampling).id, -1);
     EXPECT_EQ(Sample({nan, 0.0f}, sampling).id, -1);
     EXPECT_EQ(Sample({-kInf, -kInf}, sampling).id, -1);
