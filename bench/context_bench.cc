@@ -16,6 +16,7 @@
 #include <condition_variable>
 #include <cstdio>
 #include <fstream>
+#include <map>
 #include <mutex>
 #include <optional>
 #include <random>
@@ -121,6 +122,7 @@ struct Row {
   double flops = 0.0;         // arithmetic that the method needs, all ranks
   double bytes = 0.0;         // memory that must be moved, on one rank
   double floor_seconds = 0.0;
+  double unit_seconds() const { return median_seconds > 0.0 ? median_seconds : seconds / static_cast<double>(units); }
 };
 
 // Multiplications and additions of the linear layers for one row; keys: with K and V; output: with the output matrix.
@@ -299,7 +301,7 @@ void Report(const std::vector<Row>& rows, const std::string& device, int ranks, 
   std::ofstream jsonl;
   if (!options.jsonl.empty()) jsonl.open(options.jsonl, std::ios::app);
   for (const Row& row : rows) {
-    const double unit = row.median_seconds > 0.0 ? row.median_seconds : row.seconds / static_cast<double>(row.units);
+    const double unit = row.unit_seconds();
     const double floor = row.floor_seconds / static_cast<double>(row.units);
     std::printf("| %-14s | %8lld | %9.3f | %10.3f | %10.1f | %8.1f | %7.2f | %6.3f | %4.0f%% |\n", row.what.c_str(),
                 static_cast<long long>(row.tokens), row.seconds, unit * 1e3, 1.0 / unit,
@@ -314,6 +316,34 @@ void Report(const std::vector<Row>& rows, const std::string& device, int ranks, 
     }
   }
   std::fflush(stdout);
+}
+
+// Time of a whole phase (prefill) or of one unit (step, token) as a power of the length, by least squares over the
+// logarithms: the whole exponent, and that of the last two lengths, which small lengths' constant costs do not bend.
+void ReportGrowth(const std::vector<Row>& rows) {
+  std::map<std::string, std::vector<std::pair<double, double>>> phases;  // log tokens, log seconds
+  for (const Row& row : rows) {
+    const double seconds = row.what == "prefill" ? row.seconds : row.unit_seconds();
+    phases[row.what].emplace_back(std::log(static_cast<double>(row.tokens)), std::log(seconds));
+  }
+  for (const auto& [what, points] : phases) {
+    if (points.size() < 2) continue;
+    const auto slope = [](const auto begin, const auto end) {
+      double x = 0, y = 0, xx = 0, xy = 0;
+      const auto n = static_cast<double>(end - begin);
+      for (auto it = begin; it != end; ++it) {
+        x += it->first / n;
+        y += it->second / n;
+      }
+      for (auto it = begin; it != end; ++it) {
+        xx += (it->first - x) * (it->first - x);
+        xy += (it->first - x) * (it->second - y);
+      }
+      return xy / xx;
+    };
+    std::printf("# growth of %s with length: exponent %.2f over %zu lengths, %.2f over the last two\n", what.c_str(),
+                slope(points.begin(), points.end()), points.size(), slope(points.end() - 2, points.end()));
+  }
 }
 
 void WriteResults(const std::string& path, const Results& results) {
@@ -385,18 +415,21 @@ Status RunRank(const Options& options, const Launch& launch) {
   Driver driver(engine);
   driver_pointer = &driver;
   std::thread commands([&] {
+    std::vector<Row> all;
     for (const int64_t tokens : options.tokens) {
       Results results;
       ContextBench bench(driver, config, options, ceilings, launch.size, element_bytes);
       const std::vector<Row> rows = bench.Run(tokens, &results);
       if (launch.rank != 0) continue;
       Report(rows, device, launch.size, options);
+      all.insert(all.end(), rows.begin(), rows.end());
       WriteResults(options.results, results);
       const double held = options.cuda() ? static_cast<double>(GpuUsedBytes()) : static_cast<double>(ResidentBytes("VmHWM"));
       std::printf("# %lld tokens: loss of first and last step %.4f %.4f; %s %.2f GB\n", static_cast<long long>(tokens),
                   results.losses.front(), results.losses.back(),
                   options.cuda() ? "GPU memory held by rank 0" : "peak resident of rank 0", held / 1e9);
     }
+    ReportGrowth(all);
     engine.Stop();
   });
   const Status status = engine.Run();

@@ -108,8 +108,6 @@ class Backend {
   // it; where recording fails all are eager, with one warning.
   virtual std::unique_ptr<Repeat> Repeated(std::function<void()> pass) = 0;
 
-  // Own rows from which a pass is cut in two, so that the exchange of one half overlaps with the attention of the other.
-  virtual int64_t min_overlap_rows() const = 0;
   // Enqueues `work` behind what was enqueued before and beside what comes after, until Await of the ticket. Works follow
   // each other in order. What they use must live until then and be allocated outside. On the CPU it runs at once.
   virtual int64_t Aside(const std::function<void()>& work) = 0;

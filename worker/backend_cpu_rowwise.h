@@ -2,8 +2,6 @@
 // steps, sampling. backend_cpu.cc adds attention and Linear.
 #pragma once
 
-#include <limits>
-
 #include "worker/backend.h"
 
 namespace refocus {
@@ -18,7 +16,6 @@ class CpuRowwise : public Backend {
   void Bind() override {}
   void Synchronize() override {}
   std::unique_ptr<Repeat> Repeated(std::function<void()> pass) override;
-  int64_t min_overlap_rows() const override { return std::numeric_limits<int64_t>::max(); }
   int64_t Aside(const std::function<void()>& work) override {
     work();
     return 0;

@@ -1,6 +1,5 @@
 #include "worker/model.h"
 
-#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 
@@ -27,7 +26,6 @@ ForwardInput Model::MakeInput(const RowPlan& rows, const std::vector<int32_t>& i
   input.ids = on_device(own_ids);
   input.own_pos = on_device(rows.own_positions());
   input.pos = rows.split() ? on_device(rows.positions()) : input.own_pos;
-  input.parts = MakeParts(rows);
   if (append == nullptr) return input;
   input.append = append;
   int64_t count = 0;
@@ -40,69 +38,35 @@ ForwardInput Model::MakeInput(const RowPlan& rows, const std::vector<int32_t>& i
   return input;
 }
 
-at::Tensor Model::GatherRows(const RowPlan& rows, const at::Tensor& own) {
-  if (!rows.split() || collective_.size() == 1) return own;
+at::Tensor Model::RoomForAll(const RowPlan& rows, const at::Tensor& own) const {
   std::vector<int64_t> shape = own.sizes().vec();
   shape[0] = rows.rows();
-  at::Tensor all = at::empty(shape, own.options());
+  return at::empty(shape, own.options());
+}
+
+at::Tensor Model::GatherRows(const RowPlan& rows, const at::Tensor& own) {
+  if (!Travels(rows)) return own;
+  at::Tensor all = RoomForAll(rows, own);
   collective_.AllGatherRows(own, rows.counts(), all);
   return all;
 }
 
-void Model::ExchangeInto(bool split, const std::vector<int64_t>& counts, const Partial& partial, Partial& parts) {
-  const std::vector<int64_t> own(collective_.size(), parts.out.size(0) / collective_.size());
-  if (split) {
-    collective_.AllToAllRows(partial.out, counts, parts.out, own);
-    collective_.AllToAllRows(partial.lse, counts, parts.lse, own);
-  } else {
-    collective_.AllGatherRows(partial.out, own, parts.out);
-    collective_.AllGatherRows(partial.lse, own, parts.lse);
-  }
-}
-
-Partial Model::NewParts(const Partial& like, int64_t own_rows) const {
-  const ModelConfig& c = config();
-  const int64_t rows = collective_.size() * own_rows;
-  return {at::empty({rows, c.heads, c.head_dim}, like.out.options()), at::empty({rows, c.heads}, like.lse.options())};
-}
-
-Partial Model::CombineParts(const Partial& parts) {
-  const ModelConfig& c = config();
-  const int64_t ranks = collective_.size();
-  const int64_t n = parts.out.size(0) / ranks;
-  return backend_.Combine(parts.out.view({ranks, n, c.heads, c.head_dim}), parts.lse.view({ranks, n, c.heads}));
-}
-
 Partial Model::Exchange(const RowPlan& rows, const Partial& partial) {
-  if (collective_.size() == 1) return partial;
-  Partial parts = NewParts(partial, rows.own_rows());
-  ExchangeInto(rows.split(), rows.counts(), partial, parts);
-  return CombineParts(parts);
-}
-
-// Halves of every rank's rows, where all of them have enough.
-std::vector<RowPart> Model::MakeParts(const RowPlan& rows) const {
-  if (!rows.split() || collective_.size() == 1) return {};
-  for (const int64_t count : rows.counts()) {
-    if (count < backend_.min_overlap_rows()) return {};
+  const int64_t ranks = collective_.size();
+  if (ranks == 1) return partial;
+  const ModelConfig& c = config();
+  const int64_t n = rows.own_rows();
+  const std::vector<int64_t> own(ranks, n);
+  at::Tensor out = at::empty({ranks * n, c.heads, c.head_dim}, partial.out.options());
+  at::Tensor lse = at::empty({ranks * n, c.heads}, partial.lse.options());
+  if (rows.split()) {
+    collective_.AllToAllRows(partial.out, rows.counts(), out, own);
+    collective_.AllToAllRows(partial.lse, rows.counts(), lse, own);
+  } else {
+    collective_.AllGatherRows(partial.out, own, out);
+    collective_.AllGatherRows(partial.lse, own, lse);
   }
-  std::vector<RowPart> parts(2);
-  std::vector<int64_t> positions[2];
-  int64_t first = 0;
-  for (const int64_t count : rows.counts()) {
-    const int64_t cut[] = {0, count / 2, count};
-    for (int half = 0; half < 2; ++half) {
-      parts[half].counts.push_back(cut[half + 1] - cut[half]);
-      const auto begin = rows.positions().begin() + first;
-      positions[half].insert(positions[half].end(), begin + cut[half], begin + cut[half + 1]);
-    }
-    first += count;
-  }
-  for (int half = 0; half < 2; ++half) {
-    parts[half].pos = at::tensor(positions[half], at::kLong).to(backend_.device());
-  }
-  parts[1].first = rows.own_rows() / 2;
-  return parts;
+  return backend_.Combine(out.view({ranks, n, c.heads, c.head_dim}), lse.view({ranks, n, c.heads}));
 }
 
 void Model::Append(const ForwardInput& input, int64_t layer, const at::Tensor& h, const Rotation& rotation) {
@@ -113,44 +77,17 @@ void Model::Append(const ForwardInput& input, int64_t layer, const at::Tensor& h
 
 Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
                          const Rotation& rotation, at::Tensor* all) {
-  if (input.parts.empty()) {
+  const RowPlan& rows = *input.rows;
+  if (Travels(rows) && input.slots.defined()) {
+    *all = RoomForAll(rows, q);
+    const int64_t gathered = backend_.Aside([&] { collective_.AllGatherRows(q, rows.counts(), *all); });
     Append(input, layer, h, rotation);
-    *all = GatherRows(*input.rows, q);
-    return Exchange(*input.rows, backend_.Attend(*all, input.pos, Views(input, layer)));
+    backend_.Await(gathered);
+  } else {
+    Append(input, layer, h, rotation);
+    *all = GatherRows(rows, q);
   }
-  // Queries travel while K and V are computed; one half's partials travel while the other half attends.
-  const ModelConfig& c = config();
-  const int rank = collective_.rank();
-  struct Half {
-    at::Tensor own, all;
-    Partial partial, parts;
-    int64_t gathered = 0, exchanged = 0;
-  };
-  std::vector<Half> halves(input.parts.size());
-  for (size_t i = 0; i < halves.size(); ++i) {
-    const RowPart& part = input.parts[i];
-    halves[i].own = q.narrow(0, part.first, part.counts[rank]);
-    halves[i].all = at::empty({part.pos.size(0), c.heads, c.head_dim}, q.options());
-    halves[i].gathered =
-        backend_.Aside([&] { collective_.AllGatherRows(halves[i].own, part.counts, halves[i].all); });
-  }
-  Append(input, layer, h, rotation);
-  for (size_t i = 0; i < halves.size(); ++i) {
-    const RowPart& part = input.parts[i];
-    backend_.Await(halves[i].gathered);
-    halves[i].partial = backend_.Attend(halves[i].all, part.pos, Views(input, layer));
-    halves[i].parts = NewParts(halves[i].partial, part.counts[rank]);
-    halves[i].exchanged =
-        backend_.Aside([&] { ExchangeInto(/*split=*/true, part.counts, halves[i].partial, halves[i].parts); });
-  }
-  std::vector<at::Tensor> out, lse;
-  for (const Half& half : halves) {
-    backend_.Await(half.exchanged);
-    const Partial whole = CombineParts(half.parts);
-    out.push_back(whole.out);
-    lse.push_back(whole.lse);
-  }
-  return {at::cat(out), at::cat(lse)};
+  return Exchange(rows, backend_.Attend(*all, input.pos, Views(input, layer)));
 }
 
 at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
@@ -181,7 +118,6 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
   const RowPlan& rows = *input.rows;
   const int64_t n = rows.own_rows();
   REFOCUS_CHECK_EQ(input.ids.size(0), n);
-  REFOCUS_CHECK(trace == nullptr || input.parts.empty());  // the backward pass wants all rows' queries in one piece
   const Rotation rotation = backend_.RotationAt(input.own_pos);
   at::Tensor x = backend_.Embed(weights_.embedding, input.ids);
   at::Tensor h = backend_.Norm(x, weights_.layers[0].attn_norm);

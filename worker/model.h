@@ -33,20 +33,12 @@ struct LayerTrace {
   at::Tensor up;     // [n, mlp]
 };
 
-// A part of a pass's rows whose attention is exchanged by itself: all of them, or a half.
-struct RowPart {
-  int64_t first = 0;            // among the own rows
-  std::vector<int64_t> counts;  // rows per rank; of replicated rows one count
-  at::Tensor pos;               // [rows of all ranks in this part] int64
-};
-
 // The rows of one pass on the backend's device. A recorded pass reads the tensors at every run, `plan` when recorded.
 struct ForwardInput {
   const RowPlan* rows = nullptr;
   at::Tensor ids;      // [n] int64, of own rows
   at::Tensor own_pos;  // [n] int64
   at::Tensor pos;      // [rows] int64
-  std::vector<RowPart> parts;  // empty: attention is exchanged as a whole
   at::Tensor slots;    // [n] int64: where own rows write K/V in `append`, < 0: nowhere; undefined: none writes
   std::vector<const KvExtent*> extents;  // that attention reads besides `append`
   KvExtent* append = nullptr;
@@ -92,20 +84,18 @@ class Model {
                 const QueryDelta& grad);
 
  private:
-  std::vector<RowPart> MakeParts(const RowPlan& rows) const;
-  // Combined attention of own rows q [n, H, d]; `all` gets the rows of all ranks where `input` is not cut in parts. K and
-  // V of rows h are appended in between.
+  // Combined attention of own rows q [n, H, d]; `all` gets the rows of all ranks. K and V of rows h are appended in
+  // between, while the queries travel.
   Partial Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
                     const Rotation& rotation, at::Tensor* all);
   void Append(const ForwardInput& input, int64_t layer, const at::Tensor& h, const Rotation& rotation);
   // The partials of this rank's keys for all rows -> combined attention of own rows.
   Partial Exchange(const RowPlan& rows, const Partial& partial);
-  // Every rank's partial of n own rows, [ranks * n, ...]: room for them, their exchange, their combination.
-  Partial NewParts(const Partial& like, int64_t own_rows) const;
-  void ExchangeInto(bool split, const std::vector<int64_t>& counts, const Partial& partial, Partial& parts);
-  Partial CombineParts(const Partial& parts);
   // dq of this rank's keys for all rows -> summed over ranks, own rows.
   at::Tensor SumOverRanks(const RowPlan& rows, const at::Tensor& dq);
+  // Whether a rank's rows are not every rank's rows.
+  bool Travels(const RowPlan& rows) const { return rows.split() && collective_.size() > 1; }
+  at::Tensor RoomForAll(const RowPlan& rows, const at::Tensor& own) const;
   at::Tensor GatherRows(const RowPlan& rows, const at::Tensor& own);
   std::vector<KvView> Views(const ForwardInput& input, int64_t layer) const;
 

@@ -229,7 +229,6 @@ TEST_P(GpuEngineTest, DecodedTokensAreWhatScoringExpects) {
 TEST_P(GpuEngineTest, ChunksAndRanksAgree) {
   const std::vector<int32_t> text = Ids(200, config_.vocab, 12);
   const std::vector<int32_t> question(text.begin(), text.begin() + 1), targets(text.begin() + 1, text.end());
-  // Chunks of 16384 rows: two ranks overlap the exchange of one half with the attention of the other.
   const int64_t tokens = 16'384 + 40;
   const std::vector<int32_t> ids = Ids(tokens, config_.vocab, 14);
   std::vector<Result> results;

@@ -61,6 +61,18 @@ std::vector<at::Tensor> TorchOracle::Layers(const at::Tensor& delta) const {
 
 at::Tensor TorchOracle::Ids(const std::vector<int64_t>& values) const { return at::tensor(values, at::kLong).to(device_); }
 
+at::Tensor TorchOracle::Attention(int64_t /*layer*/, const at::Tensor& q, const at::Tensor& positions,
+                                  const at::Tensor& keys, const at::Tensor& values) const {
+  const ModelConfig& c = weights_.config;
+  const int64_t group = c.heads / c.kv_heads;
+  const at::Tensor k = keys.repeat_interleave(group, 0), v = values.repeat_interleave(group, 0);
+  at::Tensor scores = at::matmul(q, k.transpose(1, 2)) / std::sqrt(static_cast<double>(c.head_dim));
+  const at::Tensor key_pos = at::arange(k.size(1), positions.options());
+  scores = scores.masked_fill((key_pos.unsqueeze(0) > positions.unsqueeze(1)).unsqueeze(0),
+                              -std::numeric_limits<double>::infinity());
+  return at::matmul(at::softmax(scores, -1, dtype_ == at::kDouble ? at::kDouble : at::kFloat).to(dtype_), v);
+}
+
 at::Tensor TorchOracle::Forward(const at::Tensor& ids, const at::Tensor& positions,
                                 const std::vector<at::Tensor>& delta, bool write, std::vector<at::Tensor>& keys,
                                 std::vector<at::Tensor>& values) const {
@@ -81,14 +93,8 @@ at::Tensor TorchOracle::Forward(const at::Tensor& ids, const at::Tensor& positio
     at::Tensor q = at::linear(h, delta.empty() ? w.wq : w.wq + delta[l]).view({n, c.heads, c.head_dim});
     if (c.qk_norm) q = Norm(q, w.q_norm);
     q = Rope(q, positions).transpose(0, 1);  // [H, n, d]
-    const int64_t group = c.heads / c.kv_heads;
-    const at::Tensor k = keys[l].repeat_interleave(group, 0), v = values[l].repeat_interleave(group, 0);
-    at::Tensor scores = at::matmul(q, k.transpose(1, 2)) / std::sqrt(static_cast<double>(c.head_dim));
-    const at::Tensor key_pos = at::arange(k.size(1), positions.options());
-    scores = scores.masked_fill((key_pos.unsqueeze(0) > positions.unsqueeze(1)).unsqueeze(0),
-                                -std::numeric_limits<double>::infinity());
-    const at::Tensor p = at::softmax(scores, -1, dtype_ == at::kDouble ? at::kDouble : at::kFloat).to(dtype_);
-    x = x + at::linear(at::matmul(p, v).transpose(0, 1).reshape({n, c.q_dim()}), w.wo);
+    const at::Tensor mixed = Attention(l, q, positions, keys[l], values[l]);
+    x = x + at::linear(mixed.transpose(0, 1).reshape({n, c.q_dim()}), w.wo);
     const at::Tensor m = Norm(x, w.mlp_norm);
     x = x + at::linear(at::silu(at::linear(m, w.gate)) * at::linear(m, w.up), w.down);
   }

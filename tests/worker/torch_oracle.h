@@ -17,6 +17,7 @@ class TorchOracle {
  public:
   // Keeps converted copies of the weights.
   TorchOracle(const Weights& weights, at::Device device, at::ScalarType dtype);
+  virtual ~TorchOracle() = default;
 
   // Base pass over the whole context: keeps K and V of every layer.
   void Prefill(const std::vector<int32_t>& ids);
@@ -34,18 +35,25 @@ class TorchOracle {
   // Mean next-token cross-entropy of the spans' rows and its gradient with respect to the delta.
   Gradient SpanGradient(const std::vector<Span>& spans, const at::Tensor& delta);
 
- private:
-  // `write`: K/V of the rows are appended to `keys` and `values` before attention.
+ protected:
+  // Logits [rows, vocab] of rows with these ids and positions. `write`: their K/V are appended to `keys` and `values`
+  // [Hk, T, d] a layer, before attention.
   at::Tensor Forward(const at::Tensor& ids, const at::Tensor& positions, const std::vector<at::Tensor>& delta,
                      bool write, std::vector<at::Tensor>& keys, std::vector<at::Tensor>& values) const;
+  // q [H, n, d] after RoPE, keys and values [Hk, T, d] of positions 0, 1, ... -> [H, n, d]
+  virtual at::Tensor Attention(int64_t layer, const at::Tensor& q, const at::Tensor& positions, const at::Tensor& keys,
+                               const at::Tensor& values) const;
+  at::Tensor Ids(const std::vector<int64_t>& values) const;
+  std::vector<at::Tensor> Layers(const at::Tensor& delta) const;
+
   at::Tensor Norm(const at::Tensor& x, const at::Tensor& weight) const;
   at::Tensor Rope(const at::Tensor& x, const at::Tensor& positions) const;
-  std::vector<at::Tensor> Layers(const at::Tensor& delta) const;
-  at::Tensor Ids(const std::vector<int64_t>& values) const;
 
   Weights weights_;
   at::Device device_;
   at::ScalarType dtype_;
+
+ private:
   int64_t tokens_ = 0;
   std::vector<at::Tensor> keys_, values_;  // [Hk, T, d] a layer
 };
