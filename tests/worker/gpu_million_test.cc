@@ -179,10 +179,10 @@ void RunRank(const ModelConfig& config, const Probes& probes, const std::string&
   ForwardInput input = model.MakeInput(plan, row_ids);
   input.extents = {rank->extent.get()};
   rank->logprobs = at::log_softmax(model.Logits(model.Forward(input)).to(at::kDouble), 1);
-  rank->span_loss = SpanLoss(model, *rank->extent, at::Tensor(), {probes.span});
+  rank->span_loss = SpanLoss(model, *rank->extent, QueryDelta(), {probes.span});
   rank->gradient = at::empty({config.layers, config.q_dim(), config.hidden},
                              at::TensorOptions(device).dtype(at::kFloat));
-  rank->gradient_loss = SpanGradient(model, *rank->extent, at::Tensor(), {probes.span}, rank->gradient);
+  rank->gradient_loss = SpanGradient(model, *rank->extent, QueryDelta(), {probes.span}, rank->gradient);
   backend->Synchronize();
 }
 
