@@ -19,6 +19,9 @@ inline constexpr int64_t kMaxTextBytes = int64_t{256} << 20;
 inline constexpr int64_t kMaxContexts = 4096;
 inline constexpr int64_t kMaxAdaptersPerContext = 16;
 inline constexpr int64_t kMaxQueuedJobs = 256;
+inline constexpr int64_t kMaxDecodeRows = 64;     // sequences that decode in one batch
+inline constexpr int64_t kMaxContextExtents = 4;  // a context's own tokens and the prefixes it shares, one behind the other
+inline constexpr int64_t kMaxTailExtents = 4;     // a request's own rows and the prompts it forked from
 
 inline constexpr int64_t kMaxAdaptSteps = 10'000;
 inline constexpr int64_t kMaxSpanTokens = 8192;

@@ -267,10 +267,10 @@ class ContextBench {
     OpenSequence open{1 + adapter, 1, adapter, adapter == 0 ? 0 : 1, options_.decode + kWarm + 2, {}};
     driver_.Run(open);
     driver_.Run(ExtendSequence{open.sequence, tokens_ - 1, {ids_.back(), ids_.front()}, true, {}});
-    driver_.Run(DecodeSteps{open.sequence, kWarm});
+    driver_.Run(DecodeSteps{{open.sequence}, kWarm});
     Row row{adapter == 0 ? "decode" : "decode adapted", tokens_, options_.decode};
     const double begin = Now();
-    driver_.Run(DecodeSteps{open.sequence, static_cast<int32_t>(options_.decode)});
+    driver_.Run(DecodeSteps{{open.sequence}, static_cast<int32_t>(options_.decode)});
     row.seconds = Now() - begin;
     const double count = Real(options_.decode);
     row.flops = (LinearFlops(c_, true, true) + attention_row() * Real(tokens_)) * count;

@@ -85,7 +85,7 @@ int64_t TotalRows(const std::vector<Span>& spans) {
   return rows;
 }
 
-StepRows MakeStepRows(const Model& model, const KvExtent& extent, const QueryDelta& delta,
+StepRows MakeStepRows(const Model& model, const KvChain& context, const QueryDelta& delta,
                       const std::vector<Span>& spans) {
   StepRows step;
   std::vector<int64_t> positions;
@@ -109,7 +109,7 @@ StepRows MakeStepRows(const Model& model, const KvExtent& extent, const QueryDel
     auto batch = std::make_unique<SpanRows>();
     batch->plan = step.split ? RowPlan::Even(at, plan) : RowPlan::Replicated(at, plan);
     batch->input = model.MakeInput(batch->plan, {ids.begin() + first, ids.begin() + end});
-    batch->input.extents = {&extent};
+    batch->input.extents = context.shares();
     batch->input.SetDelta(delta);
     std::vector<int64_t> own;
     for (const int64_t index : batch->plan.own_order()) own.push_back(targets[first + index]);
@@ -119,16 +119,16 @@ StepRows MakeStepRows(const Model& model, const KvExtent& extent, const QueryDel
   return step;
 }
 
-double SpanLoss(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans) {
+double SpanLoss(Model& model, const KvChain& context, const QueryDelta& delta, const std::vector<Span>& spans) {
   const at::Tensor loss = at::empty({1}, at::TensorOptions(model.backend().device()).dtype(at::kDouble));
-  EnqueueLoss(model, MakeStepRows(model, extent, delta, spans), loss, nullptr);
+  EnqueueLoss(model, MakeStepRows(model, context, delta, spans), loss, nullptr);
   return OnHost(model, loss);
 }
 
-double SpanGradient(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans,
+double SpanGradient(Model& model, const KvChain& context, const QueryDelta& delta, const std::vector<Span>& spans,
                     at::Tensor& grad) {
   const at::Tensor loss = at::empty({1}, grad.options().dtype(at::kDouble));
-  EnqueueLoss(model, MakeStepRows(model, extent, delta, spans), loss, &grad);
+  EnqueueLoss(model, MakeStepRows(model, context, delta, spans), loss, &grad);
   return OnHost(model, loss);
 }
 
@@ -165,10 +165,10 @@ void Adapter::EnqueueStep(Model& model) {
   if (!work.delta.rounded.is_same(work.delta.master)) work.delta.rounded.copy_(work.delta.master);
 }
 
-Adapter::StepResult Adapter::Step(Model& model, const KvExtent& extent, const std::vector<Span>& spans) {
+Adapter::StepResult Adapter::Step(Model& model, const KvChain& context, const std::vector<Span>& spans) {
   ++steps_;
   Work& work = *work_;
-  StepRows rows = MakeStepRows(model, extent, work.delta.rounded, spans);
+  StepRows rows = MakeStepRows(model, context, work.delta.rounded, spans);
   if (work.repeat != nullptr && work.rows.total == rows.total) {
     for (size_t i = 0; i < rows.batches.size(); ++i) Refill(*rows.batches[i], *work.rows.batches[i]);
   } else {

@@ -29,24 +29,24 @@ struct SpanRows {
 };
 
 // All rows of a step in micro-batches. Split evenly over the ranks where that leaves each enough of them, else every
-// rank computes them all and no gradient needs to travel. `extent` must outlive it.
+// rank computes them all and no gradient needs to travel. `context` is what the rows read.
 struct StepRows {
   int64_t total = 0;  // of all ranks
   bool split = false;
   QueryDelta delta;  // rounded
   std::vector<std::unique_ptr<SpanRows>> batches;
 };
-StepRows MakeStepRows(const Model& model, const KvExtent& extent, const QueryDelta& delta,
+StepRows MakeStepRows(const Model& model, const KvChain& context, const QueryDelta& delta,
                       const std::vector<Span>& spans);
 
 int64_t TotalRows(const std::vector<Span>& spans);
 
 // Mean loss over all ranks' rows, nats. The same double on every rank. `delta` as queries read it (dtype).
-double SpanLoss(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans);
+double SpanLoss(Model& model, const KvChain& context, const QueryDelta& delta, const std::vector<Span>& spans);
 
 // The same, and the gradient with respect to the delta summed over ranks: `grad`, fp32, laid out by DeltaSizes (of a full
 // delta where `delta` is none), is overwritten with the same bits on every rank.
-double SpanGradient(Model& model, const KvExtent& extent, const QueryDelta& delta, const std::vector<Span>& spans,
+double SpanGradient(Model& model, const KvChain& context, const QueryDelta& delta, const std::vector<Span>& spans,
                     at::Tensor& grad);
 
 class Adapter {
@@ -70,9 +70,9 @@ class Adapter {
   };
 
   void Begin(Model& model, const AdamWConfig& optimizer, bool from_committed);
-  // One gradient step. A loss or norm that is not finite leaves the delta as it was. `model` and `extent` are the same
-  // in all steps between Begin and Commit or Rollback, and outlive them: a step is recorded and repeated.
-  StepResult Step(Model& model, const KvExtent& extent, const std::vector<Span>& spans);
+  // One gradient step. A loss or norm that is not finite leaves the delta as it was. `model` and `context` are the
+  // same in all steps between Begin and Commit or Rollback; the model outlives them: a step is recorded and repeated.
+  StepResult Step(Model& model, const KvChain& context, const std::vector<Span>& spans);
 
   // Bytes that a delta takes: committed, and under adaptation with gradient and moments.
   static int64_t CommittedBytes(const ModelConfig& config, at::ScalarType dtype);

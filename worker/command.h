@@ -14,6 +14,8 @@ namespace refocus {
 struct OpenContext {
   uint64_t context = 0;
   int64_t capacity = 0;
+  uint64_t prefix_context = 0;
+  int64_t prefix_tokens = 0;
 };
 struct CloseContext {
   uint64_t context = 0;
@@ -89,6 +91,8 @@ struct OpenSequence {
   int64_t revision = 0;
   int64_t capacity = 0;
   SamplingConfig sampling;
+  uint64_t job = 0;
+  uint64_t parent = 0;
 };
 struct ExtendSequence {
   uint64_t sequence = 0;
@@ -98,7 +102,7 @@ struct ExtendSequence {
   std::vector<int32_t> score_ids;
 };
 struct DecodeSteps {
-  uint64_t sequence = 0;
+  std::vector<uint64_t> sequences;
   int32_t steps = 1;
 };
 struct CloseSequence {
@@ -115,10 +119,18 @@ struct Command {
 };
 
 struct Token {
+  uint64_t sequence = 0;
   int32_t id = 0;
   float logprob = 0.0f;
   std::vector<int32_t> top_ids;
   std::vector<float> top_logprobs;
+};
+
+struct SequenceEnd {
+  enum class Why { kFinished = 0, kCancelled = 1, kCapacity = 2, kFailed = 3 };
+  uint64_t sequence = 0;
+  Why why = Why::kFinished;
+  Status status;  // kFailed: what for
 };
 
 struct Result {
@@ -133,7 +145,7 @@ struct Result {
   double loss = 0.0;
   double grad_norm = 0.0;
   std::vector<Token> tokens;
-  bool finished = false;
+  std::vector<SequenceEnd> ended;
   std::vector<float> score_logprobs;
   std::vector<bool> score_greedy;
 };

@@ -12,23 +12,16 @@
 #include "base/check.h"
 #include "base/limits.h"
 #include "worker/adapt.h"
-#include "worker/generate.h"
+#include "worker/agreement.h"
 #include "worker/hash.h"
+#include "worker/kv_memory.h"
 #include "worker/prefill.h"
+#include "worker/sequences.h"
 
 namespace refocus {
 namespace {
 
 constexpr size_t kRememberedCancels = 4096;
-
-Status Precondition(const std::string& what, const std::string& got, const std::string& allowed) {
-  return Error(StatusCode::kFailedPrecondition, "COMMAND_OUT_OF_PLACE", what + ": got " + got + ", allowed " + allowed,
-               {{"got", got}, {"allowed", allowed}});
-}
-
-Status Absent(const std::string& what, uint64_t uid) {
-  return Error(StatusCode::kNotFound, "UNKNOWN_UID", what + " " + std::to_string(uid) + " does not exist on this rank");
-}
 
 }  // namespace
 
@@ -43,7 +36,9 @@ class EngineState {
         weights_(std::move(weights)),
         backend_(std::move(backend)),
         collective_(collective),
-        model_(*weights_, *backend_, collective, engine.progress_) {}
+        model_(*weights_, *backend_, collective, engine.progress_),
+        memory_(model_, options.poison_memory),
+        sequences_(model_, memory_) {}
 
   void Bind() { backend_->Bind(); }
 
@@ -52,17 +47,19 @@ class EngineState {
     Result result;
     result.epoch = command.epoch;
     result.seq = command.seq;
-    result.cancelled = command.job != 0 && LeaveTogether(engine_.IsCancelled(command.job));
-    if (!result.cancelled) {
-      command_ = &command;
+    result.cancelled = command.job != 0 && LeaveTogether(collective_, engine_.IsCancelled(command.job));
+    if (result.cancelled) {
+      if (const auto* extend = std::get_if<ExtendSequence>(&command.body)) sequences_.Skip(extend->sequence);
+    } else {
       const Status status = std::visit([&](const auto& body) { return Do(body, result); }, command.body);
       if (!status.ok()) result.status = status;
     }
     collective_.Check();  // before a wait that a lost peer could prolong
     backend_->Synchronize();
-    result.kv_used_bytes = kv_used_bytes_;
+    result.kv_used_bytes = memory_.used_bytes();
     if (collective_.rank() != 0) {  // rank 0 speaks for all
       result.tokens.clear();
+      result.ended.clear();
       result.score_logprobs.clear();
       result.score_greedy.clear();
     }
@@ -71,92 +68,32 @@ class EngineState {
 
  private:
   struct Context {
-    std::unique_ptr<KvExtent> extent;
+    KvChain prefix;                 // shared with other contexts
+    std::shared_ptr<KvExtent> own;  // the tokens behind it
     int64_t prefilled = 0;
+    int64_t capacity = 0;
+
+    KvChain All() const {
+      KvChain all = prefix;
+      all.Add(own);
+      return all;
+    }
   };
 
-  // Rank 0's word, on all ranks.
-  bool LeaveTogether(bool leave) {
-    if (collective_.size() == 1) return leave;
-    at::Tensor word = at::tensor({static_cast<int64_t>(leave)}, at::kLong);
-    collective_.Broadcast(word, 0);
-    return word.item<int64_t>() != 0;
-  }
-
-  // OK only when every rank's `status` is: what one rank cannot do, none does. `reason` is that of a refusal by another
-  // rank.
-  Status AllOrNone(Status status, const std::string& reason) {
-    const at::Tensor own = at::tensor({static_cast<int64_t>(status.code())}, at::kLong);
-    at::Tensor all = at::empty({collective_.size()}, at::kLong);
-    collective_.AllGatherRows(own, std::vector<int64_t>(collective_.size(), 1), all);
-    for (int rank = 0; rank < collective_.size() && status.ok(); ++rank) {
-      const auto code = static_cast<StatusCode>(all.const_data_ptr<int64_t>()[rank]);
-      if (code != StatusCode::kOk) {
-        status = Error(code, reason,
-                       "rank " + std::to_string(rank) + " refused the command; nothing was changed on any rank",
-                       {{"rank", std::to_string(rank)}});
-      }
-    }
-    return status;
-  }
-
   // What K/V, deltas and their optimizer state may still take on this rank.
-  int64_t FreeBytes() const { return options_.kv_capacity_bytes - kv_used_bytes_ - adapter_bytes_; }
+  int64_t FreeBytes() const { return options_.kv_capacity_bytes - memory_.used_bytes() - adapter_bytes_; }
   // What an adapter holds: its committed delta, and one under adaptation.
   int64_t Held(const Adapter& adapter) const {
     return (adapter.revision() > 0 ? Adapter::CommittedBytes(model_.config(), backend_->dtype()) : 0) +
            (adapter.adapting() ? Adapter::AdaptingBytes(model_.config(), backend_->dtype()) : 0);
   }
-  at::TensorOptions KvOptions() const { return at::TensorOptions(backend_->device()).dtype(backend_->dtype()); }
-
-  // Reserves an extent on every rank or on none.
-  Status Reserve(int64_t first_position, int64_t capacity, std::unique_ptr<KvExtent>* extent) {
-    const int64_t need = KvExtent::Bytes(model_.config(), model_.plan(), first_position, capacity,
-                                         static_cast<int64_t>(c10::elementSize(backend_->dtype())));
-    const int64_t free = FreeBytes();
-    Status status;
-    const auto refuse = [&](const std::string& why) {
-      return Error(StatusCode::kResourceExhausted, "KV_CAPACITY",
-                   "K/V memory of rank " + std::to_string(collective_.rank()) + ": need " + std::to_string(need) +
-                       " bytes, free " + std::to_string(free) + why + "; delete a context or raise --kv-memory",
-                   {{"need_bytes", std::to_string(need)}, {"free_bytes", std::to_string(free)}});
-    };
-    if (need > free) status = refuse("");
-    if (status.ok()) {
-      try {
-        *extent = std::make_unique<KvExtent>(model_.config(), model_.plan(), first_position, capacity, KvOptions(),
-                                             options_.poison_memory);
-      } catch (const std::exception& error) {  // LibTorch reports a failed allocation as c10::Error
-        status = refuse(" but the allocation failed");
-      }
-    }
-    status = AllOrNone(status, "KV_CAPACITY");
-    if (status.ok()) {
-      kv_used_bytes_ += need;
-    } else {
-      extent->reset();
-    }
-    return status;
-  }
-
-  Status CheckIds(const std::vector<int32_t>& ids) const {
-    for (size_t i = 0; i < ids.size(); ++i) {
-      if (ids[i] < 0 || ids[i] >= model_.config().vocab) {
-        return Error(StatusCode::kInvalidArgument, "TOKEN_ID_OUT_OF_RANGE",
-                     "token id at index " + std::to_string(i) + ": got " + std::to_string(ids[i]) + ", allowed 0 to " +
-                         std::to_string(model_.config().vocab - 1));
-      }
-    }
-    return {};
-  }
-
   Status CheckSpans(const std::vector<Span>& spans, int64_t tokens) const {
     for (const Span& span : spans) {
       if (span.rows() < 1 || span.start < 0 || span.start >= tokens - span.rows()) {
         return FieldError("span", std::to_string(span.start) + " + " + std::to_string(span.rows()),
                           "start >= 0, rows >= 1, start + rows < " + std::to_string(tokens));
       }
-      REFOCUS_RETURN_IF_ERROR(CheckIds(span.ids));
+      REFOCUS_RETURN_IF_ERROR(CheckTokenIds(span.ids, model_.config().vocab));
     }
     return {};
   }
@@ -164,9 +101,9 @@ class EngineState {
   Status FindReady(uint64_t uid, Context** context) {
     const auto found = contexts_.find(uid);
     if (found == contexts_.end()) return Absent("context", uid);
-    if (found->second.prefilled < found->second.extent->capacity()) {
+    if (found->second.prefilled < found->second.capacity) {
       return Precondition("context " + std::to_string(uid) + " prefilled tokens",
-                          std::to_string(found->second.prefilled), std::to_string(found->second.extent->capacity()));
+                          std::to_string(found->second.prefilled), std::to_string(found->second.capacity));
     }
     *context = &found->second;
     return {};
@@ -188,32 +125,44 @@ class EngineState {
       return FieldError("capacity", std::to_string(open.capacity), "1 to " + std::to_string(kMaxContextTokens));
     }
     Context context;
-    REFOCUS_RETURN_IF_ERROR(Reserve(0, open.capacity, &context.extent));
+    if (open.prefix_context != 0) REFOCUS_RETURN_IF_ERROR(SharePrefix(open, &context));
+    context.capacity = open.capacity;
+    context.prefilled = context.prefix.end();
+    REFOCUS_RETURN_IF_ERROR(
+        memory_.Reserve(context.prefilled, open.capacity - context.prefilled, FreeBytes(), &context.own));
     if (options_.synthetic_cache) {
-      context.extent->FillRandom();
+      context.own->FillRandom();
       context.prefilled = open.capacity;
     }
     contexts_.emplace(open.context, std::move(context));
     return {};
   }
 
+  Status SharePrefix(const OpenContext& open, Context* context) {
+    const auto found = contexts_.find(open.prefix_context);
+    if (found == contexts_.end()) return Absent("prefix_context", open.prefix_context);
+    const int64_t most = std::min(found->second.prefilled, open.capacity);
+    if (open.prefix_tokens < 1 || open.prefix_tokens > most) {
+      return FieldError("prefix_tokens", std::to_string(open.prefix_tokens), "1 to " + std::to_string(most));
+    }
+    context->prefix = found->second.All().Below(open.prefix_tokens);
+    const int64_t extents = static_cast<int64_t>(context->prefix.shares().size());
+    if (open.capacity > open.prefix_tokens && extents >= kMaxContextExtents) {
+      return Precondition("extents of the shared prefix", std::to_string(extents),
+                          "fewer than " + std::to_string(kMaxContextExtents) + ", share a shorter one");
+    }
+    return {};
+  }
+
   Status Do(const CloseContext& close, Result&) {
     const auto found = contexts_.find(close.context);
     if (found == contexts_.end()) return Absent("context", close.context);
-    for (auto it = sequences_.begin(); it != sequences_.end();) {
-      if (it->second.context_id() == close.context) {
-        kv_used_bytes_ -= it->second.bytes();
-        it = sequences_.erase(it);
-      } else {
-        ++it;
-      }
-    }
+    sequences_.CloseContext(close.context);
     std::erase_if(adapters_, [&](const auto& entry) {
       if (entry.second.context() != close.context) return false;
       adapter_bytes_ -= Held(entry.second);
       return true;
     });
-    kv_used_bytes_ -= found->second.extent->bytes();
     contexts_.erase(found);
     return {};
   }
@@ -223,15 +172,15 @@ class EngineState {
     if (found == contexts_.end()) return Absent("context", chunk.context);
     Context& context = found->second;
     const int64_t rows = static_cast<int64_t>(chunk.ids.size());
-    const int64_t left = context.extent->capacity() - context.prefilled;
+    const int64_t left = context.capacity - context.prefilled;
     if (chunk.first_pos != context.prefilled) {
       return Precondition("first_pos", std::to_string(chunk.first_pos), std::to_string(context.prefilled));
     }
     if (rows < 1 || rows > kMaxChunkRows || rows > left) {
       return FieldError("ids", std::to_string(rows), "1 to " + std::to_string(std::min(left, kMaxChunkRows)));
     }
-    REFOCUS_RETURN_IF_ERROR(CheckIds(chunk.ids));
-    PrefillRows(model_, *context.extent, chunk.first_pos, chunk.ids);
+    REFOCUS_RETURN_IF_ERROR(CheckTokenIds(chunk.ids, model_.config().vocab));
+    PrefillRows(model_, context.prefix, *context.own, chunk.first_pos, chunk.ids);
     context.prefilled += rows;
     return {};
   }
@@ -266,7 +215,7 @@ class EngineState {
         status = refuse(" but the allocation failed");
       }
     }
-    status = AllOrNone(status, "ADAPT_OUT_OF_MEMORY");
+    status = AllOrNone(collective_, status, "ADAPT_OUT_OF_MEMORY");
     if (status.ok()) {
       adapter_bytes_ += need;
     } else {
@@ -284,8 +233,8 @@ class EngineState {
       return Precondition("step", std::to_string(step.step), std::to_string(adapter->steps() + 1));
     }
     if (step.spans.empty()) return FieldError("spans", "0", "at least 1");
-    REFOCUS_RETURN_IF_ERROR(CheckSpans(step.spans, context->extent->capacity()));
-    const Adapter::StepResult done = adapter->Step(model_, *context->extent, step.spans);
+    REFOCUS_RETURN_IF_ERROR(CheckSpans(step.spans, context->capacity));
+    const Adapter::StepResult done = adapter->Step(model_, context->All(), step.spans);
     result.loss = done.loss;
     result.grad_norm = done.grad_norm;
     return {};
@@ -295,8 +244,8 @@ class EngineState {
     Adapter* adapter = nullptr;
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindAdapting(probe.adapter, &adapter, &context));
-    REFOCUS_RETURN_IF_ERROR(CheckSpans(probe.spans, context->extent->capacity()));
-    if (!probe.spans.empty()) result.loss = SpanLoss(model_, *context->extent, adapter->working_rounded(), probe.spans);
+    REFOCUS_RETURN_IF_ERROR(CheckSpans(probe.spans, context->capacity));
+    if (!probe.spans.empty()) result.loss = SpanLoss(model_, context->All(), adapter->working_rounded(), probe.spans);
     result.agree = HashTensor(adapter->working());
     return {};
   }
@@ -326,10 +275,9 @@ class EngineState {
   }
 
   Status Do(const OpenSequence& open, Result&) {
-    if (sequences_.count(open.sequence) != 0)
-      return Precondition("sequence uid", std::to_string(open.sequence), "a new one");
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindReady(open.context, &context));
+    if (open.parent != 0) return sequences_.Fork(open, context->All(), FreeBytes());
     QueryDelta delta;
     if (open.adapter != 0) {
       const auto found = adapters_.find(open.adapter);
@@ -340,69 +288,25 @@ class EngineState {
       }
       delta = found->second.committed();
     }
-    if (open.capacity < 0 || open.capacity > kMaxContextTokens) {
-      return FieldError("capacity", std::to_string(open.capacity), "0 to " + std::to_string(kMaxContextTokens));
-    }
-    std::unique_ptr<KvExtent> tail;
-    REFOCUS_RETURN_IF_ERROR(Reserve(context->extent->capacity(), open.capacity, &tail));
-    sequences_.try_emplace(open.sequence, open, *context->extent, std::move(tail), delta);
-    return {};
+    return sequences_.Open(open, context->All(), delta, FreeBytes());
   }
 
-  Status Do(const ExtendSequence& extend, Result& result) {
-    const auto found = sequences_.find(extend.sequence);
-    if (found == sequences_.end()) return Absent("sequence", extend.sequence);
-    Sequence& sequence = found->second;
-    const int64_t rows = static_cast<int64_t>(extend.ids.size());
-    const int64_t context_end = contexts_.at(sequence.context_id()).extent->capacity();
-    const bool starts_inside = sequence.next_position() == context_end && extend.first_pos < context_end;
-    if (sequence.has_pending_token()) return Precondition("sequence", "a sampled token", "none before ExtendSequence");
-    if (extend.first_pos < 0 ||
-        !(extend.first_pos == sequence.next_position() || (starts_inside && extend.first_pos >= context_end - rows))) {
-      return Precondition("first_pos", std::to_string(extend.first_pos), std::to_string(sequence.next_position()));
-    }
-    if (rows < 1 || rows > kMaxChunkRows || extend.first_pos > sequence.end_position() - rows) {
-      return FieldError("ids", std::to_string(rows),
-                        "1 to " + std::to_string(kMaxChunkRows) + " within the sequence's capacity");
-    }
-    if (static_cast<int64_t>(extend.score_ids.size()) > rows) {
-      return FieldError("score_ids", std::to_string(extend.score_ids.size()), "at most " + std::to_string(rows));
-    }
-    REFOCUS_RETURN_IF_ERROR(CheckIds(extend.ids));
-    REFOCUS_RETURN_IF_ERROR(CheckIds(extend.score_ids));
-    sequence.Extend(model_, extend, result);
-    return {};
-  }
+  Status Do(const ExtendSequence& extend, Result& result) { return sequences_.Extend(extend, result); }
 
   Status Do(const DecodeSteps& decode, Result& result) {
-    const auto found = sequences_.find(decode.sequence);
-    if (found == sequences_.end()) return Absent("sequence", decode.sequence);
-    if (!found->second.has_pending_token() && !found->second.finished()) {
-      return Precondition("sequence", "no sampled token", "ExtendSequence with sample first");
-    }
-    const auto emit = [&](const Token& token) {
+    const auto emit = [&](std::vector<Token> tokens, std::vector<SequenceEnd> ended) {
       Result partial;
       partial.epoch = result.epoch;
       partial.seq = result.seq;
       partial.final = false;
-      partial.tokens.push_back(token);
+      partial.tokens = std::move(tokens);
+      partial.ended = std::move(ended);
       engine_.emit_(std::move(partial));
     };
-    const uint64_t job = command_->job;
-    result.cancelled = found->second.Decode(
-        model_, decode.steps, [&] { return job != 0 && engine_.IsCancelled(job); }, emit, result);
-    result.finished = found->second.finished();
-    result.tokens.clear();  // each was sent as it came
-    return {};
+    return sequences_.Decode(decode, [&](uint64_t job) { return engine_.IsCancelled(job); }, emit);
   }
 
-  Status Do(const CloseSequence& close, Result&) {
-    const auto found = sequences_.find(close.sequence);
-    if (found == sequences_.end()) return Absent("sequence", close.sequence);
-    kv_used_bytes_ -= found->second.bytes();
-    sequences_.erase(found);
-    return {};
-  }
+  Status Do(const CloseSequence& close, Result&) { return sequences_.Close(close.sequence); }
 
   Engine& engine_;
   const EngineOptions options_;
@@ -410,11 +314,10 @@ class EngineState {
   std::unique_ptr<Backend> backend_;
   Collective& collective_;
   Model model_;
-  const Command* command_ = nullptr;
+  KvMemory memory_;  // outlives every extent
   std::map<uint64_t, Context> contexts_;
   std::map<uint64_t, Adapter> adapters_;
-  std::map<uint64_t, Sequence> sequences_;
-  int64_t kv_used_bytes_ = 0;
+  Sequences sequences_;
   int64_t adapter_bytes_ = 0;
 };
 

@@ -7,6 +7,7 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "worker/sampler.h"
@@ -32,17 +33,23 @@ std::vector<int64_t> Iota(int64_t first, int64_t count) {
 
 }  // namespace
 
-Sequence::Sequence(const OpenSequence& open, const KvExtent& context, std::unique_ptr<KvExtent> tail, QueryDelta delta)
+Sequence::Sequence(const OpenSequence& open, KvChain before, std::shared_ptr<KvExtent> tail, QueryDelta delta)
     : open_(open),
-      context_(context),
+      before_(std::move(before)),
       tail_(std::move(tail)),
       delta_(std::move(delta)),
-      next_position_(context.capacity()) {}
+      next_position_(before_.end()) {}
+
+KvChain Sequence::Written() const {
+  KvChain all = before_;
+  all.Add(tail_);
+  return all.Below(next_position_);
+}
 
 at::Tensor Sequence::Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids) {
   int64_t writing = 0;
   ForwardInput input = model.MakeInput(plan, ids, tail_.get(), &writing);
-  input.extents = {&context_};
+  input.extents = before_.shares();
   input.SetDelta(delta_);
   at::Tensor hidden = model.Forward(input);
   tail_->Advance(writing);
@@ -66,26 +73,33 @@ void Sequence::EnqueueStep(Model& model) {
   model.backend().Advance(tail_->View(0), state_);
 }
 
-bool Sequence::TakeToken(Model& model, Result& result) {
+void Sequence::End(SequenceEnd::Why why, Result& result, Status status) {
+  left_ = true;
+  result.ended.push_back({open_.sequence, why, std::move(status)});
+}
+
+void Sequence::TakeToken(Model& model, Result& result) {
   model.collective().Check();
   model.backend().Synchronize();
   const int64_t id = static_cast<int64_t>(word_.const_data_ptr<double>()[0]);
-  if (id == kLeave) return false;
-  if (id < 0) {
-    result.status = NonFiniteLogits();
-    return false;
-  }
+  if (id == kLeave) return End(SequenceEnd::Why::kCancelled, result);
+  if (id < 0) return End(SequenceEnd::Why::kFailed, result, NonFiniteLogits());
   Token token;
+  token.sequence = open_.sequence;
   token.id = static_cast<int32_t>(id);
   token.logprob = static_cast<float>(word_.const_data_ptr<double>()[1]);
   if (open_.sampling.top_logprobs > 0 && model.collective().rank() == 0) {
     AddTopLogprobs(logits_.cpu().view({-1}), open_.sampling.top_logprobs, token);
   }
   has_pending_ = true;
-  for (const int32_t stop : open_.sampling.stop_ids) finished_ = finished_ || stop == token.id;
+  last_token_ = token.id;
   result.tokens.push_back(std::move(token));
-  result.finished = finished_;
-  return true;
+  const std::vector<int32_t>& stops = open_.sampling.stop_ids;
+  if (std::find(stops.begin(), stops.end(), id) != stops.end()) {
+    End(SequenceEnd::Why::kFinished, result);
+  } else if (next_position_ == end_position()) {
+    End(SequenceEnd::Why::kCapacity, result);
+  }
 }
 
 void Sequence::Extend(Model& model, const ExtendSequence& command, Result& result) {
@@ -97,6 +111,7 @@ void Sequence::Extend(Model& model, const ExtendSequence& command, Result& resul
       rows > kBlockTokens ? RowPlan::ByOwner(positions, model.plan()) : RowPlan::Replicated(positions, model.plan());
   const at::Tensor hidden = Rows(model, plan, command.ids);
   next_position_ = command.first_pos + rows;
+  has_pending_ = false;
   if (!command.score_ids.empty()) Score(model, plan, hidden, command, result);
   if (!command.sample || !result.status.ok()) return;
   const auto [rank, row] = plan.Locate(rows - 1);
@@ -116,33 +131,30 @@ void Sequence::Extend(Model& model, const ExtendSequence& command, Result& resul
   EnqueueSample(model, last);
   model.backend().Advance(tail_->View(0), state_);
   TakeToken(model, result);
+  if (has_pending_) return;
+  result.status = result.ended.back().status;
+  result.ended.clear();
 }
 
-bool Sequence::Decode(Model& model, int64_t steps, const std::function<bool()>& cancelled,
-                      const std::function<void(const Token&)>& emit, Result& result) {
-  const bool first_rank = model.collective().rank() == 0;
-  for (int64_t step = 0; step < steps && has_pending_ && !finished_ && next_position_ < end_position(); ++step) {
-    if (step_ == nullptr) {
-      step_plan_ = RowPlan::Replicated({next_position_}, model.plan());
-      step_input_.rows = &step_plan_;
-      step_input_.ids = state_.ids;
-      step_input_.own_pos = step_input_.pos = state_.pos;
-      step_input_.slots = state_.slots;
-      step_input_.append = tail_.get();
-      step_input_.extents = {&context_};
-      step_input_.SetDelta(delta_);
-      step_ = model.backend().Repeated([this, &model] { EnqueueStep(model); });
-    }
-    if (first_rank && cancelled()) leave_.fill_(1);
-    model.collective().BeforeReplay();
-    step_->Run();
-    if (tail_->SlotOf(next_position_) >= 0) tail_->Advance(1);
-    ++next_position_;
-    has_pending_ = false;
-    if (!TakeToken(model, result)) return result.status.ok();
-    if (first_rank) emit(result.tokens.back());
+void Sequence::Step(Model& model, bool leave, Result& result) {
+  if (step_ == nullptr) {
+    step_plan_ = RowPlan::Replicated({next_position_}, model.plan());
+    step_input_.rows = &step_plan_;
+    step_input_.ids = state_.ids;
+    step_input_.own_pos = step_input_.pos = state_.pos;
+    step_input_.slots = state_.slots;
+    step_input_.append = tail_.get();
+    step_input_.extents = before_.shares();
+    step_input_.SetDelta(delta_);
+    step_ = model.backend().Repeated([this, &model] { EnqueueStep(model); });
   }
-  return false;
+  if (leave) leave_.fill_(1);
+  model.collective().BeforeReplay();
+  step_->Run();
+  if (tail_->SlotOf(next_position_) >= 0) tail_->Advance(1);
+  ++next_position_;
+  has_pending_ = false;
+  TakeToken(model, result);
 }
 
 void Sequence::Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command,

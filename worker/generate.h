@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -11,29 +10,33 @@
 
 namespace refocus {
 
-// The K/V of question and answer belong to the request alone; the context's are shared and never written.
+// The K/V of question and answer belong to the request alone; the context's, and those of a prompt it forked from, are
+// shared and never written.
 class Sequence {
  public:
-  // `context` outlives the sequence; `delta` is none for base queries and is kept alive here.
-  Sequence(const OpenSequence& open, const KvExtent& context, std::unique_ptr<KvExtent> tail, QueryDelta delta);
+  // `before`: what its rows come after, the context first. delta is none for base queries and is kept alive here.
+  Sequence(const OpenSequence& open, KvChain before, std::shared_ptr<KvExtent> tail, QueryDelta delta);
 
-  uint64_t context_id() const { return open_.context; }
-  int64_t bytes() const { return tail_->bytes(); }
-  // Position of the next token that writes K/V.
+  const OpenSequence& open() const { return open_; }
+  const QueryDelta& delta() const { return delta_; }
+  // Position of its first own row, of the next row that writes K/V, and behind its last.
+  int64_t first_position() const { return before_.end(); }
   int64_t next_position() const { return next_position_; }
-  int64_t end_position() const { return context_.capacity() + open_.capacity; }
-  bool finished() const { return finished_; }
+  int64_t end_position() const { return before_.end() + open_.capacity; }
+  // All rows so far, for a fork.
+  KvChain Written() const;
   // A token was sampled that no row has been computed for yet.
   bool has_pending_token() const { return has_pending_; }
+  int32_t last_token() const { return last_token_; }  // sampled last
+  // Takes no part in decode steps any more.
+  bool left() const { return left_; }
+  void Leave() { left_ = true; }
 
-  // Rows for command.ids; then the scores and the sampled token it asks for. Fills result's tokens, scores, finished.
+  // Rows for command.ids; then the scores and the sampled token it asks for. Fills result's tokens, scores, ended.
   void Extend(Model& model, const ExtendSequence& command, Result& result);
 
-  // Up to `steps` tokens. `cancelled` is asked on rank 0 before each; `emit` (rank 0) gets each token as it comes. All
-  // ranks leave together: after a stop token, when cancelled (-> true), when the logits are not finite
-  // (NON_FINITE_LOGITS in result.status).
-  bool Decode(Model& model, int64_t steps, const std::function<bool()>& cancelled,
-              const std::function<void(const Token&)>& emit, Result& result);
+  // One decode step: a token to result.tokens, or none; why it left, if it did, to result.ended. `leave` counts on rank 0.
+  void Step(Model& model, bool leave, Result& result);
 
  private:
   at::Tensor Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids);
@@ -41,19 +44,20 @@ class Sequence {
   void EnqueueSample(Model& model, const at::Tensor& hidden);
   // One decode step: the pending token's row, and the next token.
   void EnqueueStep(Model& model);
-  // Waits for what was enqueued and takes the token over. False when rank 0 wanted all to leave, or (status) when the
-  // logits were not finite.
-  bool TakeToken(Model& model, Result& result);
+  // Waits for what was enqueued and takes the token over.
+  void TakeToken(Model& model, Result& result);
+  void End(SequenceEnd::Why why, Result& result, Status status = {});
   void Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command,
              Result& result);
 
   OpenSequence open_;
-  const KvExtent& context_;
-  std::unique_ptr<KvExtent> tail_;
+  KvChain before_;
+  std::shared_ptr<KvExtent> tail_;
   QueryDelta delta_;
   int64_t next_position_;
   bool has_pending_ = false;
-  bool finished_ = false;
+  int32_t last_token_ = 0;
+  bool left_ = false;
 
   // For decode steps, which are recorded once and repeated; made with the first sampled token.
   DecodeState state_;

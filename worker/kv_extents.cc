@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/randn.h>
 
+#include <algorithm>
 #include <limits>
 
 #include "base/check.h"
@@ -35,6 +36,28 @@ int64_t KvExtent::Bytes(const ModelConfig& config, const ShardPlan& plan, int64_
 
 KvView KvExtent::View(int64_t layer) const {
   return KvView{k_.select(0, layer), v_.select(0, layer), slots_, first_index_, plan_};
+}
+
+KvView KvShare::View(int64_t layer) const {
+  KvView view = extent->View(layer);
+  const int64_t slots = view.plan.CountBelow(end) - view.first_index;
+  if (slots < view.length) view.length = slots;
+  return view;
+}
+
+void KvChain::Add(std::shared_ptr<const KvExtent> extent) {
+  if (extent->capacity() == 0) return;
+  REFOCUS_CHECK(shares_.empty() || extent->first_position() == end());
+  const int64_t behind = extent->first_position() + extent->capacity();
+  shares_.push_back({std::move(extent), behind});
+}
+
+KvChain KvChain::Below(int64_t end) const {
+  KvChain below;
+  for (const KvShare& share : shares_) {
+    if (share.extent->first_position() < end) below.shares_.push_back({share.extent, std::min(share.end, end)});
+  }
+  return below;
 }
 
 int64_t KvExtent::SlotOf(int64_t position) const {

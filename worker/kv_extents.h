@@ -1,10 +1,12 @@
-// The K and V that this rank owns: one contiguous extent per context, one more per request (its own tail of tokens).
-// Reserved whole when opened; nothing is copied, nothing grows.
+// The K and V that this rank owns: contiguous extents, one per context for the tokens that no other context had before it,
+// one per request for its own tail of tokens. Reserved whole when opened; nothing is copied, nothing grows. Contexts with
+// a common prefix and forks of a request share extents: each holds a reference, the last one gone frees the memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "base/model_config.h"
@@ -54,6 +56,33 @@ class KvExtent {
   int64_t length_ = 0;
   at::Tensor k_;  // [layers, kv_heads, slots, head_dim]
   at::Tensor v_;
+};
+
+// The tokens of an extent below position `end`, all of them written once the holder reads.
+struct KvShare {
+  std::shared_ptr<const KvExtent> extent;
+  int64_t end = 0;
+
+  KvView View(int64_t layer) const;
+};
+
+// Extents that follow each other without a gap, read-only: what a context consists of, or a fork's prompt.
+class KvChain {
+ public:
+  KvChain() = default;
+  explicit KvChain(std::shared_ptr<const KvExtent> extent) { Add(std::move(extent)); }
+
+  // The whole of `extent`, which begins where the chain ends; one without tokens is left out.
+  void Add(std::shared_ptr<const KvExtent> extent);
+  // The same extents as far as they hold tokens below `end`.
+  KvChain Below(int64_t end) const;
+
+  const std::vector<KvShare>& shares() const { return shares_; }
+  // Position behind the last token; 0 when empty.
+  int64_t end() const { return shares_.empty() ? 0 : shares_.back().end; }
+
+ private:
+  std::vector<KvShare> shares_;
 };
 
 }  // namespace refocus

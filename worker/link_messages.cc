@@ -96,7 +96,9 @@ class Checker {
 OpenContext Read(const pb::OpenContext& in, Checker& check) {
   check.Uid("context", in.context());
   check.InRange("capacity", in.capacity(), 1, kMaxContextTokens);
-  return {in.context(), in.capacity()};
+  check.InRange("prefix_tokens", in.prefix_tokens(), in.prefix_context() == 0 ? 0 : 1,
+                in.prefix_context() == 0 ? 0 : in.capacity());
+  return {in.context(), in.capacity(), in.prefix_context(), in.prefix_tokens()};
 }
 
 CloseContext Read(const pb::CloseContext& in, Checker& check) {
@@ -188,7 +190,7 @@ OpenSequence Read(const pb::OpenSequence& in, Checker& check) {
   check.InRange("capacity", in.capacity(), 0, kMaxContextTokens);
   check.Real("temperature", in.temperature(), 0.0, 1e6, false);
   check.InRange("top_logprobs", in.top_logprobs(), 0, kMaxTopLogprobs);
-  OpenSequence out{in.sequence(), in.context(), in.adapter(), in.revision(), in.capacity(), {}};
+  OpenSequence out{in.sequence(), in.context(), in.adapter(), in.revision(), in.capacity(), {}, in.job(), in.parent()};
   out.sampling = ReadSampling(in, check);
   return out;
 }
@@ -202,9 +204,10 @@ ExtendSequence Read(const pb::ExtendSequence& in, Checker& check) {
 }
 
 DecodeSteps Read(const pb::DecodeSteps& in, Checker& check) {
-  check.Uid("sequence", in.sequence());
+  check.InRange("sequences (count)", in.sequences_size(), 1, kMaxDecodeRows);
   check.InRange("steps", in.steps(), 1, kMaxGeneratedTokens);
-  return {in.sequence(), in.steps()};
+  for (const uint64_t uid : in.sequences()) check.Uid("sequences", uid);
+  return {{in.sequences().begin(), in.sequences().end()}, in.steps()};
 }
 
 CloseSequence Read(const pb::CloseSequence& in, Checker& check) {
@@ -270,8 +273,17 @@ pb::Result WriteResult(const Result& result) {
     out->set_logprob(token.logprob);
     for (const int32_t id : token.top_ids) out->add_top_ids(static_cast<uint32_t>(id));
     for (const float logprob : token.top_logprobs) out->add_top_logprobs(logprob);
+    out->set_sequence(token.sequence);
   }
-  message.set_finished(result.finished);
+  for (const SequenceEnd& end : result.ended) {
+    pb::SequenceEnd* out = message.add_ended();
+    out->set_sequence(end.sequence);
+    out->set_why(static_cast<pb::SequenceEnd::Why>(end.why));
+    if (end.status.ok()) continue;
+    out->set_code(static_cast<int32_t>(end.status.code()));
+    out->set_reason(Ascii(DetailOf(end.status).reason));
+    out->set_message(Ascii(end.status.message()));
+  }
   for (const float logprob : result.score_logprobs) message.add_score_logprobs(logprob);
   for (const bool greedy : result.score_greedy) message.add_score_greedy(greedy);
   return message;

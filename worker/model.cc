@@ -108,7 +108,7 @@ at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
 
 std::vector<KvView> Model::Views(const ForwardInput& input, int64_t layer) const {
   std::vector<KvView> views;
-  for (const KvExtent* extent : input.extents) views.push_back(extent->View(layer));
+  for (const KvShare& share : input.extents) views.push_back(share.View(layer));
   if (input.append != nullptr) views.push_back(input.append->View(layer));
   return views;
 }

@@ -40,7 +40,7 @@ struct ForwardInput {
   at::Tensor own_pos;  // [n] int64
   at::Tensor pos;      // [rows] int64
   at::Tensor slots;    // [n] int64: where own rows write K/V in `append`, < 0: nowhere; undefined: none writes
-  std::vector<const KvExtent*> extents;  // that attention reads besides `append`
+  std::vector<KvShare> extents;  // that attention reads besides `append`
   KvExtent* append = nullptr;
   // Whose queries the own rows ask with, ordered by row; rows that are not named: base queries.
   std::vector<AdapterRows> adapters;

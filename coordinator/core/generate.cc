@@ -66,7 +66,7 @@ bool GenerateJob::NextCommand(wire::Command* command, double now) {
   const int64_t steps = std::min(DecodeSteps(), plan_.max_tokens - tokens_asked_);
   if (steps <= 0 || queue_.size() >= kMaxQueuedEvents) return false;
   tokens_asked_ += steps;
-  command->mutable_decode_steps()->set_sequence(id());
+  command->mutable_decode_steps()->add_sequences(id());
   command->mutable_decode_steps()->set_steps(static_cast<int32_t>(steps));
   command->set_job(id());
   return true;
@@ -84,6 +84,7 @@ void GenerateJob::FillOpen(wire::OpenSequence* open) const {
   stops.insert(plan_.stop_ids.begin(), plan_.stop_ids.end());
   for (const int32_t id : stops) open->add_stop_ids(static_cast<uint32_t>(id));
   open->set_top_logprobs(plan_.logprobs.value_or(0));
+  open->set_job(id());
 }
 
 void GenerateJob::FillExtend(wire::ExtendSequence* extend) {
@@ -120,7 +121,15 @@ void GenerateJob::OnResult(const wire::Command& command, const wire::Result& res
 }
 
 void GenerateJob::OnTokens(const wire::Result& result, double now) {
-  if (stopping() || result.code() != 0 || result.tokens().empty()) return;
+  if (stopping() || result.code() != 0) return;
+  if (!result.tokens().empty()) SendTokens(result, now);
+  for (const wire::SequenceEnd& end : result.ended()) {
+    if (end.why() != wire::SequenceEnd::FAILED) continue;  // the last token, or this job's own cancel, says it
+    Stop(Error(static_cast<StatusCode>(end.code()), end.reason(), end.message()), now);
+  }
+}
+
+void GenerateJob::SendTokens(const wire::Result& result, double now) {
   api::GenerateEvent event;
   for (const wire::Token& token : result.tokens()) {
     OnToken(token, &event);

@@ -70,6 +70,7 @@ class GenerateJob : public Job {
   void FillExtend(wire::ExtendSequence* extend);
   int64_t DecodeSteps() const;
   void OnTokens(const wire::Result& result, double now);
+  void SendTokens(const wire::Result& result, double now);
   void OnToken(const wire::Token& token, api::GenerateEvent* event);
   void Finish(api::FinishReason reason, api::GenerateEvent* event, double now);
 

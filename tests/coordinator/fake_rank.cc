@@ -108,8 +108,11 @@ std::vector<wire::Result> FakeRank::Execute(const wire::Command& command) {
   if (rank_ == 0) agreed.cancelled = IsCancelled(command.job());
   if (command.seq() == refuse_seq) {
     Fail(StatusCode::kResourceExhausted, "REFUSED", "as the test wants", &out.back());
-  } else if (!agreed.cancelled || (rank_ != 0 && agreed.tokens > 0))
+  } else if (!agreed.cancelled) {
     Do(command, &out);
+  } else if (const auto skipped = sequences.find(command.extend_sequence().sequence()); skipped != sequences.end()) {
+    skipped->second.left = true;
+  }
   out.back().set_cancelled(agreed.cancelled);
   out.back().set_final(true);
   out.back().set_seconds(command_seconds);
@@ -220,6 +223,7 @@ void FakeRank::DoSequence(const wire::Command& command, std::vector<wire::Result
     sequence.end = context->second.capacity;
     sequence.stops = {open.stop_ids().begin(), open.stop_ids().end()};
     sequence.top = open.top_logprobs();
+    sequence.job = open.job();
     if (!sequences.emplace(open.sequence(), sequence).second) OutOfPlace("sequence exists", result);
   } else if (command.has_close_sequence()) {
     if (sequences.erase(command.close_sequence().sequence()) == 0) OutOfPlace("no such sequence", result);
@@ -239,7 +243,6 @@ wire::Token FakeRank::NextToken(Sequence& sequence) {
     token.add_top_logprobs(-0.25f - static_cast<float>(i));
   }
   sequence.last = token.id();
-  sequence.finished = sequence.stops.count(token.id()) != 0;
   return token;
 }
 
@@ -261,35 +264,57 @@ void FakeRank::Extend(const wire::ExtendSequence& extend, wire::Result* result) 
     result->add_score_greedy(Following(extend.ids(first_scored + i), sequence.revision) == extend.score_ids(i));
   }
   sequence.last = extend.ids(extend.ids_size() - 1);
-  if (extend.sample()) *result->add_tokens() = NextToken(sequence);
-  result->set_finished(sequence.finished);
+  if (extend.sample()) TakeToken(extend.sequence(), result);
+}
+
+void FakeRank::End(uint64_t uid, wire::SequenceEnd::Why why, wire::Result* result) {
+  sequences.at(uid).left = true;
+  wire::SequenceEnd* end = result->add_ended();
+  end->set_sequence(uid);
+  end->set_why(why);
+}
+
+void FakeRank::TakeToken(uint64_t uid, wire::Result* result) {
+  Sequence& sequence = sequences.at(uid);
+  *result->add_tokens() = NextToken(sequence);
+  result->mutable_tokens()->rbegin()->set_sequence(uid);
+  if (sequence.stops.count(sequence.last) != 0) {
+    End(uid, wire::SequenceEnd::FINISHED, result);
+  } else if (sequence.end == contexts.at(sequence.context).capacity + sequence.capacity) {
+    End(uid, wire::SequenceEnd::CAPACITY, result);
+  }
 }
 
 void FakeRank::Decode(const wire::Command& command, std::vector<wire::Result>* out) {
-  const auto found = sequences.find(command.decode_steps().sequence());
-  if (found == sequences.end()) return OutOfPlace("no such sequence", &out->back());
-  Sequence& sequence = found->second;
+  std::vector<uint64_t> rows;
+  for (const uint64_t uid : command.decode_steps().sequences()) {
+    const auto found = sequences.find(uid);
+    if (found == sequences.end()) return OutOfPlace("no such sequence", &out->back());
+    if (!found->second.left) rows.push_back(uid);
+  }
   FakeAgreement::Outcome& agreed = agreement_->by_seq[command.seq()];
-  const int64_t steps = rank_ == 0 ? command.decode_steps().steps() : agreed.tokens;
-  for (int64_t step = 0; step < steps && !sequence.finished; ++step) {
+  for (int64_t step = 0; step < command.decode_steps().steps() && !rows.empty(); ++step) {
     if (pause) pause(command, step);
-    if (rank_ == 0 && IsCancelled(command.job())) {
-      agreed.cancelled = true;
-      break;
-    }
-    ++sequence.end;
-    const wire::Token token = NextToken(sequence);
-    if (rank_ != 0) continue;
-    ++agreed.tokens;
     wire::Result partial = out->back();
-    *partial.add_tokens() = token;
+    for (const uint64_t uid : rows) {
+      const uint64_t job = sequences.at(uid).job;
+      if (rank_ == 0 && job != 0 && IsCancelled(job)) agreed.left_at[uid] = step;
+      const auto left = agreed.left_at.find(uid);
+      if (left != agreed.left_at.end() && left->second == step) {
+        End(uid, wire::SequenceEnd::CANCELLED, &partial);
+        continue;
+      }
+      ++sequences.at(uid).end;
+      TakeToken(uid, &partial);
+    }
+    std::erase_if(rows, [&](uint64_t uid) { return sequences.at(uid).left; });
+    if (rank_ != 0) continue;
     if (emit) {
       emit(partial);
     } else {
       out->insert(out->end() - 1, std::move(partial));
     }
   }
-  out->back().set_finished(sequence.finished);
 }
 
 }  // namespace refocus

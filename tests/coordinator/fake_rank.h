@@ -37,7 +37,7 @@ std::unique_ptr<Tokenizer> FakeTokenizer(bool adds_bos = false);
 struct FakeAgreement {
   struct Outcome {
     bool cancelled = false;
-    int64_t tokens = 0;  // decoded
+    std::map<uint64_t, int64_t> left_at;  // step of a decode command at which a sequence's job was cancelled
   };
   std::map<int64_t, Outcome> by_seq;
 };
@@ -78,8 +78,9 @@ class FakeRank {
     int64_t end = 0;  // position of the next token
     uint32_t last = 0;
     std::set<uint32_t> stops;
-    bool finished = false;
+    bool left = false;
     int32_t top = 0;
+    uint64_t job = 0;
   };
   std::map<uint64_t, Context> contexts;
   std::map<uint64_t, Adapter> adapters;
@@ -102,6 +103,8 @@ class FakeRank {
   void Extend(const wire::ExtendSequence& extend, wire::Result* result);
   void Decode(const wire::Command& command, std::vector<wire::Result>* out);
   wire::Token NextToken(Sequence& sequence);
+  void TakeToken(uint64_t sequence, wire::Result* result);
+  void End(uint64_t sequence, wire::SequenceEnd::Why why, wire::Result* result);
   bool IsCancelled(uint64_t job) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return job != 0 && cancelled_.count(job) != 0;

@@ -90,7 +90,7 @@ TEST_F(JobsTest, JobsTakeTurns) {
   std::vector<uint64_t> turns;
   for (int i = 0; i < 60; ++i) {
     if (i >= 12 && !Waiting().empty())
-      turns.push_back(Waiting()[0].decode_steps().sequence());  // all three are decoding
+      turns.push_back(Waiting()[0].decode_steps().sequences(0));  // all three are decoding
     Step();
   }
   // Whatever three neighbours in the order of commands: three jobs, while all of them have work.

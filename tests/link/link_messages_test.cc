@@ -81,6 +81,8 @@ void FillOpenSequence(pb::Command& c) {
   open.set_seed(0xffff'ffff'ffff'fff0);
   open.add_stop_ids(2);
   open.set_top_logprobs(3);
+  open.set_job(7);
+  open.set_parent(8);
 }
 void FillExtend(pb::Command& c) {
   pb::ExtendSequence& extend = *c.mutable_extend_sequence();
@@ -91,7 +93,8 @@ void FillExtend(pb::Command& c) {
   extend.add_score_ids(3);
 }
 void FillDecode(pb::Command& c) {
-  c.mutable_decode_steps()->set_sequence(9);
+  c.mutable_decode_steps()->add_sequences(9);
+  c.mutable_decode_steps()->add_sequences(12);
   c.mutable_decode_steps()->set_steps(16);
 }
 
@@ -99,6 +102,14 @@ TEST(LinkMessagesTest, ContextCommands) {
   const auto open = Good<OpenContext>(FillOpenContext);
   EXPECT_EQ(open.context, 3U);
   EXPECT_EQ(open.capacity, 1000);
+  EXPECT_EQ(open.prefix_context, 0U);
+  const auto sharing = Good<OpenContext>([](pb::Command& c) {
+    FillOpenContext(c);
+    c.mutable_open_context()->set_prefix_context(2);
+    c.mutable_open_context()->set_prefix_tokens(1000);
+  });
+  EXPECT_EQ(sharing.prefix_context, 2U);
+  EXPECT_EQ(sharing.prefix_tokens, 1000);
   EXPECT_EQ(Good<CloseContext>([](pb::Command& c) { c.mutable_close_context()->set_context(3); }).context, 3U);
   const auto chunk = Good<PrefillChunk>(FillPrefill);
   EXPECT_EQ(chunk.context, 3U);
@@ -152,7 +163,10 @@ TEST(LinkMessagesTest, SequenceCommands) {
   EXPECT_EQ(extend.ids, (std::vector<int32_t>{1, 2, 3}));
   EXPECT_TRUE(extend.sample);
   EXPECT_EQ(extend.score_ids, std::vector<int32_t>{3});
+  EXPECT_EQ(open.job, 7U);
+  EXPECT_EQ(open.parent, 8U);
   EXPECT_EQ(Good<DecodeSteps>(FillDecode).steps, 16);
+  EXPECT_EQ(Good<DecodeSteps>(FillDecode).sequences, (std::vector<uint64_t>{9, 12}));
   EXPECT_EQ(Good<CloseSequence>([](pb::Command& c) { c.mutable_close_sequence()->set_sequence(9); }).sequence, 9U);
 }
 
@@ -174,6 +188,13 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
       {"capacity", FillOpenContext,
        [](pb::Command& c) { c.mutable_open_context()->set_capacity(kMaxContextTokens + 1); }},
       {"capacity", FillOpenContext, [](pb::Command& c) { c.mutable_open_context()->set_capacity(INT64_MIN); }},
+      {"prefix_tokens", FillOpenContext, [](pb::Command& c) { c.mutable_open_context()->set_prefix_tokens(1); }},
+      {"prefix_tokens", FillOpenContext, [](pb::Command& c) { c.mutable_open_context()->set_prefix_context(2); }},
+      {"prefix_tokens", FillOpenContext,
+       [](pb::Command& c) {
+         c.mutable_open_context()->set_prefix_context(2);
+         c.mutable_open_context()->set_prefix_tokens(1001);
+       }},
       {"first_pos", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->set_first_pos(-1); }},
       {"ids (count)", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->clear_ids(); }},
       {"ids (count)", FillPrefill,
@@ -226,6 +247,10 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
       {"first_pos", FillExtend, [](pb::Command& c) { c.mutable_extend_sequence()->set_first_pos(INT64_MAX); }},
       {"steps", FillDecode, [](pb::Command& c) { c.mutable_decode_steps()->set_steps(0); }},
       {"steps", FillDecode, [](pb::Command& c) { c.mutable_decode_steps()->set_steps(INT32_MAX); }},
+      {"sequences (count)", FillDecode, [](pb::Command& c) { c.mutable_decode_steps()->clear_sequences(); }},
+      {"sequences (count)", FillDecode,
+       [](pb::Command& c) { c.mutable_decode_steps()->mutable_sequences()->Resize(kMaxDecodeRows + 1, 3); }},
+      {"sequences", FillDecode, [](pb::Command& c) { c.mutable_decode_steps()->add_sequences(0); }},
       {"sequence", nothing, [](pb::Command& c) { c.mutable_close_sequence(); }},
   };
   for (size_t i = 0; i < cases.size(); ++i) {
@@ -253,8 +278,9 @@ TEST(LinkMessagesTest, ResultKeepsEveryField) {
   result.kv_used_bytes = int64_t{1} << 40;
   result.loss = 2.5;
   result.grad_norm = 0.125;
-  result.tokens = {{9, -0.5f, {9, 8}, {-0.5f, -1.5f}}, {2, -0.25f, {}, {}}};
-  result.finished = true;
+  result.tokens = {{5, 9, -0.5f, {9, 8}, {-0.5f, -1.5f}}, {6, 2, -0.25f, {}, {}}};
+  result.ended = {{6, SequenceEnd::Why::kFinished, {}},
+                  {7, SequenceEnd::Why::kFailed, Error(StatusCode::kInternal, "NON_FINITE_LOGITS", "na\xc3\xafve")}};
   result.score_logprobs = {-1.0f, -2.0f};
   result.score_greedy = {true, false};
   const pb::Result m = WriteResult(result);
@@ -276,7 +302,15 @@ TEST(LinkMessagesTest, ResultKeepsEveryField) {
   EXPECT_EQ(m.tokens(0).top_ids(1), 8U);
   EXPECT_EQ(m.tokens(0).top_logprobs(1), -1.5f);
   EXPECT_EQ(m.tokens(1).logprob(), -0.25f);
-  EXPECT_TRUE(m.finished());
+  EXPECT_EQ(m.tokens(1).sequence(), 6U);
+  ASSERT_EQ(m.ended_size(), 2);
+  EXPECT_EQ(m.ended(0).sequence(), 6U);
+  EXPECT_EQ(m.ended(0).why(), pb::SequenceEnd::FINISHED);
+  EXPECT_EQ(m.ended(0).code(), 0);
+  EXPECT_EQ(m.ended(1).why(), pb::SequenceEnd::FAILED);
+  EXPECT_EQ(m.ended(1).code(), static_cast<int>(StatusCode::kInternal));
+  EXPECT_EQ(m.ended(1).reason(), "NON_FINITE_LOGITS");
+  EXPECT_EQ(m.ended(1).message(), "na??ve");
   EXPECT_EQ(m.score_logprobs(1), -2.0f);
   EXPECT_TRUE(m.score_greedy(0));
   EXPECT_FALSE(m.score_greedy(1));

@@ -328,7 +328,7 @@ void Ask(Group& group, int64_t context_tokens, uint64_t adapter, Served* served)
   });
   take_tokens();
   group.Send([&](pb::Command& c) {
-    c.mutable_decode_steps()->set_sequence(5 + adapter);
+    c.mutable_decode_steps()->add_sequences(5 + adapter);
     c.mutable_decode_steps()->set_steps(6);
   });
   take_tokens();

@@ -177,9 +177,16 @@ TEST_F(FaultsTest, NonFiniteLogitsEndTheirCallOnly) {
       result.clear_tokens();
       result.clear_score_logprobs();
       result.clear_score_greedy();
-      result.set_code(grpc::INTERNAL);
-      result.set_reason("NON_FINITE_LOGITS");
-      result.set_message("position 612: the logits are not finite");
+      const auto fail = [](auto* to) {
+        to->set_code(grpc::INTERNAL);
+        to->set_reason("NON_FINITE_LOGITS");
+        to->set_message("position 612: the logits are not finite");
+      };
+      if (!command.has_decode_steps()) return fail(&result);
+      wire::SequenceEnd* end = result.add_ended();  // in a batch the command itself goes on
+      end->set_sequence(command.decode_steps().sequences(0));
+      end->set_why(wire::SequenceEnd::FAILED);
+      fail(end);
     };
   });
   CreateReady("a", "");

@@ -105,10 +105,12 @@ void Group::Receive(int rank_index, Result result) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Rank& rank = *ranks_[rank_index];
   rank.tokens.insert(rank.tokens.end(), result.tokens.begin(), result.tokens.end());
+  rank.ends.insert(rank.ends.end(), result.ended.begin(), result.ended.end());
   if (!result.final) return;
   EXPECT_EQ(result.seq, static_cast<int64_t>(rank.finals.size()) + 1) << "finals must come in order";
   rank.finals.push_back(std::move(result));
   rank.tokens_of.push_back(std::exchange(rank.tokens, {}));
+  rank.ended_of.push_back(std::exchange(rank.ends, {}));
   changed_.notify_all();
 }
 
@@ -137,7 +139,10 @@ Answer Group::Wait(int64_t seq) {
       answer.ranks.push_back(lost);
     }
   }
-  if (static_cast<int64_t>(ranks_[0]->tokens_of.size()) >= seq) answer.tokens = ranks_[0]->tokens_of[seq - 1];
+  if (static_cast<int64_t>(ranks_[0]->tokens_of.size()) >= seq) {
+    answer.tokens = ranks_[0]->tokens_of[seq - 1];
+    answer.ended = ranks_[0]->ended_of[seq - 1];
+  }
   for (const Result& r : answer.ranks) {
     EXPECT_EQ(r.status.code(), answer.ranks[0].status.code()) << "ranks must refuse alike";
     EXPECT_EQ(r.cancelled, answer.ranks[0].cancelled) << "ranks must leave together";
@@ -191,7 +196,7 @@ std::vector<Token> Group::Ask(uint64_t context, int64_t context_tokens, const st
   const int first = std::min(tokens - 1, 3);
   for (const int steps : {first, tokens - 1 - first}) {
     if (steps == 0) continue;
-    const Answer answer = Do(DecodeSteps{open.sequence, steps});
+    const Answer answer = Do(DecodeSteps{{open.sequence}, steps});
     all.insert(all.end(), answer.tokens.begin(), answer.tokens.end());
   }
   Do(CloseSequence{open.sequence});

@@ -36,6 +36,7 @@ struct RankParts {
 struct Answer {
   std::vector<Result> ranks;  // the final result of every rank
   std::vector<Token> tokens;  // of rank 0, streamed and final, in order
+  std::vector<SequenceEnd> ended;  // likewise
   const Result& result() const { return ranks[0]; }
   bool ok() const;
   std::string reason() const;  // of rank 0's status
@@ -86,6 +87,8 @@ class Group {
     std::vector<Result> finals;  // by seq - 1
     std::vector<Token> tokens;   // since the last final; rank 0 only
     std::vector<std::vector<Token>> tokens_of;  // by seq - 1
+    std::vector<SequenceEnd> ends;              // as tokens
+    std::vector<std::vector<SequenceEnd>> ended_of;
     bool ended = false;
     Status status;
   };

@@ -134,7 +134,7 @@ class CacheOracle : public TorchOracle {
 // One rank: a thread and a GPU; its weights and K/V stay for the oracle.
 struct Rank {
   std::shared_ptr<const Weights> weights;
-  std::unique_ptr<KvExtent> extent;
+  std::shared_ptr<KvExtent> extent;
   at::Tensor logprobs;  // [probes, vocab] fp64
   double span_loss = 0.0, gradient_loss = 0.0;
   at::Tensor gradient;  // [layers, H * d, hidden] fp32
@@ -162,12 +162,12 @@ void RunRank(const ModelConfig& config, const Probes& probes, const std::string&
   std::atomic<int64_t> progress{0};
   Model model(*rank->weights, *backend, *collective, progress);
   const auto tokens = static_cast<int64_t>(probes.ids.size());
-  rank->extent = std::make_unique<KvExtent>(config, model.plan(), 0, tokens,
+  rank->extent = std::make_shared<KvExtent>(config, model.plan(), 0, tokens,
                                             at::TensorOptions(device).dtype(backend->dtype()), /*poison=*/true);
   const auto begin = std::chrono::steady_clock::now();
   for (int64_t first = 0; first < tokens; first += kChunkRows) {
     const int64_t end = std::min(first + kChunkRows, tokens);
-    PrefillRows(model, *rank->extent, first, {probes.ids.begin() + first, probes.ids.begin() + end});
+    PrefillRows(model, KvChain(), *rank->extent, first, {probes.ids.begin() + first, probes.ids.begin() + end});
     collective->Check();
     backend->Synchronize();
   }
@@ -177,12 +177,12 @@ void RunRank(const ModelConfig& config, const Probes& probes, const std::string&
   std::vector<int32_t> row_ids;
   for (const int64_t position : probes.positions) row_ids.push_back(probes.ids[position]);
   ForwardInput input = model.MakeInput(plan, row_ids);
-  input.extents = {rank->extent.get()};
+  input.extents = KvChain(rank->extent).shares();
   rank->logprobs = at::log_softmax(model.Logits(model.Forward(input)).to(at::kDouble), 1);
-  rank->span_loss = SpanLoss(model, *rank->extent, QueryDelta(), {probes.span});
+  rank->span_loss = SpanLoss(model, KvChain(rank->extent), QueryDelta(), {probes.span});
   rank->gradient = at::empty({config.layers, config.q_dim(), config.hidden},
                              at::TensorOptions(device).dtype(at::kFloat));
-  rank->gradient_loss = SpanGradient(model, *rank->extent, QueryDelta(), {probes.span}, rank->gradient);
+  rank->gradient_loss = SpanGradient(model, KvChain(rank->extent), QueryDelta(), {probes.span}, rank->gradient);
   backend->Synchronize();
 }
 

@@ -42,7 +42,7 @@ constexpr double kDifferenceBound = 1e-3;  // of finite differences in fp32
 // What one rank has in a test.
 struct Rank {
   Model& model;
-  KvExtent& context;  // the golden context, prefilled
+  KvChain context;  // the golden context, prefilled
   int index;
 };
 
@@ -65,10 +65,10 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
         const std::unique_ptr<Backend> backend = MakeCpuBackend(weights_->config);
         try {
           Model model(*weights_, *backend, *collectives[r], progress);
-          KvExtent context(weights_->config, model.plan(), 0, static_cast<int64_t>(ids.size()), at::kFloat,
-                           /*poison=*/true);
-          PrefillRows(model, context, 0, ids);
-          body(Rank{model, context, r});
+          const auto context = std::make_shared<KvExtent>(weights_->config, model.plan(), 0,
+                                                          static_cast<int64_t>(ids.size()), at::kFloat, /*poison=*/true);
+          PrefillRows(model, KvChain(), *context, 0, ids);
+          body(Rank{model, KvChain(context), r});
         } catch (const std::exception& error) {
           collectives[r]->Abort(error.what());
           ADD_FAILURE() << "rank " << r << ": " << error.what();
@@ -102,7 +102,7 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
     }
     const RowPlan plan = RowPlan::Replicated(positions, rank.model.plan());
     ForwardInput input = rank.model.MakeInput(plan, row_ids);
-    input.extents = {&rank.context};
+    input.extents = rank.context.shares();
     input.adapters = adapters;
     return rank.model.Logits(rank.model.Forward(input));
   }
@@ -233,7 +233,7 @@ TEST_P(GradientTest, EightStepsEqualTheReference) {
   const at::Tensor expected = golden_.layers("delta");
   std::vector<uint64_t> hashes(ranks_);
   OnRanks(golden_.context(), [&](const Rank& rank) {
-    const uint64_t before = rank.context.Hash();
+    const uint64_t before = rank.context.shares()[0].extent->Hash();
     Adapter adapter(1);
     adapter.Begin(rank.model, golden_.optimizer(), /*from_committed=*/false);
     for (size_t step = 0; step < adapt.at("spans").size(); ++step) {
@@ -245,7 +245,7 @@ TEST_P(GradientTest, EightStepsEqualTheReference) {
       EXPECT_LE(RelativeError(adapter.working().select(0, layer), expected.select(0, layer)), kTensorBound) << layer;
     }
     hashes[rank.index] = HashTensor(adapter.working());
-    EXPECT_EQ(rank.context.Hash(), before) << "K/V of the context must not change";
+    EXPECT_EQ(rank.context.shares()[0].extent->Hash(), before) << "K/V of the context must not change";
   });
   for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << "every rank holds the same bits";
 }

@@ -170,7 +170,7 @@ TEST_P(LifecycleTest, ContextsAndAdaptersSideBySide) {
     } else if (i == 5) {
       EXPECT_EQ(Ask(kOther, 257, kOtherAdapter, 1), other_adapted_alone);
     }
-    const std::vector<Token> next = group_.Do(DecodeSteps{5, 1}).tokens;
+    const std::vector<Token> next = group_.Do(DecodeSteps{{5}, 1}).tokens;
     slow.insert(slow.end(), next.begin(), next.end());
   }
   EXPECT_EQ(Bits(slow), base_alone) << "an answer in eight pieces while others work";
@@ -189,7 +189,7 @@ TEST_P(LifecycleTest, SequenceOutlivesItsAdapter) {
   std::vector<Token> tokens = group_.Do(ExtendSequence{5, 700, {7, 8, 9}, true}).tokens;
   Adapt(kContext, kAdapter, 2, {span});
   group_.Do(DropAdapter{kAdapter});
-  for (const Token& token : group_.Do(DecodeSteps{5, 7}).tokens) tokens.push_back(token);
+  for (const Token& token : group_.Do(DecodeSteps{{5}, 7}).tokens) tokens.push_back(token);
   EXPECT_EQ(Bits(tokens), adapted);
 }
 
@@ -202,11 +202,12 @@ TEST_P(LifecycleTest, StopTokensAndSeeds) {
   const size_t until = static_cast<size_t>(std::find_if(greedy.begin(), greedy.end(), stops) - greedy.begin());
   group_.Do(open);
   const Answer first = group_.Do(ExtendSequence{5, 300, {7, 8, 9}, true});
-  const Answer rest = group_.Do(DecodeSteps{5, 10});
+  const Answer rest = group_.Do(DecodeSteps{{5}, 10});
   EXPECT_EQ(first.tokens.size() + rest.tokens.size(), until + 1);
-  EXPECT_TRUE(rest.result().finished);
+  ASSERT_EQ(rest.ended.size(), 1u);
+  EXPECT_EQ(rest.ended[0].why, SequenceEnd::Why::kFinished);
   EXPECT_FALSE(rest.result().cancelled);
-  EXPECT_TRUE(group_.Do(DecodeSteps{5, 10}).tokens.empty()) << "nothing follows a stop token";
+  EXPECT_TRUE(group_.Do(DecodeSteps{{5}, 10}).tokens.empty()) << "nothing follows a stop token";
 
   std::vector<std::vector<std::pair<int32_t, float>>> sampled;
   for (const uint64_t seed : {3, 3, 4}) {
@@ -217,7 +218,7 @@ TEST_P(LifecycleTest, StopTokensAndSeeds) {
     std::vector<Token> tokens = group_.Do(ExtendSequence{6, 300, {7, 8, 9}, true}).tokens;
     const int pieces = sampled.empty() ? 1 : 3;  // the draw does not depend on how the answer is cut
     for (int piece = 0; piece < pieces; ++piece) {
-      for (const Token& token : group_.Do(DecodeSteps{6, 12 / pieces}).tokens) tokens.push_back(token);
+      for (const Token& token : group_.Do(DecodeSteps{{6}, 12 / pieces}).tokens) tokens.push_back(token);
     }
     group_.Do(CloseSequence{6});
     sampled.push_back(Bits(tokens));
@@ -233,7 +234,7 @@ TEST_P(LifecycleTest, CancelLeavesTogetherAndSkipsTheRest) {
   group_.Prefill(kContext, Ids(0, 300));
   const auto base = Ask(kContext, 300);
   constexpr int32_t kSteps = 20'000;
-  group_.Do(OpenSequence{5, kContext, 0, 0, kSteps + 3});
+  group_.Do(OpenSequence{5, kContext, 0, 0, kSteps + 3, {}, 7});
   group_.Do(ExtendSequence{5, 300, {7, 8, 9}, true});
   int seen = 0;
   group_.OnToken([&](const Token&) {
@@ -241,13 +242,14 @@ TEST_P(LifecycleTest, CancelLeavesTogetherAndSkipsTheRest) {
     if (++seen == 2 && group_.size() > 1) group_.engine(1).Cancel(7);
     if (seen == 5) group_.engine(0).Cancel(7);
   });
-  const int64_t running = group_.Send(DecodeSteps{5, kSteps}, 7);
+  const int64_t running = group_.Send(DecodeSteps{{5}, kSteps}, 7);
   const int64_t queued = group_.Send(OpenContext{kOther, 100}, 7);
   const int64_t unrelated = group_.Send(CloseSequence{5}, 8);
   const Answer answer = group_.Wait(running);
   group_.OnToken(nullptr);
   EXPECT_TRUE(answer.ok());
-  EXPECT_TRUE(answer.result().cancelled);
+  ASSERT_EQ(answer.ended.size(), 1u);
+  EXPECT_EQ(answer.ended[0].why, SequenceEnd::Why::kCancelled);
   EXPECT_EQ(answer.tokens.size(), 5u) << "within one token";
   EXPECT_TRUE(group_.Wait(queued).result().cancelled);
   EXPECT_FALSE(group_.Wait(unrelated).result().cancelled);
@@ -405,8 +407,8 @@ TEST_P(LifecycleTest, BadCommandsAreRefusedWithoutHarm) {
   ExpectRefused(ExtendSequence{5, 300, {1, vocab}}, invalid, "extend by id = vocabulary");
   ExpectRefused(ExtendSequence{5, 300, {1}, false, {1, 2}}, invalid, "more scores than rows");
   ExpectRefused(ExtendSequence{5, 300, {1}, false, {vocab}}, invalid, "score id = vocabulary");
-  ExpectRefused(DecodeSteps{5, 1}, precondition, "decode before a sample");
-  ExpectRefused(DecodeSteps{6, 1}, absent, "decode unknown");
+  ExpectRefused(DecodeSteps{{5}, 1}, precondition, "decode before a sample");
+  ExpectRefused(DecodeSteps{{6}, 1}, absent, "decode unknown");
   ExpectRefused(CloseSequence{6}, absent, "close unknown sequence");
 
   EXPECT_EQ(group_.Do(EndAdapt{kOtherAdapter, false}).result().kv_used_bytes, used);
