@@ -21,6 +21,7 @@ inline constexpr int64_t kMaxAdaptersPerContext = 16;
 inline constexpr int64_t kMaxQueuedJobs = 256;
 inline constexpr int64_t kMaxDecodeRows = 64;     // sequences that decode in one batch
 inline constexpr int64_t kMaxContextExtents = 4;  // a context's own tokens and the prefixes it shares, one behind the other
+inline constexpr int64_t kMinSharedTokens = 1024;  // contexts that begin alike for fewer tokens share nothing
 inline constexpr int64_t kMaxTailExtents = 4;     // a request's own rows and the prompts it forked from
 
 inline constexpr int64_t kMaxAdaptSteps = 10'000;
@@ -41,6 +42,7 @@ inline constexpr int32_t kMaxSamples = 64;            // of one request
 // One prefill or extend command: rows, and the time it should take (its length follows from measured times).
 inline constexpr int64_t kMaxChunkRows = 16'384;
 inline constexpr double kChunkSeconds = 0.5;
+inline constexpr double kShortPromptSeconds = 0.25;  // prompts that take longer wait for their turn as chunks do
 
 static_assert(kWorkerMessageBytes > kMaxChunkRows * 4 * 2, "a chunk's ids fit one message");
 static_assert(kWorkerMessageBytes > kMaxSpansPerStep * (kMaxSpanTokens + 1) * 4, "a step's ids fit one message");

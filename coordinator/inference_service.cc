@@ -1,6 +1,8 @@
 #include "coordinator/inference_service.h"
 
+#include <chrono>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -37,11 +39,18 @@ class Owned {
   const Watching watching_;
 };
 
-Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& request) {
+// Until the call's deadline; infinity when there is none.
+double SecondsLeft(const grpc::CallbackServerContext& context) {
+  const auto deadline = context.deadline();
+  if (deadline == std::chrono::system_clock::time_point::max()) return std::numeric_limits<double>::infinity();
+  return std::chrono::duration<double>(deadline - std::chrono::system_clock::now()).count();
+}
+
+Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& request, double seconds) {
   REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
   REFOCUS_ASSIGN_OR_RETURN(auto job, hub.With([&](Coordinator& core) {
     const Status admitted = core.Admit();
-    return admitted.ok() ? core.Generate(request, std::move(prompt)) : StatusOr<std::shared_ptr<GenerateJob>>(admitted);
+    return admitted.ok() ? core.Generate(request, std::move(prompt), seconds) : StatusOr<std::shared_ptr<GenerateJob>>(admitted);
   }));
   const Owned<GenerateJob> answer(hub, std::move(job), call.wakeup());
   std::deque<api::GenerateEvent> pending;
@@ -69,17 +78,18 @@ Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& re
   }
 }
 
-StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest& request) {
+StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest& request, double seconds) {
   REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
   REFOCUS_ASSIGN_OR_RETURN(auto target, PromptIds("target", request.target(), hub.model(), hub.tokenizer()));
   return hub.With([&](Coordinator& core) {
     const Status admitted = core.Admit();
-    return admitted.ok() ? core.Score(request, std::move(prompt), std::move(target))
+    return admitted.ok() ? core.Score(request, std::move(prompt), std::move(target), seconds)
                          : StatusOr<std::shared_ptr<ScoreJob>>(admitted);
   });
 }
 
-Status StreamScores(ScoreCall& call, Hub& hub, double idle_seconds) {
+// The call lasts `seconds`.
+Status StreamScores(ScoreCall& call, Hub& hub, double idle_seconds, double seconds) {
   std::deque<std::unique_ptr<Owned<ScoreJob>>> window;  // in the order of the targets
   Status refused;                                       // of a target: those before it are still answered
   api::ScoreRequest request;
@@ -91,7 +101,7 @@ Status StreamScores(ScoreCall& call, Hub& hub, double idle_seconds) {
     if (window.size() < kScoreWindow && refused.ok() && call.Take(&request)) {
       moved = true;
       ++targets;
-      auto job = StartScore(hub, request);
+      auto job = StartScore(hub, request, seconds - call.age_seconds());
       if (job.ok()) {
         window.push_back(std::make_unique<Owned<ScoreJob>>(hub, *std::move(job), call.wakeup()));
       } else {
@@ -162,15 +172,19 @@ Status Detokenized(Hub& hub, const api::DetokenizeRequest& request, api::Detoken
 
 }  // namespace
 
-grpc::ServerWriteReactor<api::GenerateEvent>* InferenceService::Generate(grpc::CallbackServerContext*,
+grpc::ServerWriteReactor<api::GenerateEvent>* InferenceService::Generate(grpc::CallbackServerContext* context,
                                                                          const api::GenerateRequest* request) {
-  return GenerateCall::Start(
-      hub_.calls(), [this, request = *request](GenerateCall& call) { return StreamAnswer(call, hub_, request); });
+  const double seconds = SecondsLeft(*context);
+  return GenerateCall::Start(hub_.calls(), [this, request = *request, seconds](GenerateCall& call) {
+    return StreamAnswer(call, hub_, request, seconds - call.age_seconds());
+  });
 }
 
-grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::Score(grpc::CallbackServerContext*) {
-  return ScoreCall::Start(hub_.calls(),
-                          [this](ScoreCall& call) { return StreamScores(call, hub_, score_idle_seconds_); });
+grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::Score(grpc::CallbackServerContext* context) {
+  const double seconds = SecondsLeft(*context);
+  return ScoreCall::Start(hub_.calls(), [this, seconds](ScoreCall& call) {
+    return StreamScores(call, hub_, score_idle_seconds_, seconds);
+  });
 }
 
 grpc::Status InferenceService::Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request,

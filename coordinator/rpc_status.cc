@@ -1,5 +1,6 @@
 #include "coordinator/rpc_status.h"
 
+#include <cstdlib>
 #include <string>
 
 #include "google/rpc/error_details.pb.h"
@@ -19,8 +20,11 @@ std::string Cut(std::string text, size_t bytes) {
   return text.substr(0, bytes);
 }
 
-// Seconds after which another try may succeed; 0: retrying does not help.
-int64_t RetrySeconds(const std::string& reason) {
+// Seconds after which another try may succeed; 0: retrying does not help. Who refused may know better.
+int64_t RetrySeconds(const std::string& reason, const ErrorMetadata& metadata) {
+  for (const auto& [key, value] : metadata) {
+    if (key == "retry_seconds") return std::atoll(value.c_str());
+  }
   if (reason == "WORKER_LOST" || reason == "GROUP_REBUILDING") return 2;
   if (reason == "QUEUE_FULL") return 1;
   if (reason == "DRAINING") return 5;
@@ -56,7 +60,7 @@ grpc::Status ToGrpc(const Status& status) {
     (*info.mutable_metadata())[key] = cut;
   }
   Pack(info, &out);
-  if (const int64_t seconds = RetrySeconds(detail.reason); seconds > 0) {
+  if (const int64_t seconds = RetrySeconds(detail.reason, detail.metadata); seconds > 0) {
     google::rpc::RetryInfo retry;
     retry.mutable_retry_delay()->set_seconds(seconds);
     Pack(retry, &out);

@@ -40,6 +40,9 @@ class AdaptJob : public Job {
   const std::shared_ptr<Session>& session() const { return session_; }
   int watchers = 0;
   bool keep = false;  // one of them chose CONTINUE
+  double Predict(const wire::Command& command) const override;
+  double SecondsLeft() const override;
+  const char* kind() const override { return "adapt"; }
 
  protected:
   bool NextCommand(wire::Command* command, double now) override;

@@ -1,6 +1,7 @@
 #include "coordinator/core/coordinator.h"
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "base/check.h"
@@ -48,6 +49,7 @@ Coordinator::Coordinator(CoordinatorOptions options, std::shared_ptr<const Token
       started_(environment_.now()),
       group_(options_.group),
       catalog_(environment_.random()) {
+  tools_.ledger = &ledger_;
   tools_.rank_memory = [this] {
     std::vector<int64_t> bytes;
     for (const auto& [index, rank] : group_.ranks()) bytes.push_back(rank.heartbeat.resident_bytes());
@@ -250,7 +252,13 @@ Status Coordinator::CheckQueue() const {
   if (static_cast<int64_t>(tracked_.size()) < kMaxQueuedJobs) return absl::OkStatus();
   return Error(StatusCode::kUnavailable, "QUEUE_FULL",
                "queue: got one request more than " + std::to_string(kMaxQueuedJobs) + "; retry",
-               {{"limit", std::to_string(kMaxQueuedJobs)}});
+               {{"limit", std::to_string(kMaxQueuedJobs)}, {"retry_seconds", RetrySeconds()}});
+}
+
+// All jobs of a fair schedule end within the time of all the work; evenly, for want of a better guess.
+std::string Coordinator::RetrySeconds() const {
+  const double each = scheduler_.SecondsLeft() / static_cast<double>(std::max<size_t>(1, tracked_.size()));
+  return std::to_string(static_cast<int64_t>(std::clamp(std::ceil(each), 1.0, 60.0)));
 }
 
 void Coordinator::FinishDrain() {
@@ -289,6 +297,18 @@ api::GetClusterResponse Coordinator::GetCluster() const {
   out.set_contexts(static_cast<int32_t>(catalog_.sessions().size()));
   out.set_running(static_cast<int32_t>(scheduler_.running()));
   out.set_waiting(static_cast<int32_t>(scheduler_.waiting()));
+  out.set_queue_limit(static_cast<int32_t>(kMaxQueuedJobs));
+  out.set_work_seconds(scheduler_.SecondsLeft());
+  for (const Scheduler::Waiting& waiting : scheduler_.Queue()) {
+    api::QueuedRequest* entry = out.add_queue();
+    entry->set_kind(waiting.job->kind());
+    entry->set_position(out.queue_size());
+    entry->set_waited_seconds(waiting.job->queue_seconds(now()));
+    entry->set_wait_seconds(waiting.seconds);
+    for (const Tracked& tracked : tracked_) {
+      if (tracked.job.get() == waiting.job) entry->set_context(tracked.session->name());
+    }
+  }
   out.set_last_incident(group_.last_incident());
   out.set_version(options_.version);
   out.set_uptime_seconds(now() - started_);

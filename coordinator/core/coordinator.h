@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <vector>
@@ -89,9 +90,12 @@ class Coordinator {
   StatusOr<AdaptStart> Adapt(const api::AdaptContextRequest& request);
 
   // `prompt` and `target` were tokenized and checked (PromptIds) outside of any lock.
-  StatusOr<std::shared_ptr<GenerateJob>> Generate(const api::GenerateRequest& request, std::vector<int32_t> prompt);
+  // By now() + `seconds` the caller is gone: what has not started then never does.
+  StatusOr<std::shared_ptr<GenerateJob>> Generate(const api::GenerateRequest& request, std::vector<int32_t> prompt,
+                                                  double seconds = std::numeric_limits<double>::infinity());
   StatusOr<std::shared_ptr<ScoreJob>> Score(const api::ScoreRequest& request, std::vector<int32_t> prompt,
-                                            std::vector<int32_t> target);
+                                            std::vector<int32_t> target,
+                                            double seconds = std::numeric_limits<double>::infinity());
   void Stop(Job& job, const Status& why);
   // The caller of an attached job went away; the last one takes the work with it when nobody ever wanted it kept.
   template <typename AttachedJob>
@@ -126,6 +130,9 @@ class Coordinator {
   };
   Status CheckServing() const;
   Status CheckQueue() const;
+  // After how long it makes sense to ask again for what running work holds: about when the next of it ends.
+  std::string RetrySeconds() const;
+  StatusOr<std::shared_ptr<KvReservation>> ReserveTail(int64_t first_pos, int64_t tokens);
   StatusOr<SequencePlan> PlanSequence(const std::shared_ptr<Session>& session, const std::string& adapter_id,
                                       std::vector<int32_t> prompt, int64_t answer_tokens);
   StatusOr<AdaptPlan> PlanAdaptJob(const api::AdaptContextRequest& request, Session& session);

@@ -11,9 +11,6 @@
 namespace refocus {
 namespace {
 
-constexpr double kDecodeCommandSeconds = 0.05;
-constexpr int64_t kMaxDecodeSteps = 32;
-
 void FillLogprob(const wire::Token& token, api::TokenLogprob* out) {
   out->set_id(token.id());
   out->set_logprob(token.logprob());
@@ -57,23 +54,40 @@ bool GenerateJob::NextCommand(wire::Command* command, double now) {
     FillOpen(command->mutable_open_sequence());
     return true;
   }
-  const auto rows = static_cast<int64_t>(plan_.sequence.prompt.size()) + 1;
-  if (rows_sent_ < rows) {
-    FillExtend(command->mutable_extend_sequence());
-    command->set_job(id());
-    return true;
-  }
-  const int64_t steps = std::min(DecodeSteps(), plan_.max_tokens - tokens_asked_);
-  if (steps <= 0 || queue_.size() >= kMaxQueuedEvents) return false;
-  tokens_asked_ += steps;
-  command->mutable_decode_steps()->add_sequences(id());
-  command->mutable_decode_steps()->set_steps(static_cast<int32_t>(steps));
+  if (rows_sent_ == prompt_rows()) return false;  // the rest is decoding
+  FillExtend(command->mutable_extend_sequence());
   command->set_job(id());
   return true;
 }
 
+// A prompt that takes as long as other work takes its turns with that.
+Lane GenerateJob::lane() const { return SecondsLeft() > kShortPromptSeconds ? Lane::kWork : Lane::kPrompts; }
+
+double GenerateJob::SecondsLeft() const {
+  const int64_t context = session_->token_count() - 1;
+  return tools_->chunks.Seconds(context + rows_sent_, context + prompt_rows());
+}
+
+double GenerateJob::DecodeSecondsLeft() const {
+  return step_seconds_ * static_cast<double>(plan_.max_tokens - tokens_);
+}
+
+double GenerateJob::Predict(const wire::Command& command) const {
+  if (!command.has_extend_sequence()) return Job::Predict(command);
+  const int64_t first = command.extend_sequence().first_pos();
+  return tools_->chunks.Seconds(first, first + command.extend_sequence().ids_size());
+}
+
+// Only what surely exists on the ranks joins a batch: a uid that they do not know would fail it for all.
+void GenerateJob::AddDecodeRows(std::vector<DecodeRow>* rows) const {
+  if (stopping() || tokens_ == 0 || left_ || queue_.size() >= kMaxQueuedEvents) return;
+  const int64_t left = plan_.max_tokens - tokens_asked_;
+  if (left > 0) rows->push_back({id(), left, step_seconds_});
+}
+
 void GenerateJob::FillOpen(wire::OpenSequence* open) const {
   open->set_sequence(id());
+  open->set_job(id());
   open->set_context(session_->cache_uid());
   open->set_adapter(plan_.sequence.adapter_uid);
   open->set_revision(plan_.sequence.revision);
@@ -103,13 +117,10 @@ void GenerateJob::FillExtend(wire::ExtendSequence* extend) {
   tokens_asked_ = 1;
 }
 
-// As many as keep a command short, so that a cancel or another job does not wait long.
-int64_t GenerateJob::DecodeSteps() const {
-  if (step_seconds_ <= 0) return 1;
-  return std::clamp(static_cast<int64_t>(kDecodeCommandSeconds / step_seconds_), int64_t{1}, kMaxDecodeSteps);
+void GenerateJob::OnPartial(const wire::Command&, const wire::Result& result, double now) {
+  OnTokens(result, now);
+  OnEnded(result, now);
 }
-
-void GenerateJob::OnPartial(const wire::Command&, const wire::Result& result, double now) { OnTokens(result, now); }
 
 void GenerateJob::OnResult(const wire::Command& command, const wire::Result& result, double now) {
   const bool ok = result.code() == 0;
@@ -118,18 +129,26 @@ void GenerateJob::OnResult(const wire::Command& command, const wire::Result& res
   if (!ok || stopping()) return;
   if (command.has_decode_steps()) step_seconds_ = result.seconds() / command.decode_steps().steps();
   OnTokens(result, now);
+  OnEnded(result, now);
 }
 
-void GenerateJob::OnTokens(const wire::Result& result, double now) {
-  if (stopping() || result.code() != 0) return;
-  if (!result.tokens().empty()) SendTokens(result, now);
-  for (const wire::SequenceEnd& end : result.ended()) {
-    if (end.why() != wire::SequenceEnd::FAILED) continue;  // the last token, or this job's own cancel, says it
-    Stop(Error(static_cast<StatusCode>(end.code()), end.reason(), end.message()), now);
+// After the tokens that came with it: what had to end has ended.
+void GenerateJob::OnEnded(const wire::Result& result, double now) {
+  if (stopping() || result.ended().empty()) return;
+  left_ = true;
+  const wire::SequenceEnd& end = result.ended(0);
+  if (end.why() == wire::SequenceEnd::FAILED) {
+    const auto code = end.code() == 0 ? StatusCode::kInternal : static_cast<StatusCode>(end.code());
+    Stop(Error(code, end.reason(), end.message()), now);
+  } else {
+    Stop(Error(StatusCode::kInternal, "RANK_DIVERGENCE",
+               "the ranks ended a sequence that goes on: " + wire::SequenceEnd::Why_Name(end.why())),
+         now);
   }
 }
 
-void GenerateJob::SendTokens(const wire::Result& result, double now) {
+void GenerateJob::OnTokens(const wire::Result& result, double now) {
+  if (stopping() || result.code() != 0 || result.tokens().empty()) return;
   api::GenerateEvent event;
   for (const wire::Token& token : result.tokens()) {
     OnToken(token, &event);

@@ -1,6 +1,7 @@
 // Generate: a sequence of its own after the context. The prompt's rows start with the context's last token, queried
-// again, so that there is a row to predict from; then a few decode steps a command, two commands on the way. A stop
-// token or string, max_tokens, a cancel or a failure ends it; the sequence is closed on the ranks in every case.
+// again, so that there is a row to predict from; with the first token it joins the decode batch of all answers
+// (decode_batch.h). A stop token or string, max_tokens, a cancel or a failure ends it and leaves the others alone; the
+// sequence is closed on the ranks in every case.
 #pragma once
 
 #include <deque>
@@ -57,10 +58,18 @@ class GenerateJob : public Job {
   // When the queue has been full, since when; else negative.
   double full_since() const { return full_since_; }
 
+  Lane lane() const override;
+  double Predict(const wire::Command& command) const override;
+  double SecondsLeft() const override;
+  double DecodeSecondsLeft() const override;
+  const char* kind() const override { return "generate"; }
+  void AddDecodeRows(std::vector<DecodeRow>* rows) const override;
+
  protected:
   bool NextCommand(wire::Command* command, double now) override;
   bool HasCleanup() const override { return opened_; }
   void NextCleanup(wire::Command* command) override;
+  void OnDecode(uint64_t, int64_t steps) override { tokens_asked_ += steps; }
   void OnPartial(const wire::Command& command, const wire::Result& result, double now) override;
   void OnResult(const wire::Command& command, const wire::Result& result, double now) override;
   void OnEnd(double now) override;
@@ -68,9 +77,9 @@ class GenerateJob : public Job {
  private:
   void FillOpen(wire::OpenSequence* open) const;
   void FillExtend(wire::ExtendSequence* extend);
-  int64_t DecodeSteps() const;
+  int64_t prompt_rows() const { return static_cast<int64_t>(plan_.sequence.prompt.size()) + 1; }
+  void OnEnded(const wire::Result& result, double now);
   void OnTokens(const wire::Result& result, double now);
-  void SendTokens(const wire::Result& result, double now);
   void OnToken(const wire::Token& token, api::GenerateEvent* event);
   void Finish(api::FinishReason reason, api::GenerateEvent* event, double now);
 
@@ -83,9 +92,10 @@ class GenerateJob : public Job {
   bool opened_ = false;
   int64_t rows_sent_ = 0;      // of 1 + prompt
   int64_t tokens_asked_ = 0;   // in commands
+  bool left_ = false;          // the ranks decode it no more
   int64_t tokens_ = 0;         // sampled, the end token included
   int64_t answer_tokens_ = 0;  // without the end token
-  double step_seconds_ = 0;    // of a token, newest measurement
+  double step_seconds_ = 0;    // of the newest batch that it was in
   double started_ = -1;
   double first_token_ = -1;
   double last_token_ = -1;

@@ -35,6 +35,21 @@ bool Job::Next(wire::Command* command, double now) {
   return true;
 }
 
+double Job::Predict(const wire::Command& command) const {
+  const auto found = seconds_.find(static_cast<int>(command.command_case()));
+  return found == seconds_.end() ? 0 : found->second;
+}
+
+void Job::JoinDecode(const std::vector<uint64_t>& sequences, int64_t steps) {
+  ++in_flight_;
+  for (const uint64_t sequence : sequences) OnDecode(sequence, steps);
+}
+
+void Job::CheckDeadline(double now) {
+  if (started() || stopping_ || now < deadline) return;
+  Stop(Error(StatusCode::kDeadlineExceeded, "DEADLINE", "the deadline passed while the request waited for its turn"), now);
+}
+
 void Job::Partial(const wire::Command& command, const wire::Result& result, double now) {
   OnPartial(command, result, now);
 }
@@ -43,6 +58,9 @@ void Job::Answer(const wire::Command& command, const wire::Result& result, doubl
   REFOCUS_CHECK_GE(in_flight_, 1);
   --in_flight_;
   last_result_ = now;
+  if (result.code() == 0 && !result.cancelled()) {
+    seconds_[static_cast<int>(command.command_case())] = result.seconds();
+  }
   OnResult(command, result, now);
   if (result.code() != 0) {
     Stop(StatusOf(result), now);

@@ -17,17 +17,41 @@ api::PhaseUsage UsageOf(const Job& job, int64_t tokens, double now, const JobToo
   return usage;
 }
 
-PrefillJob::PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, JobTools* tools)
-    : Job(id, now), session_(std::move(session)), tools_(tools) {
+PrefillJob::PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, SharedPrefix prefix,
+                       JobTools* tools)
+    : Job(id, now), session_(std::move(session)), prefix_(std::move(prefix)), tools_(tools) {
   event_.set_total_tokens(session_->token_count());
+  event_.set_prefilled_tokens(prefix_.tokens);
+  event_.set_shared_tokens(prefix_.tokens);
+  sent_ = done_ = prefix_.tokens;
 }
 
-bool PrefillJob::NextCommand(wire::Command* command, double) {
+// While it waited for its turn the other context may have gone: then there is nothing to share any more.
+bool PrefillJob::FillOpen(wire::OpenContext* open, double now) {
+  if (!prefix_.none() && !prefix_.there()) {
+    prefix_ = SharedPrefix();
+    session_->DropPrefix(nullptr);
+    auto memory = tools_->ledger->Reserve(0, session_->token_count());
+    if (!memory.ok()) {
+      Stop(memory.status(), now);
+      return false;
+    }
+    session_->DropPrefix(*std::move(memory));
+    sent_ = done_ = 0;
+    event_.set_prefilled_tokens(0);
+    event_.set_shared_tokens(0);
+  }
+  open->set_context(session_->cache_uid());
+  open->set_capacity(session_->token_count());
+  open->set_prefix_context(prefix_.parent_uid);
+  open->set_prefix_tokens(prefix_.tokens);
+  return true;
+}
+
+bool PrefillJob::NextCommand(wire::Command* command, double now) {
   if (!open_sent_) {
     open_sent_ = true;
-    command->mutable_open_context()->set_context(session_->cache_uid());
-    command->mutable_open_context()->set_capacity(session_->token_count());
-    return true;
+    return FillOpen(command->mutable_open_context(), now);
   }
   const int64_t left = session_->token_count() - sent_;
   if (left == 0) return false;
@@ -40,6 +64,12 @@ bool PrefillJob::NextCommand(wire::Command* command, double) {
   chunk->mutable_ids()->Assign(first, first + rows);
   sent_ += rows;
   return true;
+}
+
+double PrefillJob::Predict(const wire::Command& command) const {
+  if (!command.has_prefill_chunk()) return Job::Predict(command);
+  const int64_t first = command.prefill_chunk().first_pos();
+  return tools_->chunks.Seconds(first, first + command.prefill_chunk().ids_size());
 }
 
 void PrefillJob::OnResult(const wire::Command& command, const wire::Result& result, double now) {
@@ -65,6 +95,7 @@ void PrefillJob::OnChunk(const wire::PrefillChunk& chunk, const wire::Result& re
 
 void PrefillJob::NextCleanup(wire::Command* command) {
   command->mutable_close_context()->set_context(session_->cache_uid());
+  session_->StartClose();
   opened_ = false;
 }
 
@@ -73,7 +104,7 @@ void PrefillJob::OnEnd(double now) {
     session_->DropCache(std::string(status().message()));
     return;
   }
-  *event_.mutable_usage() = UsageOf(*this, done_, now, *tools_);
+  *event_.mutable_usage() = UsageOf(*this, done_ - session_->shared_tokens(), now, *tools_);
   session_->FinishPrefill(event_);
   session_->Touch(now);
 }

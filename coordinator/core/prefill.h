@@ -1,5 +1,5 @@
-// Prefill: OpenContext reserves the extents, then chunks in order, two on the way. A failure or a cancel closes the
-// context on the ranks and leaves it CREATED.
+// Prefill: OpenContext reserves the extents, then chunks in order, behind what is shared with another context (prefix.h).
+// A failure or a cancel closes the context on the ranks and leaves it CREATED.
 #pragma once
 
 #include <functional>
@@ -8,6 +8,7 @@
 
 #include "coordinator/core/chunk_clock.h"
 #include "coordinator/core/job.h"
+#include "coordinator/core/prefix.h"
 #include "coordinator/core/session.h"
 
 namespace refocus {
@@ -16,6 +17,7 @@ namespace refocus {
 struct JobTools {
   ChunkClock chunks;
   int32_t ranks = 0;
+  KvLedger* ledger = nullptr;
   std::function<std::vector<int64_t>()> rank_memory;  // resident bytes, per rank
 };
 
@@ -24,13 +26,16 @@ api::PhaseUsage UsageOf(const Job& job, int64_t tokens, double now, const JobToo
 class PrefillJob : public Job {
  public:
   // `session` was just moved to PREFILLING. `tools` outlives the job.
-  PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, JobTools* tools);
+  PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, SharedPrefix prefix, JobTools* tools);
 
   bool answered() const override { return ended(); }         // a context that can be prefilled again, or is READY
   const api::PrefillEvent& event() const { return event_; }  // newest progress
   const std::shared_ptr<Session>& session() const { return session_; }
   int watchers = 0;   // callers attached
   bool keep = false;  // one of them chose CONTINUE
+  double Predict(const wire::Command& command) const override;
+  double SecondsLeft() const override { return tools_->chunks.Seconds(done_, session_->token_count()); }
+  const char* kind() const override { return "prefill"; }
 
  protected:
   bool NextCommand(wire::Command* command, double now) override;
@@ -40,9 +45,11 @@ class PrefillJob : public Job {
   void OnEnd(double now) override;
 
  private:
+  bool FillOpen(wire::OpenContext* open, double now);
   void OnChunk(const wire::PrefillChunk& chunk, const wire::Result& result, double now);
 
   const std::shared_ptr<Session> session_;
+  SharedPrefix prefix_;
   JobTools* const tools_;
   bool open_sent_ = false;
   bool opened_ = false;

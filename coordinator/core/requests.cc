@@ -6,8 +6,10 @@
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/memory_plan.h"
+#include "base/shard_plan.h"
 #include "coordinator/core/coordinator.h"
 #include "coordinator/core/digest.h"
+#include "coordinator/core/prefix.h"
 #include "coordinator/core/validate.h"
 
 namespace refocus {
@@ -88,7 +90,10 @@ StatusOr<api::Context> Coordinator::FinishUpload(const UploadTicket& ticket,
       if (session != nullptr && Exists(session) && !session->deleting) return created.context;
     }
   }
-  if (group_.state() == Group::State::kServing) REFOCUS_RETURN_IF_ERROR(ledger_.Check(0, count));
+  if (group_.state() == Group::State::kServing) {
+    const int64_t shared = FindPrefix(catalog_.sessions(), *tokens, kBlockTokens * group_.size()).tokens;
+    REFOCUS_RETURN_IF_ERROR(ledger_.Check(shared, count - shared));
+  }
   if (catalog_.stored_tokens() + count > options_.max_stored_tokens) {
     return Error(StatusCode::kResourceExhausted, "TOKEN_MEMORY",
                  "stored tokens: got " + std::to_string(catalog_.stored_tokens() + count) + ", allowed " +
@@ -192,9 +197,12 @@ StatusOr<Coordinator::PrefillStart> Coordinator::Prefill(const api::PrefillConte
   }
   REFOCUS_RETURN_IF_ERROR(CheckServing());
   REFOCUS_RETURN_IF_ERROR(CheckQueue());
-  REFOCUS_ASSIGN_OR_RETURN(auto memory, ledger_.Reserve(0, session->token_count()));
-  session->StartPrefill(NextId(), std::move(memory));
-  auto job = std::make_shared<PrefillJob>(NextId(), now(), session, &tools_);
+  SharedPrefix prefix = FindPrefix(catalog_.sessions(), session->tokens(), kBlockTokens * group_.size());
+  REFOCUS_ASSIGN_OR_RETURN(auto memory, ledger_.Reserve(prefix.tokens, session->token_count() - prefix.tokens));
+  std::vector<ContextExtent> extents = std::exchange(prefix.extents, {});  // the session's alone
+  extents.push_back({prefix.tokens, std::move(memory)});
+  session->StartPrefill(NextId(), std::move(extents));
+  auto job = std::make_shared<PrefillJob>(NextId(), now(), session, std::move(prefix), &tools_);
   ++job->watchers;
   job->keep = request.on_disconnect() != api::CANCEL;
   prefills_[request.name()] = job;
@@ -289,6 +297,19 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
   return AdaptStart{job, {}};
 }
 
+// Refused for now, or for good: what running answers hold comes back soon.
+StatusOr<std::shared_ptr<KvReservation>> Coordinator::ReserveTail(int64_t first_pos, int64_t tokens) {
+  auto memory = ledger_.Reserve(first_pos, tokens);
+  if (memory.ok()) return memory;
+  const bool answering = std::any_of(tracked_.begin(), tracked_.end(), [](const Tracked& tracked) {
+    return dynamic_cast<const GenerateJob*>(tracked.job.get()) || dynamic_cast<const ScoreJob*>(tracked.job.get());
+  });
+  if (!answering) return memory;
+  ErrorDetail detail = DetailOf(memory.status());
+  detail.metadata.emplace_back("retry_seconds", RetrySeconds());
+  return Error(memory.status().code(), detail.reason, std::string(memory.status().message()), detail.metadata);
+}
+
 StatusOr<SequencePlan> Coordinator::PlanSequence(const std::shared_ptr<Session>& session, const std::string& adapter_id,
                                                  std::vector<int32_t> prompt, int64_t answer_tokens) {
   if (!session->has_cache()) {
@@ -305,13 +326,13 @@ StatusOr<SequencePlan> Coordinator::PlanSequence(const std::shared_ptr<Session>&
     if (session->FindAdapter(adapter_id) == nullptr) return AdapterNotFound(*session, adapter_id);
   }
   REFOCUS_RETURN_IF_ERROR(CheckQueue());
-  REFOCUS_ASSIGN_OR_RETURN(plan.memory, ledger_.Reserve(session->token_count(), prompt_tokens + answer_tokens));
+  REFOCUS_ASSIGN_OR_RETURN(plan.memory, ReserveTail(session->token_count(), prompt_tokens + answer_tokens));
   plan.prompt = std::move(prompt);
   return plan;
 }
 
 StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::GenerateRequest& request,
-                                                             std::vector<int32_t> prompt) {
+                                                             std::vector<int32_t> prompt, double seconds) {
   REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
   REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
@@ -322,12 +343,13 @@ StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::Generate
   plan.request_id = request.request_id().empty() ? RandomName(environment_.random()) : request.request_id();
   session->StartAnswer(request.adapter_id());
   auto job = std::make_shared<GenerateJob>(NextId(), now(), session, std::move(plan), tokenizer_.get(), &tools_);
+  job->deadline = now() + seconds;
   Track(job, session);
   return job;
 }
 
 StatusOr<std::shared_ptr<ScoreJob>> Coordinator::Score(const api::ScoreRequest& request, std::vector<int32_t> prompt,
-                                                       std::vector<int32_t> target) {
+                                                       std::vector<int32_t> target, double seconds) {
   REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
   if (target.empty()) return FieldError("target", "0 tokens", "1 or more");
   if (request.target_id().size() > 256) return FieldError("target_id", "longer", "at most 256 bytes");
@@ -341,6 +363,7 @@ StatusOr<std::shared_ptr<ScoreJob>> Coordinator::Score(const api::ScoreRequest& 
   plan.target_id = request.target_id();
   session->StartAnswer(request.adapter_id());
   auto job = std::make_shared<ScoreJob>(NextId(), now(), session, std::move(plan), &tools_);
+  job->deadline = now() + seconds;
   Track(job, session);
   return job;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/limits.h"
 #include "base/shard_plan.h"
 
 namespace refocus {
@@ -19,6 +20,7 @@ bool ScoreJob::NextCommand(wire::Command* command, double now) {
     started_ = now;
     wire::OpenSequence* open = command->mutable_open_sequence();
     open->set_sequence(id());
+    open->set_job(id());
     open->set_context(session_->cache_uid());
     open->set_adapter(plan_.sequence.adapter_uid);
     open->set_revision(plan_.sequence.revision);
@@ -29,6 +31,19 @@ bool ScoreJob::NextCommand(wire::Command* command, double now) {
   FillExtend(command->mutable_extend_sequence());
   command->set_job(id());
   return true;
+}
+
+double ScoreJob::SecondsLeft() const {
+  const int64_t context = session_->token_count() - 1;
+  return tools_->chunks.Seconds(context + rows_sent_, context + rows());
+}
+
+Lane ScoreJob::lane() const { return SecondsLeft() > kShortPromptSeconds ? Lane::kWork : Lane::kPrompts; }
+
+double ScoreJob::Predict(const wire::Command& command) const {
+  if (!command.has_extend_sequence()) return Job::Predict(command);
+  const int64_t first = command.extend_sequence().first_pos();
+  return tools_->chunks.Seconds(first, first + command.extend_sequence().ids_size());
 }
 
 // Row 0 is the context's last token; the row before target[i] predicts it.

@@ -23,6 +23,10 @@ class ScoreJob : public Job {
   ScoreJob(uint64_t id, double now, std::shared_ptr<Session> session, ScorePlan plan, JobTools* tools);
 
   const api::ScoreEvent& event() const { return event_; }  // complete when answered with an OK status
+  Lane lane() const override;
+  double Predict(const wire::Command& command) const override;
+  double SecondsLeft() const override;
+  const char* kind() const override { return "score"; }
 
  protected:
   bool NextCommand(wire::Command* command, double now) override;

@@ -21,12 +21,20 @@ Session::Session(Setup setup, double now, double unix_now)
   REFOCUS_CHECK_GE(token_count(), 1);
 }
 
-void Session::StartPrefill(uint64_t cache_uid, std::shared_ptr<KvReservation> memory) {
+void Session::StartPrefill(uint64_t cache_uid, std::vector<ContextExtent> extents) {
   REFOCUS_CHECK_EQ(state_, api::Context::CREATED);
   state_ = api::Context::PREFILLING;
   state_reason_.clear();
   cache_uid_ = cache_uid;
-  memory_ = std::move(memory);
+  extents_ = std::move(extents);
+  closing_ = false;
+  prefilled_ = shared_tokens();
+}
+
+void Session::DropPrefix(std::shared_ptr<KvReservation> memory) {
+  REFOCUS_CHECK_EQ(state_, api::Context::PREFILLING);
+  extents_.clear();
+  if (memory != nullptr) extents_.push_back({0, std::move(memory)});
   prefilled_ = 0;
 }
 
@@ -43,7 +51,7 @@ void Session::DropCache(const std::string& why) {
   state_ = api::Context::CREATED;
   state_reason_ = why;
   cache_uid_ = 0;
-  memory_.reset();
+  extents_.clear();
   prefilled_ = 0;
   adapters_.clear();
   committing_.clear();
@@ -90,7 +98,8 @@ api::Context Session::ToProto(double now, double unix_now) const {
   out.set_state(state_);
   out.set_token_count(token_count());
   out.set_prefilled_tokens(prefilled_);
-  out.set_kv_bytes(memory_ ? memory_->bytes() : 0);
+  out.set_kv_bytes(extents_.empty() ? 0 : extents_.back().memory->bytes());
+  out.set_shared_tokens(shared_tokens());
   SetTimestamp(created_unix_, out.mutable_create_time());
   SetTimestamp(unix_now + (last_used_ + setup_.ttl_seconds - now), out.mutable_expire_time());
   out.mutable_labels()->insert(setup_.labels.begin(), setup_.labels.end());

@@ -20,6 +20,13 @@
 
 namespace refocus {
 
+// Memory of a context's tokens from `first_pos` on. Contexts that begin alike share extents: each holds all of its own, and
+// the last one gives the memory back, on the ranks and in the ledger alike.
+struct ContextExtent {
+  int64_t first_pos = 0;
+  std::shared_ptr<KvReservation> memory;
+};
+
 using TokenIds = std::shared_ptr<const std::vector<int32_t>>;
 
 class Session {
@@ -50,8 +57,17 @@ class Session {
   uint64_t cache_uid() const { return cache_uid_; }  // of the context on the ranks; a new one for every prefill
 
   // Prefill.
-  void StartPrefill(uint64_t cache_uid, std::shared_ptr<KvReservation> memory);
+  // `extents` follow each other, the last one is the context's own; those before it hold K/V of another context already.
+  void StartPrefill(uint64_t cache_uid, std::vector<ContextExtent> extents);
+  // What was to be shared is gone, and no command was sent yet: all of it is computed anew, in `memory` (nullptr: none yet).
+  void DropPrefix(std::shared_ptr<KvReservation> memory);
   void Prefilled(int64_t tokens) { prefilled_ = tokens; }
+  int64_t prefilled() const { return prefilled_; }
+  const std::vector<ContextExtent>& extents() const { return extents_; }
+  int64_t shared_tokens() const { return extents_.empty() ? 0 : extents_.back().first_pos; }
+  // K/V of the first tokens() that other contexts may share from now on; 0 when it is going away.
+  int64_t shareable_tokens() const { return closing_ || deleting ? 0 : prefilled_; }
+  void StartClose() { closing_ = true; }  // the ranks are told to close it
   void FinishPrefill(const api::PrefillEvent& last);
   const api::PrefillEvent& last_prefill() const { return last_prefill_; }
   // K/V and adapters are gone or going; the tokens stay. `why`: one sentence.
@@ -89,7 +105,8 @@ class Session {
   State state_ = api::Context::CREATED;
   std::string state_reason_;
   uint64_t cache_uid_ = 0;
-  std::shared_ptr<KvReservation> memory_;
+  std::vector<ContextExtent> extents_;
+  bool closing_ = false;
   int64_t prefilled_ = 0;
   api::PrefillEvent last_prefill_;
   std::map<std::string, Adapter> adapters_;

@@ -123,9 +123,7 @@ std::vector<wire::Result> FakeRank::Execute(const wire::Command& command) {
 void FakeRank::Do(const wire::Command& command, std::vector<wire::Result>* out) {
   wire::Result* result = &out->back();
   if (command.has_open_context()) {
-    if (!contexts.emplace(command.open_context().context(), Context{command.open_context().capacity(), {}}).second) {
-      OutOfPlace("context exists", result);
-    }
+    OpenContext(command.open_context(), result);
   } else if (command.has_close_context()) {
     const uint64_t uid = command.close_context().context();
     if (contexts.erase(uid) == 0) return OutOfPlace("no such context", result);
@@ -147,6 +145,61 @@ void FakeRank::Do(const wire::Command& command, std::vector<wire::Result>* out) 
   } else {
     DoAdapt(command, result);
   }
+}
+
+void FakeRank::OpenContext(const wire::OpenContext& open, wire::Result* result) {
+  Context context{open.capacity(), {}, {}};
+  if (open.prefix_context() != 0) {
+    const auto found = contexts.find(open.prefix_context());
+    if (found == contexts.end()) return OutOfPlace("no such prefix context", result);
+    const Context& parent = found->second;
+    const int64_t shared = open.prefix_tokens();
+    if (shared < 1 || shared > static_cast<int64_t>(parent.tokens.size()) || shared > open.capacity()) {
+      return OutOfPlace("prefix tokens", result);
+    }
+    context.tokens.assign(parent.tokens.begin(), parent.tokens.begin() + shared);
+    for (const auto& extent : parent.extents) {
+      if (extent->first_pos < shared) context.extents.push_back(extent);
+    }
+  }
+  if (static_cast<int64_t>(context.extents.size()) >= kMaxContextExtents) return OutOfPlace("extents", result);
+  const int64_t own = open.capacity() - static_cast<int64_t>(context.tokens.size());
+  context.extents.push_back(std::make_shared<Extent>(open.capacity() - own, own, held_));
+  if (!contexts.emplace(open.context(), std::move(context)).second) OutOfPlace("context exists", result);
+}
+
+void FakeRank::OpenSequence(const wire::OpenSequence& open, wire::Result* result) {
+  const auto context = contexts.find(open.context());
+  if (context == contexts.end() || static_cast<int64_t>(context->second.tokens.size()) != context->second.capacity) {
+    return OutOfPlace("context", result);
+  }
+  const auto adapter = adapters.find(open.adapter());
+  if (open.adapter() != 0 && (adapter == adapters.end() || adapter->second.revision != open.revision())) {
+    return OutOfPlace("adapter", result);
+  }
+  Sequence sequence;
+  if (open.parent() != 0) {
+    const auto found = sequences.find(open.parent());
+    if (found == sequences.end()) return OutOfPlace("no such parent", result);
+    const Sequence& parent = found->second;
+    if (parent.context != open.context() || parent.adapter != open.adapter() || parent.revision != open.revision()) {
+      return OutOfPlace("parent of another kind", result);
+    }
+    sequence.rows = parent.rows;
+    sequence.extents = parent.extents;
+  }
+  sequence.context = open.context();
+  sequence.adapter = open.adapter();
+  sequence.seed = open.temperature() > 0 ? open.seed() : 0;
+  sequence.revision = open.revision();
+  sequence.capacity = open.capacity();
+  sequence.first = sequence.end = context->second.capacity + static_cast<int64_t>(sequence.rows.size());
+  sequence.stops = {open.stop_ids().begin(), open.stop_ids().end()};
+  sequence.top = open.top_logprobs();
+  sequence.job = open.job();
+  if (static_cast<int64_t>(sequence.extents.size()) >= kMaxTailExtents) return OutOfPlace("extents", result);
+  sequence.extents.push_back(std::make_shared<Extent>(sequence.first, sequence.capacity, held_));
+  if (!sequences.emplace(open.sequence(), std::move(sequence)).second) OutOfPlace("sequence exists", result);
 }
 
 void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
@@ -207,24 +260,7 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
 void FakeRank::DoSequence(const wire::Command& command, std::vector<wire::Result>* out) {
   wire::Result* result = &out->back();
   if (command.has_open_sequence()) {
-    const auto& open = command.open_sequence();
-    const auto context = contexts.find(open.context());
-    if (context == contexts.end() || static_cast<int64_t>(context->second.tokens.size()) != context->second.capacity) {
-      return OutOfPlace("context", result);
-    }
-    const auto adapter = adapters.find(open.adapter());
-    if (open.adapter() != 0 && (adapter == adapters.end() || adapter->second.revision != open.revision())) {
-      return OutOfPlace("adapter", result);
-    }
-    Sequence sequence;
-    sequence.context = open.context();
-    sequence.revision = open.revision();
-    sequence.capacity = open.capacity();
-    sequence.end = context->second.capacity;
-    sequence.stops = {open.stop_ids().begin(), open.stop_ids().end()};
-    sequence.top = open.top_logprobs();
-    sequence.job = open.job();
-    if (!sequences.emplace(open.sequence(), sequence).second) OutOfPlace("sequence exists", result);
+    OpenSequence(command.open_sequence(), result);
   } else if (command.has_close_sequence()) {
     if (sequences.erase(command.close_sequence().sequence()) == 0) OutOfPlace("no such sequence", result);
   } else if (command.has_extend_sequence()) {
@@ -234,9 +270,23 @@ void FakeRank::DoSequence(const wire::Command& command, std::vector<wire::Result
   }
 }
 
+uint32_t FakeRank::KeyedToken(const std::vector<uint32_t>& context, int64_t revision, uint64_t seed,
+                              const std::vector<uint32_t>& rows) {
+  uint64_t hash = 0xcbf29ce484222325u ^ seed;
+  const auto mix = [&](uint64_t value) { hash = (hash ^ value) * 0x100000001b3u; };
+  mix(static_cast<uint64_t>(revision));
+  mix(context.size());
+  for (size_t i = 0; i < context.size(); i += 13) mix(context[i]);
+  mix(context.back());
+  for (const uint32_t id : rows) mix(id);
+  hash ^= hash >> 29;
+  return hash % 61 == 0 ? kFakeEos : static_cast<uint32_t>(hash % 256);
+}
+
 wire::Token FakeRank::NextToken(Sequence& sequence) {
   wire::Token token;
-  token.set_id(Following(sequence.last, sequence.revision));
+  token.set_id(keyed ? KeyedToken(contexts.at(sequence.context).tokens, sequence.revision, sequence.seed, sequence.rows)
+                     : Following(sequence.last, sequence.revision));
   token.set_logprob(-0.25f);
   for (int32_t i = 0; i < sequence.top; ++i) {
     token.add_top_ids((token.id() + static_cast<uint32_t>(i)) % kFakeVocab);
@@ -251,13 +301,16 @@ void FakeRank::Extend(const wire::ExtendSequence& extend, wire::Result* result) 
   if (found == sequences.end()) return OutOfPlace("no such sequence", result);
   Sequence& sequence = found->second;
   const Context& context = contexts.at(sequence.context);
-  const int64_t length = context.capacity;
-  const bool again = extend.first_pos() == length - 1 && sequence.end == length;
+  const auto& before = sequence.rows.empty() ? context.tokens : sequence.rows;
+  const bool again = extend.first_pos() == sequence.end - 1 && sequence.end == sequence.first;
   if (!again && extend.first_pos() != sequence.end) return OutOfPlace("first_pos", result);
-  if (again && extend.ids(0) != context.tokens.back()) return OutOfPlace("last context token", result);
-  sequence.end = extend.first_pos() + extend.ids_size();
-  if (sequence.end > length + sequence.capacity || extend.ids_size() > kMaxChunkRows)
+  if (again && extend.ids(0) != before.back()) return OutOfPlace("the token before the tail", result);
+  const int64_t end = extend.first_pos() + extend.ids_size();
+  if (end > sequence.first + sequence.capacity || extend.ids_size() > kMaxChunkRows) {
     return OutOfPlace("capacity", result);
+  }
+  sequence.end = end;
+  sequence.rows.insert(sequence.rows.end(), extend.ids().begin() + (again ? 1 : 0), extend.ids().end());
   const int first_scored = extend.ids_size() - extend.score_ids_size();
   for (int i = 0; i < extend.score_ids_size(); ++i) {
     result->add_score_logprobs(-static_cast<float>(extend.score_ids(i) % 7) - 0.5f);
@@ -280,7 +333,7 @@ void FakeRank::TakeToken(uint64_t uid, wire::Result* result) {
   result->mutable_tokens()->rbegin()->set_sequence(uid);
   if (sequence.stops.count(sequence.last) != 0) {
     End(uid, wire::SequenceEnd::FINISHED, result);
-  } else if (sequence.end == contexts.at(sequence.context).capacity + sequence.capacity) {
+  } else if (sequence.end == sequence.first + sequence.capacity) {
     End(uid, wire::SequenceEnd::CAPACITY, result);
   }
 }
@@ -304,7 +357,16 @@ void FakeRank::Decode(const wire::Command& command, std::vector<wire::Result>* o
         End(uid, wire::SequenceEnd::CANCELLED, &partial);
         continue;
       }
+      if (not_finite && not_finite(uid, sequences.at(uid).end)) {
+        End(uid, wire::SequenceEnd::FAILED, &partial);
+        wire::SequenceEnd& end = *partial.mutable_ended()->rbegin();
+        end.set_code(static_cast<int32_t>(StatusCode::kInternal));
+        end.set_reason("NON_FINITE_LOGITS");
+        end.set_message("as the test wants");
+        continue;
+      }
       ++sequences.at(uid).end;
+      sequences.at(uid).rows.push_back(sequences.at(uid).last);
       TakeToken(uid, &partial);
     }
     std::erase_if(rows, [&](uint64_t uid) { return sequences.at(uid).left; });

@@ -1,7 +1,8 @@
 // Ranks without a model, for tests of the coordinator: they obey commands as strictly as real ones and keep the same
 // books (contexts, adapters, sequences), but "compute" by simple rules that a test can predict.
 //
-//   next token = last token + 1 + revision of the adapter (base: 0), modulo 256; after 255 comes the end token 256
+//   next token = last token + 1 + revision of the adapter (base: 0), modulo 256; after 255 comes the end token 256;
+//                or, `keyed`, a hash of all that it may depend on: see KeyedToken
 //   loss of a step = 1 / step; probe loss = 2 before, and 2 - 0.01 * steps after
 //   log-probability of token t after token l = -(t mod 7) - 0.5; most likely iff t is the next token as above
 #pragma once
@@ -60,10 +61,26 @@ class FakeRank {
   }
   std::function<void(const wire::Result&)> emit;
 
-  // Books.
+  // Books. Memory lives as long as one that holds it: contexts that share a prefix, forks and what they come from.
+  struct Extent {
+    Extent(int64_t first, int64_t count, std::shared_ptr<int64_t> held)
+        : first_pos(first), tokens(count), total(std::move(held)) {
+      *total += tokens;
+    }
+    ~Extent() { *total -= tokens; }
+    Extent(const Extent&) = delete;
+    Extent& operator=(const Extent&) = delete;
+    const int64_t first_pos;
+    const int64_t tokens;
+    const std::shared_ptr<int64_t> total;
+  };
+  using Extents = std::vector<std::shared_ptr<Extent>>;
+  int64_t held_tokens() const { return *held_; }  // of all extents: contexts and sequences
+
   struct Context {
     int64_t capacity = 0;
     std::vector<uint32_t> tokens;
+    Extents extents;
   };
   struct Adapter {
     uint64_t context = 0;
@@ -73,6 +90,11 @@ class FakeRank {
   };
   struct Sequence {
     uint64_t context = 0;
+    uint64_t adapter = 0;
+    uint64_t seed = 0;
+    std::vector<uint32_t> rows;  // behind the context, those shared with a parent included
+    int64_t first = 0;           // position of its own tail
+    Extents extents;
     int64_t revision = 0;
     int64_t capacity = 0;
     int64_t end = 0;  // position of the next token
@@ -87,12 +109,18 @@ class FakeRank {
   std::map<uint64_t, Sequence> sequences;
   std::vector<int64_t> executed;  // seqs
 
+  // What `keyed` ranks draw after `rows`: mostly a byte, now and then the end token.
+  static uint32_t KeyedToken(const std::vector<uint32_t>& context, int64_t revision, uint64_t seed,
+                             const std::vector<uint32_t>& rows);
+  bool keyed = false;
+
   std::string device = "fake";  // a CPU, unless it begins with "cuda"
 
   // Faults and pace.
   int64_t kv_capacity_bytes = int64_t{1} << 30;
   int64_t refuse_seq = 0;                                           // this command fails and changes nothing
   std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
+  std::function<bool(uint64_t sequence, int64_t position)> not_finite;  // logits of a decode step; the same on all ranks
   std::function<void(const wire::Command&, int64_t token)> pause;  // before a command (token -1) and each decoded token
   double command_seconds = 1e-3;                                   // as reported
 
@@ -103,6 +131,8 @@ class FakeRank {
   void Extend(const wire::ExtendSequence& extend, wire::Result* result);
   void Decode(const wire::Command& command, std::vector<wire::Result>* out);
   wire::Token NextToken(Sequence& sequence);
+  void OpenContext(const wire::OpenContext& open, wire::Result* result);
+  void OpenSequence(const wire::OpenSequence& open, wire::Result* result);
   void TakeToken(uint64_t sequence, wire::Result* result);
   void End(uint64_t sequence, wire::SequenceEnd::Why why, wire::Result* result);
   bool IsCancelled(uint64_t job) const {
@@ -110,6 +140,7 @@ class FakeRank {
     return job != 0 && cancelled_.count(job) != 0;
   }
 
+  const std::shared_ptr<int64_t> held_ = std::make_shared<int64_t>(0);
   const int32_t rank_;
   const int32_t size_;
   const std::shared_ptr<FakeAgreement> agreement_;

@@ -81,32 +81,6 @@ TEST_F(JobsTest, ChunksAreMultiplesOfTheGroupsBlockAndGrow) {
   EXPECT_GT(largest, 4096);  // 1 ms a chunk: far below the time a chunk may take
 }
 
-TEST_F(JobsTest, JobsTakeTurns) {
-  simulation_.CreateReady("a", 600);
-  for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).command_seconds = 0.06;  // one token a command
-  const auto first = *simulation_.Generate("a", 0, 30);
-  const auto second = *simulation_.Generate("a", 0, 30);
-  const auto third = *simulation_.Generate("a", 0, 30);
-  std::vector<uint64_t> turns;
-  for (int i = 0; i < 60; ++i) {
-    if (i >= 12 && !Waiting().empty())
-      turns.push_back(Waiting()[0].decode_steps().sequences(0));  // all three are decoding
-    Step();
-  }
-  // Whatever three neighbours in the order of commands: three jobs, while all of them have work.
-  ASSERT_EQ(turns.size(), 48u);
-  for (size_t i = 0; i + 2 < turns.size(); ++i) {
-    EXPECT_NE(turns[i], turns[i + 1]);
-    EXPECT_NE(turns[i], turns[i + 2]);
-    EXPECT_NE(turns[i + 1], turns[i + 2]);
-  }
-  simulation_.Run();
-  for (const auto& job : {first, second, third}) {
-    EXPECT_TRUE(job->ended());
-    EXPECT_EQ(Tokens(*job).size(), 30u);
-  }
-}
-
 TEST_F(JobsTest, GenerateReadsTheLastContextTokenAgainAndStopsAtMaxTokens) {
   simulation_.CreateReady("a", 601);  // last id 0
   const auto job = *simulation_.Generate("a", 3, 5);

@@ -44,6 +44,8 @@ class Simulation {
 
   Coordinator& core() { return core_; }
   double now() const { return now_; }
+  // Time passes, and nobody notices.
+  void Pass(double seconds) { now_ += seconds; }
   std::vector<Link>& links() { return links_; }
   FakeRank& rank(int32_t index) { return *links_[index].rank; }
 
@@ -154,8 +156,21 @@ class Simulation {
     api::CreateContextRequest::Header header;
     header.set_context_id(id);
     header.set_request_id(request_id);
+    return CreateIds(header, Ids(tokens));
+  }
+  // All texts begin alike; those with another `fork` differ from token 1500 on.
+  static std::vector<int32_t> Ids(int64_t tokens, int32_t fork = 0) {
     std::vector<int32_t> ids(tokens);
-    for (int64_t i = 0; i < tokens; ++i) ids[i] = static_cast<int32_t>(i % 200);
+    for (int64_t i = 0; i < tokens; ++i) ids[i] = static_cast<int32_t>((i + (i < 1500 ? 0 : fork)) % 200);
+    return ids;
+  }
+  Status CreateIds(const std::string& id, std::vector<int32_t> ids) {
+    api::CreateContextRequest::Header header;
+    header.set_context_id(id);
+    return CreateIds(header, std::move(ids));
+  }
+  Status CreateIds(const api::CreateContextRequest::Header& header, std::vector<int32_t> ids) {
+    const size_t tokens = ids.size();
     REFOCUS_ASSIGN_OR_RETURN(const auto ticket, core_.BeginUpload(header));
     return core_
         .FinishUpload(ticket, header, std::make_shared<const std::vector<int32_t>>(std::move(ids)),
@@ -212,19 +227,23 @@ class Simulation {
     EXPECT_EQ(core_.jobs(), 0);
     EXPECT_EQ(core_.scheduler().in_flight(), 0u);
     size_t cached = 0, adapters = 0;
-    int64_t bytes = 0;
     for (const auto& [name, session] : core_.catalog().sessions()) {
       EXPECT_FALSE(session->busy()) << name;
       if (!session->has_cache()) continue;
       ++cached;
-      bytes += session->token_count() * kFakeKvBytesPerToken;
       adapters += session->ToProto(0, 0).adapters_size();
     }
     const Group& group = core_.group();
-    bytes += static_cast<int64_t>(adapters) * group.size() * AdapterBytes(core_.model(), group.device());
-    EXPECT_EQ(core_.kv_used_bytes(), bytes);
-    if (core_.group().state() != Group::State::kServing) return;
+    if (group.state() != Group::State::kServing) {
+      EXPECT_EQ(cached, 0u);
+      EXPECT_EQ(core_.kv_used_bytes(), 0);
+      return;
+    }
     for (const Link& link : links_) {
+      // What contexts share exists once, and as long as one of them does.
+      EXPECT_EQ(core_.kv_used_bytes(),
+                link.rank->held_tokens() * kFakeKvBytesPerToken +
+                    static_cast<int64_t>(adapters) * group.size() * AdapterBytes(core_.model(), group.device()));
       EXPECT_EQ(link.rank->contexts.size(), cached);
       EXPECT_EQ(link.rank->adapters.size(), adapters);
       EXPECT_TRUE(link.rank->sequences.empty());
