@@ -17,6 +17,9 @@ StatusOr<ModelConfig> ReadGgufConfig(const std::string& path);
 Status ConfigError(const std::string& source, const std::string& field, const std::string& got,
                    const std::string& allowed);
 
+// max_positions becomes rope's original window times its factor, where that is known and more.
+void WidenWindow(ModelConfig* config);
+
 // A JSON or GGUF integer as a token id; allowed: [0, 2^31).
 StatusOr<int32_t> ToTokenId(const std::string& source, const std::string& field, int64_t value);
 

@@ -45,18 +45,21 @@ struct FileType {
 };
 // Names of types that exist elsewhere, so that a refusal can say what the file holds.
 constexpr FileType kOtherTypes[] = {
-    {2, "Q4_0"},    {6, "Q5_0"},   {7, "Q5_1"},   {9, "Q8_1"},     {10, "Q2_K"},   {11, "Q3_K"},    {12, "Q4_K"},
-    {13, "Q5_K"},   {14, "Q6_K"},  {15, "Q8_K"},  {16, "IQ2_XXS"}, {17, "IQ2_XS"}, {18, "IQ3_XXS"}, {19, "IQ1_S"},
-    {20, "IQ4_NL"}, {21, "IQ3_S"}, {22, "IQ2_S"}, {23, "IQ4_XS"},  {24, "I8"},     {25, "I16"},     {26, "I32"},
-    {27, "I64"},    {28, "F64"},   {29, "IQ1_M"}, {34, "TQ1_0"},   {35, "TQ2_0"},  {39, "MXFP4"},
+    {6, "Q5_0"},     {7, "Q5_1"},    {9, "Q8_1"},     {10, "Q2_K"},  {11, "Q3_K"},   {13, "Q5_K"},  {15, "Q8_K"},
+    {16, "IQ2_XXS"}, {17, "IQ2_XS"}, {18, "IQ3_XXS"}, {19, "IQ1_S"}, {20, "IQ4_NL"}, {21, "IQ3_S"}, {22, "IQ2_S"},
+    {23, "IQ4_XS"},  {24, "I8"},     {25, "I16"},     {26, "I32"},   {27, "I64"},    {28, "F64"},   {29, "IQ1_M"},
+    {34, "TQ1_0"},   {35, "TQ2_0"},  {39, "MXFP4"},
 };
 
 bool ToTensorType(uint32_t id, TensorType* type) {
   switch (id) {
     case 0: *type = TensorType::kF32; return true;
     case 1: *type = TensorType::kF16; return true;
+    case 2: *type = TensorType::kQ4_0; return true;
     case 3: *type = TensorType::kQ4_1; return true;
     case 8: *type = TensorType::kQ8_0; return true;
+    case 12: *type = TensorType::kQ4_K; return true;
+    case 14: *type = TensorType::kQ6_K; return true;
     case 30: *type = TensorType::kBf16; return true;
     default: return false;
   }
@@ -267,12 +270,12 @@ Status ReadTensorEntry(Reader& reader, const std::string& path, std::string* nam
   uint32_t type = 0;
   REFOCUS_RETURN_IF_ERROR(reader.Number(&type, "tensor type"));
   if (!ToTensorType(type, &info->type)) {
-    return fail("type: got " + FileTypeName(type) + ", allowed F32, F16, BF16, Q8_0, Q4_1");
+    return fail("type: got " + FileTypeName(type) + ", allowed F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K");
   }
   // Blocks never cross rows, so the fastest dimension alone must fill them.
   if (!TensorBytes(info->type, info->shape.back()).ok()) {
-    return fail("row length: got " + std::to_string(info->shape.back()) + ", allowed multiples of 32 for " +
-                TensorTypeName(info->type));
+    return fail("row length: got " + std::to_string(info->shape.back()) + ", allowed multiples of " +
+                std::to_string(BlockElements(info->type)) + " for " + TensorTypeName(info->type));
   }
   const StatusOr<int64_t> bytes = TensorBytes(info->type, elements);
   if (!bytes.ok()) return fail("size: got " + std::to_string(elements) + " elements, allowed less than 2^63 bytes");

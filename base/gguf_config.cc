@@ -18,6 +18,7 @@ class Keys {
   StatusOr<double> FloatOr(const std::string& key, double absent) const {
     return Has(key) ? Float(key) : StatusOr<double>(absent);
   }
+  StatusOr<std::string> String(const std::string& key) const { return file_.String(prefix_ + key); }
   bool Has(const std::string& key) const { return file_.Has(prefix_ + key); }
   Status Refuse(const std::string& key, const std::string& got, const std::string& allowed) const {
     return ConfigError(file_.path, prefix_ + key, got, allowed);
@@ -36,30 +37,24 @@ class Keys {
 
 StatusOr<Family> FamilyOf(const GgufFile& file) {
   const StatusOr<std::string> name = file.String("general.architecture");
-  if (name.ok() && *name == "llama") return Family::kLlama;
-  if (name.ok() && *name == "qwen3") return Family::kQwen3;
+  // Files call Mistral llama, which it is but for its name.
+  for (const Family family : {Family::kLlama, Family::kQwen2, Family::kQwen3}) {
+    if (name.ok() && *name == FamilyName(family)) return family;
+  }
   return ConfigError(file.path, "general.architecture", name.ok() ? Quoted(*name) : "nothing or another type",
-                     "llama, qwen3");
+                     "llama (Mistral too), qwen2, qwen3");
 }
 
 // What would change the forward pass in a way this service does not compute.
 Status RefuseUnsupported(const GgufFile& file, const Keys& keys, int64_t head_dim) {
-  for (const char* key : {"expert_count", "attention.sliding_window"}) {
+  for (const char* key : {"expert_count", "expert_used_count"}) {
     REFOCUS_ASSIGN_OR_RETURN(const int64_t value, keys.IntOr(key, 0));
-    if (value != 0) return keys.Refuse(key, std::to_string(value), "0 (not supported)");
+    if (value != 0) return keys.Refuse(key, std::to_string(value), "0 (experts are not supported)");
   }
-  if (keys.Has("rope.scaling.type")) {
-    const StatusOr<std::string> type = file.String(FamilyName(*FamilyOf(file)) + ".rope.scaling.type");
-    if (!type.ok() || *type != "none")
-      return keys.Refuse("rope.scaling.type", type.ok() ? Quoted(*type) : "another type", "none");
-  }
-  for (const char* key : {"rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor"}) {
-    REFOCUS_ASSIGN_OR_RETURN(const double factor, keys.FloatOr(key, 1.0));
-    if (factor != 1.0) return keys.Refuse(key, std::to_string(factor), "1 (scaled RoPE is not supported)");
-  }
-  if (file.tensors.count("rope_freqs.weight") != 0) {
-    return ConfigError(file.path, "rope_freqs.weight", "a tensor of RoPE factors",
-                       "none (scaled RoPE is not supported)");
+  for (const char* key : {"attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "residual_scale",
+                          "embedding_scale", "attention.scale", "attention.clamp_kqv"}) {
+    REFOCUS_ASSIGN_OR_RETURN(const double value, keys.FloatOr(key, 0));
+    if (value != 0) return keys.Refuse(key, std::to_string(value), "none (not supported)");
   }
   REFOCUS_ASSIGN_OR_RETURN(const int64_t value_dim, keys.IntOr("attention.value_length", head_dim));
   if (value_dim != head_dim) {
@@ -73,6 +68,72 @@ Status RefuseUnsupported(const GgufFile& file, const Keys& keys, int64_t head_di
   const Keys split(file, "split.");
   REFOCUS_ASSIGN_OR_RETURN(const int64_t parts, split.IntOr("count", 0));
   if (parts > 1) return split.Refuse("count", std::to_string(parts), "1 (merge the parts of a split file first)");
+  return absl::OkStatus();
+}
+
+// GGUF's rope_freqs.weight; its shape and type are checked, for nothing else reads it.
+StatusOr<std::vector<float>> ReadFactors(const GgufFile& file, const TensorInfo& info, int64_t head_dim) {
+  if (info.type != TensorType::kF32 || info.shape != std::vector<int64_t>{head_dim / 2}) {
+    return ConfigError(file.path, "rope_freqs.weight", "another type or shape",
+                       "F32 of " + std::to_string(head_dim / 2) + " numbers (half a head)");
+  }
+  std::vector<float> factors(static_cast<size_t>(head_dim / 2));
+  REFOCUS_RETURN_IF_ERROR(ReadTensorBytes(info, factors.data()));
+  return factors;
+}
+
+Status ReadYarn(const Keys& keys, ModelConfig* config) {
+  RopeScaling& rope = config->rope;
+  rope.type = RopeType::kYarn;
+  REFOCUS_ASSIGN_OR_RETURN(rope.beta_fast, keys.FloatOr("rope.scaling.yarn_beta_fast", rope.beta_fast));
+  REFOCUS_ASSIGN_OR_RETURN(rope.beta_slow, keys.FloatOr("rope.scaling.yarn_beta_slow", rope.beta_slow));
+  REFOCUS_ASSIGN_OR_RETURN(double attention_factor, keys.FloatOr("rope.scaling.attn_factor", 1.0));
+  REFOCUS_ASSIGN_OR_RETURN(attention_factor, keys.FloatOr("rope.scaling.yarn_attn_factor", attention_factor));
+  rope.attention_factor = attention_factor * YarnAttentionFactor(rope.factor);
+  for (const auto& [key, plain] : {std::pair("rope.scaling.yarn_log_multiplier", 0.0),
+                                   std::pair("rope.scaling.yarn_ext_factor", 1.0)}) {
+    REFOCUS_ASSIGN_OR_RETURN(const double value, keys.FloatOr(key, plain));
+    if (value != plain) return keys.Refuse(key, std::to_string(value), "none (not supported)");
+  }
+  return absl::OkStatus();
+}
+
+Status ReadRope(const GgufFile& file, const Keys& keys, ModelConfig* config) {
+  REFOCUS_ASSIGN_OR_RETURN(config->rope_theta, keys.FloatOr("rope.freq_base", 10000.0));
+  REFOCUS_ASSIGN_OR_RETURN(const double old_factor, keys.FloatOr("rope.scale_linear", 1.0));
+  REFOCUS_ASSIGN_OR_RETURN(const double factor, keys.FloatOr("rope.scaling.factor", old_factor));
+  std::string type = factor != 1.0 && factor != 0.0 ? "linear" : "none";  // what a file without the key means
+  if (keys.Has("rope.scaling.type")) {
+    const StatusOr<std::string> stated = keys.String("rope.scaling.type");
+    if (!stated.ok()) return keys.Refuse("rope.scaling.type", "another type", "none, linear, yarn");
+    type = *stated;
+  }
+  if (type != "none" && type != "linear" && type != "yarn") {
+    return keys.Refuse("rope.scaling.type", Quoted(type), "none, linear, yarn");
+  }
+  REFOCUS_ASSIGN_OR_RETURN(const double attention_factor, keys.FloatOr("rope.scaling.attn_factor", 1.0));
+  if (type != "yarn" && attention_factor != 1.0) {
+    return keys.Refuse("rope.scaling.attn_factor", std::to_string(attention_factor), "1, or rope.scaling.type yarn");
+  }
+  for (const char* name : {"rope_factors_long.weight", "rope_factors_short.weight"}) {
+    if (file.tensors.count(name) != 0) return ConfigError(file.path, name, "a tensor", "none (not supported)");
+  }
+  const auto factors = file.tensors.find("rope_freqs.weight");
+  if (factors != file.tensors.end() && type != "none") {
+    return ConfigError(file.path, "rope_freqs.weight", "a tensor of RoPE factors with rope.scaling.type " + type,
+                       "one of them");
+  }
+  if (factors != file.tensors.end()) {
+    config->rope.type = RopeType::kFactors;
+    REFOCUS_ASSIGN_OR_RETURN(config->rope.factors, ReadFactors(file, factors->second, config->head_dim));
+  }
+  if (type == "none") return absl::OkStatus();
+  config->rope.type = RopeType::kLinear;
+  config->rope.factor = factor;
+  REFOCUS_ASSIGN_OR_RETURN(config->rope.original_positions,
+                           keys.IntOr("rope.scaling.original_context_length", type == "yarn" ? config->max_positions : 0));
+  if (type == "yarn") REFOCUS_RETURN_IF_ERROR(ReadYarn(keys, config));
+  WidenWindow(config);
   return absl::OkStatus();
 }
 
@@ -123,7 +184,7 @@ StatusOr<ModelConfig> ReadGgufConfig(const std::string& path) {
   REFOCUS_ASSIGN_OR_RETURN(config.mlp, keys.Int("feed_forward_length"));
   REFOCUS_ASSIGN_OR_RETURN(config.max_positions, keys.Int("context_length"));
   REFOCUS_ASSIGN_OR_RETURN(config.rms_eps, keys.Float("attention.layer_norm_rms_epsilon"));
-  REFOCUS_ASSIGN_OR_RETURN(config.rope_theta, keys.FloatOr("rope.freq_base", 10000.0));
+  REFOCUS_ASSIGN_OR_RETURN(config.sliding_window, keys.IntOr("attention.sliding_window", 0));
   if (config.heads < 1) return keys.Refuse("attention.head_count", std::to_string(config.heads), "at least 1");
   if (keys.Has("attention.key_length")) {
     REFOCUS_ASSIGN_OR_RETURN(config.head_dim, keys.Int("attention.key_length"));
@@ -134,9 +195,11 @@ StatusOr<ModelConfig> ReadGgufConfig(const std::string& path) {
                        "multiples of the " + std::to_string(config.heads) + " heads, or a key_length");
   }
   REFOCUS_RETURN_IF_ERROR(RefuseUnsupported(file, keys, config.head_dim));
+  REFOCUS_RETURN_IF_ERROR(ReadRope(file, keys, &config));
   REFOCUS_ASSIGN_OR_RETURN(config.vocab, VocabOf(file, keys));
   REFOCUS_RETURN_IF_ERROR(ReadTokens(file, &config));
   config.qk_norm = config.family == Family::kQwen3;
+  config.qkv_bias = config.family == Family::kQwen2;
   config.tied_embeddings = file.tensors.count("output.weight") == 0;
   return config;
 }

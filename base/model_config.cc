@@ -2,16 +2,19 @@
 
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <utility>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
 #include "base/config_sources.h"
+#include "base/input_file.h"
 
 namespace refocus {
 namespace {
@@ -64,29 +67,33 @@ StatusOr<int32_t> ToTokenId(const std::string& source, const std::string& field,
 std::string FamilyName(Family family) {
   switch (family) {
     case Family::kLlama: return "llama";
+    case Family::kMistral: return "mistral";
+    case Family::kQwen2: return "qwen2";
     case Family::kQwen3: return "qwen3";
   }
   return "?";
 }
 
 int64_t ModelConfig::parameters() const {
-  const int64_t attention = 2 * q_dim() * hidden + 2 * kv_dim() * hidden + (qk_norm ? 2 * head_dim : 0);
+  const int64_t biases = qkv_bias ? q_dim() + 2 * kv_dim() : 0;
+  const int64_t attention = 2 * q_dim() * hidden + 2 * kv_dim() * hidden + biases + (qk_norm ? 2 * head_dim : 0);
   const int64_t layer = attention + 3 * mlp * hidden + 2 * hidden;
   return layers * layer + hidden + (tied_embeddings ? 1 : 2) * vocab * hidden;
 }
 
 std::string ModelConfig::Fingerprint() const {
   // Names and stop tokens change nothing that a rank computes. The kernels see floats, so floats are what must agree.
-  char text[512];
-  const int length = std::snprintf(
-      text, sizeof(text), "%s %lld %lld %lld %lld %lld %lld %lld %lld %a %a %d %d", FamilyName(family).c_str(),
-      static_cast<long long>(layers), static_cast<long long>(hidden), static_cast<long long>(heads),
-      static_cast<long long>(kv_heads), static_cast<long long>(head_dim), static_cast<long long>(mlp),
-      static_cast<long long>(vocab), static_cast<long long>(max_positions), rope_theta,
-      static_cast<double>(static_cast<float>(rms_eps)), qk_norm ? 1 : 0, tied_embeddings ? 1 : 0);
+  std::string text;
+  for (const int64_t size : {layers, hidden, heads, kv_heads, head_dim, mlp, vocab, max_positions}) {
+    text += std::to_string(size) + " ";
+  }
+  char rest[96];
+  std::snprintf(rest, sizeof(rest), "%a %a %d %d %d ", rope_theta, static_cast<double>(static_cast<float>(rms_eps)),
+                qk_norm ? 1 : 0, qkv_bias ? 1 : 0, tied_embeddings ? 1 : 0);
+  text += rest + rope.ExactText();
   char digits[17];
   std::snprintf(digits, sizeof(digits), "%016llx",
-                static_cast<unsigned long long>(XXH3_64bits(text, static_cast<size_t>(length))));
+                static_cast<unsigned long long>(XXH3_64bits(text.data(), text.size())));
   return digits;
 }
 
@@ -113,6 +120,12 @@ Status ModelConfig::Validate(const std::string& source) const {
   if (!std::isfinite(rope_theta) || rope_theta <= 0 || rope_theta > 1e15) {
     return ConfigError(source, "rope_theta", Number(rope_theta), "above 0, at most 1e15");
   }
+  if (sliding_window != 0 && sliding_window < max_positions) {
+    return ConfigError(source, "sliding_window", std::to_string(sliding_window),
+                       "none, or one of at least the " + std::to_string(max_positions) +
+                           " positions (sliding windows are not supported)");
+  }
+  REFOCUS_RETURN_IF_ERROR(rope.Validate(source, rope_theta, head_dim));
   if (!std::isfinite(rms_eps) || rms_eps <= 0 || rms_eps >= 1) {
     return ConfigError(source, "rms_norm_eps", Number(rms_eps), "above 0, below 1");
   }
@@ -148,12 +161,43 @@ StatusOr<ModelFormat> DetectModelFormat(const std::string& path) {
                      allowed);
 }
 
-StatusOr<ModelConfig> LoadModelConfig(const std::string& path) {
+void WidenWindow(ModelConfig* config) {
+  const double window = static_cast<double>(config->rope.original_positions) * config->rope.factor;
+  if (window >= 1 && window <= static_cast<double>(kMaxPositions)) {
+    config->max_positions = std::max(config->max_positions, static_cast<int64_t>(window));
+  }
+}
+
+namespace {
+
+Status RequestRopeScaling(const std::string& source, const std::string& request, ModelConfig* config) {
+  REFOCUS_ASSIGN_OR_RETURN(RopeScaling scaling, ParseRopeScaling(request));
+  if (scaling.type == RopeType::kDefault) return absl::OkStatus();
+  if (scaling.original_positions == 0) {
+    if (config->rope.type != RopeType::kDefault && config->rope.original_positions == 0) {
+      return ConfigError(source, "--rope-scaling", Quoted(request),
+                         request + ":WINDOW: the file stretches RoPE (" + config->rope.Text() +
+                             ") and does not say from which window");
+    }
+    scaling.original_positions =
+        config->rope.original_positions > 0 ? config->rope.original_positions : config->max_positions;
+  }
+  config->rope = std::move(scaling);
+  WidenWindow(config);
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+StatusOr<ModelConfig> LoadModelConfig(const std::string& path, const std::string& rope_scaling) {
   REFOCUS_ASSIGN_OR_RETURN(const ModelFormat format, DetectModelFormat(path));
   StatusOr<ModelConfig> config = format == ModelFormat::kGguf ? ReadGgufConfig(path) : ReadHfConfig(path);
   if (!config.ok()) return config.status();
   config->name = NameOf(path);
-  REFOCUS_RETURN_IF_ERROR(config->Validate(format == ModelFormat::kGguf ? path : path + "/config.json"));
+  const std::string source = format == ModelFormat::kGguf ? path : path + "/config.json";
+  REFOCUS_RETURN_IF_ERROR(config->Validate(source));
+  REFOCUS_RETURN_IF_ERROR(RequestRopeScaling(source, rope_scaling, &*config));
+  REFOCUS_RETURN_IF_ERROR(config->Validate(source));
   return config;
 }
 

@@ -10,7 +10,12 @@ namespace {
 
 constexpr int64_t kBlock = 32;                      // values a quantised block
 constexpr int64_t kQ8_0Bytes = 2 + kBlock;          // f16 scale, 32 x i8
+constexpr int64_t kQ4_0Bytes = 2 + kBlock / 2;      // f16 scale, 32 x u4
 constexpr int64_t kQ4_1Bytes = 2 + 2 + kBlock / 2;  // f16 scale, f16 minimum, 32 x u4
+constexpr int64_t kSuper = 256;                     // values of a block of blocks
+constexpr int64_t kScaleBytes = 12;                 // of Q4_K: 8 scales and 8 minima of 6 bits each
+constexpr int64_t kQ4_KBytes = 2 + 2 + kScaleBytes + kSuper / 2;            // f16 scale, f16 of minima, scales, u4
+constexpr int64_t kQ6_KBytes = kSuper / 2 + kSuper / 4 + kSuper / 16 + 2;  // low 4 bits, high 2, i8 scales, f16 scale
 
 // All bodies below are plain loops that the compiler vectorises; they are instantiated twice, for the baseline and for
 // AVX2.
@@ -61,6 +66,16 @@ REFOCUS_INLINE void DecodeQ8_0(const uint8_t* in, int64_t elements, float* out) 
   }
 }
 
+REFOCUS_INLINE void DecodeQ4_0(const uint8_t* in, int64_t elements, float* out) {
+  for (int64_t block = 0; block < elements / kBlock; ++block, in += kQ4_0Bytes, out += kBlock) {
+    const float scale = HalfToFloat(LoadU16(in));
+    for (int64_t i = 0; i < kBlock / 2; ++i) {
+      out[i] = static_cast<float>((in[2 + i] & 0x0f) - 8) * scale;
+      out[i + kBlock / 2] = static_cast<float>((in[2 + i] >> 4) - 8) * scale;
+    }
+  }
+}
+
 REFOCUS_INLINE void DecodeQ4_1(const uint8_t* in, int64_t elements, float* out) {
   for (int64_t block = 0; block < elements / kBlock; ++block, in += kQ4_1Bytes, out += kBlock) {
     const float scale = HalfToFloat(LoadU16(in));
@@ -72,13 +87,66 @@ REFOCUS_INLINE void DecodeQ4_1(const uint8_t* in, int64_t elements, float* out) 
   }
 }
 
+// Scales of the 8 blocks: 6 bits in bytes 0 to 3 (their minima: 4 to 7), later ones with the low 4 bits in bytes 8 to 11
+// and the high 2 in the top of bytes 0 to 7.
+REFOCUS_INLINE void DecodeQ4_K(const uint8_t* in, int64_t elements, float* out) {
+  for (int64_t super = 0; super < elements / kSuper; ++super, in += kQ4_KBytes) {
+    const float scale = HalfToFloat(LoadU16(in));
+    const float least = HalfToFloat(LoadU16(in + 2));
+    const uint8_t* packed = in + 4;
+    const uint8_t* low = packed + kScaleBytes;
+    float scales[8], minima[8];
+    for (int64_t i = 0; i < 4; ++i) {
+      scales[i] = scale * static_cast<float>(packed[i] & 0x3f);
+      minima[i] = least * static_cast<float>(packed[4 + i] & 0x3f);
+      scales[4 + i] = scale * static_cast<float>((packed[8 + i] & 0x0f) | ((packed[i] >> 2) & 0x30));
+      minima[4 + i] = least * static_cast<float>((packed[8 + i] >> 4) | ((packed[4 + i] >> 2) & 0x30));
+    }
+    for (int64_t pair = 0; pair < 4; ++pair, low += kBlock, out += 2 * kBlock) {
+      const float scale0 = scales[2 * pair], scale1 = scales[2 * pair + 1];
+      const float least0 = minima[2 * pair], least1 = minima[2 * pair + 1];
+      for (int64_t i = 0; i < kBlock; ++i) {
+        out[i] = scale0 * static_cast<float>(low[i] & 0x0f) - least0;
+        out[i + kBlock] = scale1 * static_cast<float>(low[i] >> 4) - least1;
+      }
+    }
+  }
+}
+
+// Halves of 128 values: bytes of `low` hold a value of the first and of the second 64, bytes of `high` one of each 32.
+REFOCUS_INLINE void DecodeQ6_K(const uint8_t* in, int64_t elements, float* out) {
+  for (int64_t super = 0; super < elements / kSuper; ++super, in += kQ6_KBytes) {
+    const uint8_t* low = in;
+    const uint8_t* high = low + kSuper / 2;
+    const auto* packed = reinterpret_cast<const int8_t*>(high + kSuper / 4);
+    const float scale = HalfToFloat(LoadU16(in + kQ6_KBytes - 2));
+    for (int64_t half = 0; half < 2; ++half, low += 64, high += 32, packed += 8, out += 128) {
+      float scales[8];
+      for (int64_t i = 0; i < 8; ++i) scales[i] = scale * static_cast<float>(packed[i]);
+      for (int64_t part = 0; part < 2; ++part) {  // 16 values have a scale
+        for (int64_t k = 0; k < 16; ++k) {
+          const int64_t i = 16 * part + k;
+          const int h = high[i], a = low[i], b = low[i + 32];
+          out[i] = scales[part] * static_cast<float>(((a & 0x0f) | (h & 3) << 4) - 32);
+          out[i + 32] = scales[part + 2] * static_cast<float>(((b & 0x0f) | (h >> 2 & 3) << 4) - 32);
+          out[i + 64] = scales[part + 4] * static_cast<float>((a >> 4 | (h >> 4 & 3) << 4) - 32);
+          out[i + 96] = scales[part + 6] * static_cast<float>((b >> 4 | (h >> 6) << 4) - 32);
+        }
+      }
+    }
+  }
+}
+
 REFOCUS_INLINE void Decode(TensorType type, const uint8_t* in, int64_t elements, float* out) {
   switch (type) {
     case TensorType::kF32: std::memcpy(out, in, static_cast<size_t>(elements) * sizeof(float)); return;
     case TensorType::kF16: DecodeF16(in, elements, out); return;
     case TensorType::kBf16: DecodeBf16(in, elements, out); return;
     case TensorType::kQ8_0: DecodeQ8_0(in, elements, out); return;
+    case TensorType::kQ4_0: DecodeQ4_0(in, elements, out); return;
     case TensorType::kQ4_1: DecodeQ4_1(in, elements, out); return;
+    case TensorType::kQ4_K: DecodeQ4_K(in, elements, out); return;
+    case TensorType::kQ6_K: DecodeQ6_K(in, elements, out); return;
   }
 }
 
@@ -103,7 +171,10 @@ Block BlockOf(TensorType type) {
     case TensorType::kF16: return {1, 2};
     case TensorType::kBf16: return {1, 2};
     case TensorType::kQ8_0: return {kBlock, kQ8_0Bytes};
+    case TensorType::kQ4_0: return {kBlock, kQ4_0Bytes};
     case TensorType::kQ4_1: return {kBlock, kQ4_1Bytes};
+    case TensorType::kQ4_K: return {kSuper, kQ4_KBytes};
+    case TensorType::kQ6_K: return {kSuper, kQ6_KBytes};
   }
   return {1, 4};
 }
@@ -116,10 +187,15 @@ std::string TensorTypeName(TensorType type) {
     case TensorType::kF16: return "F16";
     case TensorType::kBf16: return "BF16";
     case TensorType::kQ8_0: return "Q8_0";
+    case TensorType::kQ4_0: return "Q4_0";
     case TensorType::kQ4_1: return "Q4_1";
+    case TensorType::kQ4_K: return "Q4_K";
+    case TensorType::kQ6_K: return "Q6_K";
   }
   return "?";
 }
+
+int64_t BlockElements(TensorType type) { return BlockOf(type).elements; }
 
 int64_t TensorInfo::elements() const {
   int64_t count = 1;

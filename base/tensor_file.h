@@ -11,7 +11,7 @@
 
 namespace refocus {
 
-enum class TensorType { kF32, kF16, kBf16, kQ8_0, kQ4_1 };
+enum class TensorType { kF32, kF16, kBf16, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ6_K };
 std::string TensorTypeName(TensorType type);
 
 struct TensorInfo {
@@ -30,6 +30,9 @@ StatusOr<int64_t> TensorBytes(TensorType type, int64_t elements);
 
 // Reads info's bytes into `out` [info.bytes]. WEIGHTS_INVALID when the file is shorter than it was. Thread-safe.
 Status ReadTensorBytes(const TensorInfo& info, void* out);
+
+// Values in one block of the type: what rows are multiples of.
+int64_t BlockElements(TensorType type);
 
 // Decodes `elements` values (a multiple of the type's block) to fp32. Pure; exact for F32, F16, BF16.
 void DecodeToFloat(TensorType type, const void* in, int64_t elements, float* out);

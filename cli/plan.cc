@@ -15,6 +15,7 @@ constexpr int64_t kDefaultGpuMemory = 80'000'000'000;
 
 struct PlanOptions {
   std::string model;
+  std::string rope_scaling = "none";
   std::string device = "cuda";
   int64_t ranks = 1;
   int64_t tokens = 0;
@@ -94,7 +95,7 @@ void PrintAsJson(const PlanOptions& options, const ModelConfig& config, const Me
 
 Status PrintPlan(const PlanOptions& options) {
   REFOCUS_ASSIGN_OR_RETURN(const MemoryQuestion question, QuestionOf(options));
-  REFOCUS_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model));
+  REFOCUS_ASSIGN_OR_RETURN(const ModelConfig config, LoadModelConfig(options.model, options.rope_scaling));
   REFOCUS_ASSIGN_OR_RETURN(const MemoryPlan plan, PlanMemory(config, question));
   if (options.json) {
     PrintAsJson(options, config, plan);
@@ -112,6 +113,8 @@ void AddPlan(CLI::App& app, Run* run) {
   const auto o = std::make_shared<PlanOptions>();
   verb->add_option("--model", o->model, "Folder with config.json (weights may be missing), or a .gguf file")
       ->envname("REFOCUS_MODEL")->type_name("PATH")->required()->group("Model");
+  verb->add_option("--rope-scaling", o->rope_scaling, "RoPE stretched over a longer window, as serve takes it")
+      ->envname("REFOCUS_ROPE_SCALING")->type_name("SCALING")->capture_default_str()->group("Model");
   verb->add_option("--tokens", o->tokens, "Length of the context with question and answer, tokens")
       ->check(CLI::Range(int64_t{0}, kMaxContextTokens))->capture_default_str()->group("Model");
   verb->add_flag("--adapt", o->adapt, "Room for one adaptation under way")->group("Model");

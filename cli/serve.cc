@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "base/log.h"
+#include "base/rope.h"
 #include "cli/commands.h"
 #include "cli/supervisor.h"
 
@@ -17,6 +18,7 @@ struct ServeFlags {
   ServeOptions options;
   std::optional<int> ranks;
   std::optional<int> threads;
+  std::string rope_scaling = "none";
   std::string kv_memory;
   std::string device;
   bool check_finite = false;
@@ -39,6 +41,9 @@ std::string FindProblem(const ServeFlags& flags) {
   for (const char* name : {"refocus-coordinator", "refocus-worker"}) {
     const std::string path = OwnFolder() + "/" + name;
     if (access(path.c_str(), X_OK) != 0) return path + ": not there; it belongs beside 'refocus'";
+  }
+  if (const Status scaling = ParseRopeScaling(flags.rope_scaling).status(); !scaling.ok()) {
+    return std::string(scaling.message());
   }
   if (!OnPath("mpirun")) return "mpirun: not on PATH; install Open MPI 4.1 (Debian, Ubuntu: openmpi-bin)";
   return "";
@@ -67,6 +72,7 @@ int Serve(ServeFlags flags) {
   if (flags.reflection) coordinator.push_back("--enable-reflection");
   if (flags.insecure) coordinator.push_back("--insecure");
   add(&worker, "--log-level", flags.log_level);
+  for (auto* part : {&coordinator, &worker}) add(part, "--rope-scaling", flags.rope_scaling);
   if (!flags.device.empty()) add(&worker, "--device", flags.device);
   if (flags.check_finite) worker.push_back("--check-finite");
   if (flags.random_weights) add(&worker, "--random-weights", std::to_string(*flags.random_weights));
@@ -89,6 +95,11 @@ void AddServe(CLI::App& app, Run* run) {
       ->check(CLI::Range(1, kMaxServedRanks))->group("Model");
   verb->add_option("--device", f->device, "Where ranks compute; cuda: one GPU a rank (cpu)")
       ->envname("REFOCUS_DEVICE")->check(CLI::IsMember({"cpu", "cuda"}))->group("Model");
+  verb->add_option("--rope-scaling", f->rope_scaling,
+                   "Stretch RoPE over a longer window, in place of what the model states: TYPE:FACTOR or "
+                   "TYPE:FACTOR:WINDOW, linear, llama3 or yarn, as yarn:4:32768; WINDOW: the model's own before "
+                   "stretching")
+      ->envname("REFOCUS_ROPE_SCALING")->type_name("SCALING")->capture_default_str()->group("Model");
   verb->add_flag("--check-finite", f->check_finite, "Refuse weights that hold NaN or Inf")
       ->envname("REFOCUS_CHECK_FINITE")->group("Model");
   verb->add_option("--random-weights", f->random_weights,

@@ -48,7 +48,9 @@ void PrintModel(const v1::Model& model) {
   std::cout << "model       " << model.name() << ": " << model.family() << ", "
             << FormatCount(model.parameters() / 1'000'000) << " million parameters, " << model.layers() << " layers, "
             << model.dtype() << '\n'
-            << "            " << FormatCount(model.max_positions()) << " positions, K/V "
+            << "            " << FormatCount(model.max_positions()) << " positions"
+            << (model.rope_scaling() == "none" || model.rope_scaling().empty() ? "" : " (RoPE " + model.rope_scaling() + ")")
+            << ", K/V "
             << FormatBytes(model.kv_bytes_per_token()) << " a token, "
             << (model.has_tokenizer() ? "with tokenizer" : "token ids only")
             << (model.chat_format().empty() ? "" : ", chat format " + model.chat_format()) << '\n';

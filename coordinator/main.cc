@@ -21,6 +21,7 @@ namespace {
 
 struct Flags {
   std::string model;
+  std::string rope_scaling = "none";
   ServerOptions server;
   double drain_seconds = 30;
   bool insecure = false;
@@ -32,6 +33,9 @@ void DeclareFlags(CLI::App& app, Flags& flags) {
   app.option_defaults()->always_capture_default();
   app.set_version_flag("--version", std::string("refocus-coordinator ") + REFOCUS_VERSION);
   app.add_option("--model", flags.model, "Hugging Face folder or .gguf file")->required()->envname("REFOCUS_MODEL");
+  app.add_option("--rope-scaling", flags.rope_scaling,
+                 "Stretch RoPE over a longer window: TYPE:FACTOR[:WINDOW], linear, llama3 or yarn; as the ranks do")
+      ->envname("REFOCUS_ROPE_SCALING");
   app.add_option("--ranks", core.group.size, "Ranks of the worker group; 0: as many as the first one says")
       ->check(CLI::Range(0, 4096));
   app.add_option("--max-kv-bytes", core.max_kv_bytes, "K/V bytes to use on each rank, below what it offers; 0: all")
@@ -87,14 +91,14 @@ Status CheckAddress(const char* flag, const std::string& address, bool insecure)
 StatusOr<std::unique_ptr<Server>> StartServer(Flags& flags) {
   REFOCUS_RETURN_IF_ERROR(CheckAddress("--listen", flags.server.listen, flags.insecure));
   REFOCUS_RETURN_IF_ERROR(CheckAddress("--worker-listen", flags.server.worker_listen, flags.insecure));
-  REFOCUS_ASSIGN_OR_RETURN(ModelConfig model, LoadModelConfig(flags.model));
+  REFOCUS_ASSIGN_OR_RETURN(ModelConfig model, LoadModelConfig(flags.model, flags.rope_scaling));
   REFOCUS_ASSIGN_OR_RETURN(std::shared_ptr<const Tokenizer> tokenizer, Tokenizer::Load(flags.model));
   if (tokenizer != nullptr && tokenizer->vocab_size() > model.vocab) {
     return ConfigError(flags.model + ": vocab_size: got " + std::to_string(model.vocab) +
                        ", but the tokenizer has ids up to " + std::to_string(tokenizer->vocab_size() - 1));
   }
   LogInfo("model " + model.name + ", " + FamilyName(model.family) + ", " + std::to_string(model.parameters()) +
-          " parameters, window " + std::to_string(model.max_positions) + ", " +
+          " parameters, window " + std::to_string(model.max_positions) + ", RoPE scaling " + model.rope.Text() + ", " +
           (tokenizer != nullptr ? "with tokenizer" : "token ids only"));
   flags.server.core.group.fingerprint = model.Fingerprint();
   flags.server.core.version = REFOCUS_VERSION;

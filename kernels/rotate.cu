@@ -1,4 +1,4 @@
-// QK-norm with rotary embedding, its gradient, and the append of rotated keys and values to the cache. A group of lanes
+// Bias and QK-norm with rotary embedding, its gradient, and the append of rotated keys and values to the cache. A group of lanes
 // takes one head of one row: each lane four neighbouring pairs, elements i..i+3 and half+i..half+i+3. The angles of a
 // row are the same for all its heads: the block forms them once, in shared memory.
 #include "kernels/rowwise.cuh"
@@ -27,17 +27,18 @@ struct Arguments {
 
 // fp64 holds position * frequency to 1e-9 rad at 2^24. The reduced angle is kept in half turns, whose sine and cosine
 // need no further reduction.
-__device__ float2 CosSin(int64_t position, float inverse_frequency) {
+__device__ float2 CosSin(const RotateParams& p, int64_t row, int i) {
   constexpr double kTurnsPerRadian = 0.15915494309189533577;
-  const double turns = static_cast<double>(position) * static_cast<double>(inverse_frequency) * kTurnsPerRadian;
+  const double radians = static_cast<double>(p.pos[row]) * static_cast<double>(p.inverse_frequencies[i]);
+  const double turns = radians * kTurnsPerRadian;
   float2 result;
   sincospif(static_cast<float>(2.0 * (turns - rint(turns))), &result.y, &result.x);
-  return result;
+  return {result.x * p.attention_factor, result.y * p.attention_factor};
 }
 
 // One lane's share of a head.
 struct Share {
-  Four low, high;    // of raw
+  Four low, high;    // of raw, with the bias
   Four dlow, dhigh;  // of dq; kGrad
   uint4 value;       // eight elements of V; kAppend
   int64_t slot;      // kAppend
@@ -61,6 +62,15 @@ __device__ Share LoadShare(const Arguments& a, int64_t first_row, int items, int
   if (kTask != Task::kGrad || p.norm != nullptr) {
     s.low = row::Load(p.raw + head + 4 * lane);
     s.high = row::Load(p.raw + head + half + 4 * lane);
+    if (p.bias != nullptr) {
+      const Bf16* bias = static_cast<const Bf16*>(p.bias) + item % p.heads * p.head_dim + 4 * lane;
+      const Four low = row::Load(bias), high = row::Load(bias + half);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        s.low.v[j] += low.v[j];
+        s.high.v[j] += high.v[j];
+      }
+    }
   }
   if constexpr (kTask == Task::kGrad) {
     s.dlow = row::Load(a.dq + head + 4 * lane);
@@ -158,7 +168,7 @@ __global__ void __launch_bounds__(kMaxThreads) RotateKernel(Arguments a) {
     weight_high = row::Load(static_cast<const Bf16*>(p.norm) + half + 4 * lane);
   }
   for (int t = threadIdx.x; t < rows * half; t += blockDim.x)
-    angles[t] = CosSin(p.pos[first_row + t / half], p.inverse_frequencies[t % half]);
+    angles[t] = CosSin(p, first_row + t / half, t % half);
   __syncthreads();
 
   const int passes = (items + groups - 1) / groups;  // the same for all lanes of a warp: they shuffle
@@ -195,7 +205,8 @@ __global__ void __launch_bounds__(kScalarWarps* row::kWarp) RotateScalarKernel(A
   const int64_t row = item / p.heads;
   const int64_t head = item * p.head_dim;
   const Bf16* norm = static_cast<const Bf16*>(p.norm);
-  const float* raw = p.raw + head;
+  const Bf16* bias = p.bias != nullptr ? static_cast<const Bf16*>(p.bias) + item % p.heads * p.head_dim : nullptr;
+  const auto raw = [&](int i) { return p.raw[head + i] + (bias != nullptr ? __bfloat162float(bias[i]) : 0.0f); };
   Bf16* out = static_cast<Bf16*>(p.out) + head;
   if constexpr (kTask == Task::kAppend) {
     const int64_t slot = a.append.slots[row];
@@ -208,24 +219,25 @@ __global__ void __launch_bounds__(kScalarWarps* row::kWarp) RotateScalarKernel(A
   const auto weight = [&](int i) { return norm != nullptr ? __bfloat162float(norm[i]) : 1.0f; };
   float squares = 0.0f, products = 0.0f;
   for (int i = lane; i < half && norm != nullptr; i += row::kWarp) {
-    squares += raw[i] * raw[i] + raw[half + i] * raw[half + i];
+    const float low = raw(i), high = raw(half + i);
+    squares += low * low + high * high;
     if constexpr (kTask == Task::kGrad) {
-      const Pair d = TurnBack(a.dq + head, half, i, CosSin(p.pos[row], p.inverse_frequencies[i]));
-      products += d.low * weight(i) * raw[i] + d.high * weight(half + i) * raw[half + i];
+      const Pair d = TurnBack(a.dq + head, half, i, CosSin(p, row, i));
+      products += d.low * weight(i) * low + d.high * weight(half + i) * high;
     }
   }
   const float dim = static_cast<float>(p.head_dim);
   const float r = norm != nullptr ? rsqrtf(row::WarpSum(squares) / dim + p.eps) : 1.0f;
   const float pull = norm != nullptr ? r * r * (row::WarpSum(products) / dim) : 0.0f;
   for (int i = lane; i < half; i += row::kWarp) {
-    const float2 angle = CosSin(p.pos[row], p.inverse_frequencies[i]);
+    const float2 angle = CosSin(p, row, i);
     Pair result;
     if constexpr (kTask == Task::kGrad) {
       const Pair d = TurnBack(a.dq + head, half, i, angle);
-      const Pair x = norm != nullptr ? Pair{raw[i], raw[half + i]} : Pair{0.0f, 0.0f};
+      const Pair x = norm != nullptr ? Pair{raw(i), raw(half + i)} : Pair{0.0f, 0.0f};
       result = {r * (d.low * weight(i) - x.low * pull), r * (d.high * weight(half + i) - x.high * pull)};
     } else {
-      const float low = raw[i] * (r * weight(i)), high = raw[half + i] * (r * weight(half + i));
+      const float low = raw(i) * (r * weight(i)), high = raw(half + i) * (r * weight(half + i));
       result = {low * angle.x - high * angle.y, high * angle.x + low * angle.y};
     }
     out[i] = __float2bfloat16_rn(result.low);
@@ -260,7 +272,7 @@ cudaError_t Run(Arguments a, bool aligned, cudaStream_t stream) {
 cudaError_t Rotate(const RotateParams& params, cudaStream_t stream) {
   Arguments a = {};
   a.p = params;
-  return Run<Task::kRotate>(a, row::Aligned(params.raw, params.norm, params.out), stream);
+  return Run<Task::kRotate>(a, row::Aligned(params.raw, params.bias, params.norm, params.out), stream);
 }
 
 cudaError_t RotateGrad(const RotateGradParams& params, cudaStream_t stream) {
@@ -268,14 +280,15 @@ cudaError_t RotateGrad(const RotateGradParams& params, cudaStream_t stream) {
   a.p = params.forward;
   a.p.out = params.draw;
   a.dq = params.dq;
-  return Run<Task::kGrad>(a, row::Aligned(a.p.raw, a.p.norm, params.dq, params.draw), stream);
+  return Run<Task::kGrad>(a, row::Aligned(a.p.raw, a.p.bias, a.p.norm, params.dq, params.draw), stream);
 }
 
 cudaError_t Append(const AppendParams& params, cudaStream_t stream) {
   Arguments a = {};
   a.p = params.key;
   a.append = params;
-  const bool aligned = row::Aligned(a.p.raw, a.p.norm, params.value, params.k, params.v) && params.head_stride % 8 == 0;
+  const bool aligned = row::Aligned(a.p.raw, a.p.bias, a.p.norm, params.value, params.k, params.v) &&
+                       params.head_stride % 8 == 0;
   return Run<Task::kAppend>(a, aligned, stream);
 }
 

@@ -47,16 +47,18 @@ struct NormGradParams {
 };
 cudaError_t NormGrad(const NormGradParams& params, cudaStream_t stream);
 
-// Heads of queries or keys: optional RMSNorm over head_dim, then rotary embedding at each row's position: element i
+// Heads of queries or keys: an optional bias, optional RMSNorm over head_dim, then rotary embedding at each row's position: element i
 // pairs with i + head_dim / 2, angle = position * inverse_frequencies[i] formed in fp64 and reduced modulo 2 pi before
-// sine and cosine are taken in fp32 (a million times a frequency does not fit fp32).
+// sine and cosine are taken in fp32 (a million times a frequency does not fit fp32), each times attention_factor.
 struct RotateParams {
   int64_t rows = 0;
   int heads = 0;
   int head_dim = 0;                             // even
   float eps = 0.0f;
   const float* raw = nullptr;                   // fp32 [rows, heads, head_dim]
+  const void* bias = nullptr;                   // bf16 [heads, head_dim]; null: none
   const void* norm = nullptr;                   // bf16 [head_dim]; null: no norm
+  float attention_factor = 1.0f;
   const int64_t* pos = nullptr;                 // [rows]
   const float* inverse_frequencies = nullptr;   // [head_dim / 2]
   void* out = nullptr;                          // bf16 [rows, heads, head_dim]
@@ -65,7 +67,7 @@ cudaError_t Rotate(const RotateParams& params, cudaStream_t stream);
 
 // draw of Rotate behind dq (fp32 [rows, heads, head_dim], after rotation): draw bf16 [rows, heads, head_dim].
 struct RotateGradParams {
-  RotateParams forward;       // raw, norm, pos, inverse_frequencies; out unused
+  RotateParams forward;       // raw, bias, norm, pos, inverse_frequencies; out unused
   const float* dq = nullptr;
   void* draw = nullptr;
 };

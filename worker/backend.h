@@ -48,10 +48,22 @@ struct Partial {
   at::Tensor lse;  // [rows, heads] fp32, natural log
 };
 
+// What heads go through between their projection and the rotation; undefined: nothing.
+struct HeadWeights {
+  at::Tensor bias;  // [heads * head_dim] dtype
+  at::Tensor norm;  // [head_dim] dtype
+};
+
+struct KeyValueWeights {
+  at::Tensor wk, wv;  // [kv_heads * head_dim, hidden] dtype
+  HeadWeights k;
+  at::Tensor v_bias;  // [kv_heads * head_dim] dtype, or undefined
+};
+
 // Rotary embedding at the positions of n rows: whatever the device keeps for it.
 struct Rotation {
   at::Tensor pos;  // [n] int64
-  at::Tensor cos;  // [n, 1, head_dim] fp32; CPU only
+  at::Tensor cos;  // [n, 1, head_dim] fp32, times the RoPE's attention factor; CPU only
   at::Tensor sin;  // the same, first half negated: rotated = x * cos + swap_halves(x) * sin
 };
 
@@ -152,14 +164,14 @@ class Backend {
                             const at::Tensor& residual) = 0;
 
   virtual Rotation RotationAt(const at::Tensor& pos) = 0;
-  // raw [n, heads, head_dim] fp32, RMSNorm over head_dim with `norm` (undefined: none), then RoPE -> dtype.
-  virtual at::Tensor Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) = 0;
-  // The gradient behind it: dq [n, heads, head_dim] fp32 -> [n, heads, head_dim] dtype.
-  virtual at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+  // raw [n, heads, head_dim] fp32, plus the bias, RMSNorm over head_dim, then RoPE -> dtype.
+  virtual at::Tensor Rotate(const at::Tensor& raw, const HeadWeights& weights, const Rotation& rotation) = 0;
+  // The gradient behind it with respect to raw: dq [n, heads, head_dim] fp32 -> [n, heads, head_dim] dtype.
+  virtual at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const HeadWeights& weights,
                                 const Rotation& rotation) = 0;
   // Keys and values of rows h [n, hidden] dtype, written to slots[i] of `extent`; rows with slots[i] < 0 are skipped.
-  virtual void Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
-                      const Rotation& rotation, const at::Tensor& slots, const KvView& extent) = 0;
+  virtual void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
+                      const at::Tensor& slots, const KvView& extent) = 0;
 
   // silu(gate) * up, [n, mlp] dtype.
   virtual at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) = 0;

@@ -18,7 +18,7 @@
 #include <cmath>
 
 #include "base/check.h"
-#include "worker/rotary.h"
+#include "base/rope.h"
 #include "worker/sampler.h"
 
 namespace refocus {
@@ -38,6 +38,11 @@ at::Tensor SwapHalves(const at::Tensor& x) {
   return at::cat({x.narrow(-1, half, half), x.narrow(-1, 0, half)}, -1);
 }
 
+// x [rows, heads, head_dim], bias [heads * head_dim] or undefined
+at::Tensor AddBias(const at::Tensor& x, const at::Tensor& bias) {
+  return bias.defined() ? x + bias.view({x.size(1), x.size(2)}) : x;
+}
+
 at::Tensor RmsNorm(const at::Tensor& x, const at::Tensor& weight, double eps) {
   return x * at::rsqrt(x.square().mean({-1}, /*keepdim=*/true) + eps) * weight;
 }
@@ -52,7 +57,10 @@ at::Tensor RmsNormGrad(const at::Tensor& x, const at::Tensor& weight, const at::
 }  // namespace
 
 CpuRowwise::CpuRowwise(const ModelConfig& config)
-    : eps_(config.rms_eps), head_dim_(config.head_dim), inverse_frequencies_(InverseFrequencies(config)) {}
+    : eps_(config.rms_eps),
+      head_dim_(config.head_dim),
+      inverse_frequencies_(InverseFrequencies(config.rope_theta, config.head_dim, config.rope)),
+      attention_factor_(config.rope.attention_factor) {}
 
 std::unique_ptr<Repeat> CpuRowwise::Repeated(std::function<void()> pass) {
   return std::make_unique<EagerRepeat>(std::move(pass));
@@ -109,27 +117,29 @@ Rotation CpuRowwise::RotationAt(const at::Tensor& pos) {
   for (int64_t row = 0; row < rows; ++row, cos += 2 * half, sin += 2 * half) {
     for (int64_t i = 0; i < half; ++i) {
       const double angle = static_cast<double>(positions[row]) * static_cast<double>(inverse_frequencies_[i]);
-      cos[i] = cos[half + i] = static_cast<float>(std::cos(angle));
-      sin[half + i] = static_cast<float>(std::sin(angle));
+      cos[i] = cos[half + i] = static_cast<float>(std::cos(angle) * attention_factor_);
+      sin[half + i] = static_cast<float>(std::sin(angle) * attention_factor_);
       sin[i] = -sin[half + i];
     }
   }
   return rotation;
 }
 
-at::Tensor CpuRowwise::Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) {
-  const at::Tensor x = norm.defined() ? RmsNorm(raw, norm, eps_) : raw;
+at::Tensor CpuRowwise::Rotate(const at::Tensor& raw, const HeadWeights& weights, const Rotation& rotation) {
+  at::Tensor x = AddBias(raw, weights.bias);
+  if (weights.norm.defined()) x = RmsNorm(x, weights.norm, eps_);
   return x * rotation.cos + SwapHalves(x) * rotation.sin;
 }
 
-at::Tensor CpuRowwise::RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+at::Tensor CpuRowwise::RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const HeadWeights& weights,
                                   const Rotation& rotation) {
-  const at::Tensor dx = dq * rotation.cos - SwapHalves(dq) * rotation.sin;  // the inverse rotation
-  return (norm.defined() ? RmsNormGrad(raw, norm, dx, eps_) : dx).contiguous();
+  const at::Tensor dx = dq * rotation.cos - SwapHalves(dq) * rotation.sin;  // transposed: turned back
+  if (!weights.norm.defined()) return dx.contiguous();
+  return RmsNormGrad(AddBias(raw, weights.bias), weights.norm, dx, eps_).contiguous();
 }
 
-void CpuRowwise::Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
-                        const Rotation& rotation, const at::Tensor& slots, const KvView& extent) {
+void CpuRowwise::Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
+                        const at::Tensor& slots, const KvView& extent) {
   // Rows of other ranks are left out before anything is computed for them.
   std::vector<int64_t> writing, targets;
   const int64_t* slot = slots.const_data_ptr<int64_t>();
@@ -146,9 +156,9 @@ void CpuRowwise::Append(const at::Tensor& h, const at::Tensor& wk, const at::Ten
   const auto select = [&](const at::Tensor& t) { return all ? t : at::index_select(t, 0, index); };
   const at::Tensor x = select(h);
   const int64_t heads = extent.k.size(0);
-  const at::Tensor k = Rotate(Linear(x, wk).view({rows, heads, head_dim_}), k_norm,
+  const at::Tensor k = Rotate(Linear(x, weights.wk).view({rows, heads, head_dim_}), weights.k,
                               {select(rotation.pos), select(rotation.cos), select(rotation.sin)});
-  const at::Tensor v = Linear(x, wv).view({rows, heads, head_dim_});
+  const at::Tensor v = AddBias(Linear(x, weights.wv).view({rows, heads, head_dim_}), weights.v_bias);
   // In one run of slots, as prefill and decode write them, as a rule.
   bool run = true;
   for (int64_t i = 1; i < rows; ++i) run = run && targets[i] == targets[0] + i;

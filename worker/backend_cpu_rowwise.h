@@ -36,11 +36,11 @@ class CpuRowwise : public Backend {
                     const at::Tensor& residual) override;
 
   Rotation RotationAt(const at::Tensor& pos) override;
-  at::Tensor Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) override;
-  at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+  at::Tensor Rotate(const at::Tensor& raw, const HeadWeights& weights, const Rotation& rotation) override;
+  at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const HeadWeights& weights,
                         const Rotation& rotation) override;
-  void Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
-              const Rotation& rotation, const at::Tensor& slots, const KvView& extent) override;
+  void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
+              const KvView& extent) override;
 
   at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) override;
   SiluGrads SiluMulGrad(const at::Tensor& dact, const at::Tensor& gate, const at::Tensor& up) override;
@@ -53,6 +53,7 @@ class CpuRowwise : public Backend {
   double eps_;
   int64_t head_dim_;
   std::vector<float> inverse_frequencies_;  // [head_dim / 2]
+  double attention_factor_;                 // of sine and cosine
 };
 
 }  // namespace refocus

@@ -24,12 +24,12 @@
 #include <utility>
 
 #include "base/check.h"
+#include "base/rope.h"
 #include "base/log.h"
 #include "kernels/attention.h"
 #include "kernels/rowwise.h"
 #include "worker/backend.h"
 #include "worker/collective.h"
-#include "worker/rotary.h"
 
 namespace refocus {
 namespace {
@@ -107,7 +107,7 @@ class CudaBackend : public Backend {
     aside_ = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index());
     at::globalContext().setAllowBF16ReductionCuBLAS(/*allow_reduced_precision=*/false);
     sm_count_ = at::cuda::getDeviceProperties(device_.index())->multiProcessorCount;
-    inverse_frequencies_ = at::tensor(InverseFrequencies(config_)).to(device_);
+    inverse_frequencies_ = at::tensor(InverseFrequencies(config_.rope_theta, config_.head_dim, config_.rope)).to(device_);
   }
 
   void Synchronize() override { c10::cuda::getCurrentCUDAStream().synchronize(); }
@@ -249,32 +249,33 @@ class CudaBackend : public Backend {
 
   Rotation RotationAt(const at::Tensor& pos) override { return {pos, {}, {}}; }
 
-  at::Tensor Rotate(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) override {
+  at::Tensor Rotate(const at::Tensor& raw, const HeadWeights& weights, const Rotation& rotation) override {
     at::Tensor out = Empty(raw.sizes(), dtype());
-    kernels::RotateParams params = RotateOf(raw, norm, rotation);
+    kernels::RotateParams params = RotateOf(raw, weights, rotation);
     params.out = Data(out);
     CheckLaunch(kernels::Rotate(params, Stream()), "Rotate");
     return out;
   }
 
-  at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const at::Tensor& norm,
+  at::Tensor RotateGrad(const at::Tensor& dq, const at::Tensor& raw, const HeadWeights& weights,
                         const Rotation& rotation) override {
     at::Tensor draw = Empty(raw.sizes(), dtype());
     kernels::RotateGradParams params;
-    params.forward = RotateOf(raw, norm, rotation);
+    params.forward = RotateOf(raw, weights, rotation);
     params.dq = Data<float>(dq);
     params.draw = Data(draw);
     CheckLaunch(kernels::RotateGrad(params, Stream()), "RotateGrad");
     return draw;
   }
 
-  void Append(const at::Tensor& h, const at::Tensor& wk, const at::Tensor& wv, const at::Tensor& k_norm,
-              const Rotation& rotation, const at::Tensor& slots, const KvView& extent) override {
-    const at::Tensor raw = LinearSum(h, wk, at::Tensor()).view({h.size(0), config_.kv_heads, config_.head_dim});
-    const at::Tensor value = Linear(h, wv);
+  void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
+              const KvView& extent) override {
+    const at::Tensor raw = LinearSum(h, weights.wk, at::Tensor()).view({h.size(0), config_.kv_heads, config_.head_dim});
+    // The product's epilogue adds a bias in fp32.
+    const at::Tensor value = weights.v_bias.defined() ? at::linear(h, weights.wv, weights.v_bias) : Linear(h, weights.wv);
     CheckExtent(extent);
     kernels::AppendParams params;
-    params.key = RotateOf(raw, k_norm, rotation);
+    params.key = RotateOf(raw, weights.k, rotation);
     params.value = Data(value);
     params.slots = Data<int64_t>(slots);
     params.k = extent.k.data_ptr();
@@ -391,7 +392,7 @@ class CudaBackend : public Backend {
     return shape;
   }
 
-  kernels::RotateParams RotateOf(const at::Tensor& raw, const at::Tensor& norm, const Rotation& rotation) const {
+  kernels::RotateParams RotateOf(const at::Tensor& raw, const HeadWeights& weights, const Rotation& rotation) const {
     REFOCUS_CHECK_EQ(rotation.pos.numel(), raw.size(0));
     kernels::RotateParams params;
     params.rows = raw.size(0);
@@ -399,7 +400,10 @@ class CudaBackend : public Backend {
     params.head_dim = static_cast<int>(raw.size(2));
     params.eps = static_cast<float>(config_.rms_eps);
     params.raw = Data<float>(raw);
-    params.norm = Data(norm);
+    REFOCUS_CHECK(!weights.bias.defined() || weights.bias.numel() == raw.size(1) * raw.size(2));
+    params.bias = Data(weights.bias);
+    params.norm = Data(weights.norm);
+    params.attention_factor = static_cast<float>(config_.rope.attention_factor);
     params.pos = Data<int64_t>(rotation.pos);
     params.inverse_frequencies = Data<float>(inverse_frequencies_);
     return params;

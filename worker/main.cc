@@ -388,7 +388,7 @@ int Main(int argc, char** argv) {
   Rank rank;
   rank.options = ParseWorkerOptions(argc, argv);
   SetLog("worker", rank.options.log_level);
-  StatusOr<ModelConfig> config = LoadModelConfig(rank.options.model);
+  StatusOr<ModelConfig> config = LoadModelConfig(rank.options.model, rank.options.rope_scaling);
   if (!config.ok()) {
     LogError("FATAL " + HostName() + ": " + std::string(config.status().message()));
     return ExitCodeOf(config.status());

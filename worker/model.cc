@@ -72,7 +72,7 @@ Partial Model::Exchange(const RowPlan& rows, const Partial& partial) {
 void Model::Append(const ForwardInput& input, int64_t layer, const at::Tensor& h, const Rotation& rotation) {
   if (!input.slots.defined()) return;
   const LayerWeights& w = weights_.layers[layer];
-  backend_.Append(h, w.wk, w.wv, w.k_norm, rotation, input.slots, input.append->View(layer));
+  backend_.Append(h, {w.wk, w.wv, {w.k_bias, w.k_norm}, w.v_bias}, rotation, input.slots, input.append->View(layer));
 }
 
 Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
@@ -130,7 +130,7 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     const at::Tensor q_raw = ProjectQueries(backend_, h, w.wq, input.adapters, layer).view({n, c.heads, c.head_dim});
     at::Tensor q_all;
     const Partial attention =
-        Attention(input, layer, backend_.Rotate(q_raw, w.q_norm, rotation), h, rotation, &q_all);
+        Attention(input, layer, backend_.Rotate(q_raw, {w.q_bias, w.q_norm}, rotation), h, rotation, &q_all);
     const at::Tensor mixed = backend_.Linear(backend_.Rounded(attention.out).view({n, c.q_dim()}), w.wo);
     const Normed mid = backend_.AddNorm(x, mixed, w.mlp_norm);
     const at::Tensor gate = backend_.Linear(mid.h, w.gate);
@@ -179,7 +179,7 @@ void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& t
         backend_.QueryGrad(t.q_all, input.pos, Views(input, layer), GatherRows(rows, dout), GatherRows(rows, t.lse),
                            GatherRows(rows, backend_.RowDot(dout, t.out)));
     const at::Tensor dq =
-        backend_.RotateGrad(SumOverRanks(rows, dq_all), t.q_raw, w.q_norm, rotation).view({n, c.q_dim()});
+        backend_.RotateGrad(SumOverRanks(rows, dq_all), t.q_raw, {w.q_bias, w.q_norm}, rotation).view({n, c.q_dim()});
     DeltaGrad(backend_, dq, t.h, delta, layer, add, grad);
     if (layer == 0) break;  // nothing below is trained
     dx = backend_.NormGrad(t.x, w.attn_norm, QueriesGrad(backend_, dq, w.wq, delta, layer), dx_mid.sum);

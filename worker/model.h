@@ -24,7 +24,7 @@ namespace refocus {
 struct LayerTrace {
   at::Tensor x;      // [n, hidden] fp32, input of the layer
   at::Tensor h;      // [n, hidden] attn_norm(x)
-  at::Tensor q_raw;  // [n, H, d] fp32, before QK-norm and RoPE
+  at::Tensor q_raw;  // [n, H, d] fp32, before bias, QK-norm and RoPE
   at::Tensor q_all;  // [rows, H, d] all ranks' rows, after RoPE
   at::Tensor out;    // [n, H, d] fp32, combined attention
   at::Tensor lse;    // [n, H] fp32

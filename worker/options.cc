@@ -37,6 +37,11 @@ std::string CheckAddress(const std::string& text) {
 void AddModelOptions(CLI::App& app, WorkerOptions& options) {
   app.add_option("--model", options.model, "Folder with config.json and *.safetensors, or a .gguf file")
       ->envname("REFOCUS_MODEL")->required()->type_name("PATH")->group("Model");
+  app.add_option("--rope-scaling", options.rope_scaling,
+                 "Stretch RoPE over a longer window, in place of what the model states: TYPE:FACTOR or "
+                 "TYPE:FACTOR:WINDOW, linear, llama3 or yarn, as yarn:4:32768; WINDOW: the model's own before "
+                 "stretching. The same on all ranks and the coordinator")
+      ->envname("REFOCUS_ROPE_SCALING")->default_str("none")->type_name("SCALING")->group("Model");
   app.add_flag("--check-finite", options.check_finite, "Refuse weights that hold NaN or Inf (exit 3)")
       ->envname("REFOCUS_CHECK_FINITE")->group("Model");
   app.add_option("--random-weights", options.random_seed,

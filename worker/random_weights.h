@@ -4,7 +4,7 @@
 //
 // key = mix(fnv1a64(name) ^ mix(seed)); element i of a matrix, counted row by row, is
 //   ((mix(key + i * 0x9e3779b97f4a7c15) >> 40) / 2^24 - 0.5) * 0.069282032
-// in fp32, rounded to bf16: uniform with deviation 0.02. mix is splitmix64's. Vectors (norms) are 1.
+// in fp32, rounded to bf16: uniform with deviation 0.02; so are biases. mix is splitmix64's. Norms are 1.
 #pragma once
 
 #include <c10/util/BFloat16.h>

@@ -55,7 +55,7 @@ struct Names {
   const char* final_norm;
   const char* output;
   const char* layer;  // prefix before the layer's number
-  const char *attn_norm, *wq, *wk, *wv, *wo, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
+  const char *attn_norm, *wq, *wk, *wv, *wo, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *mlp_norm, *gate, *up, *down;
 };
 
 constexpr Names kHuggingFaceNames = {"model.embed_tokens.weight",
@@ -67,6 +67,9 @@ constexpr Names kHuggingFaceNames = {"model.embed_tokens.weight",
                                      ".self_attn.k_proj.weight",
                                      ".self_attn.v_proj.weight",
                                      ".self_attn.o_proj.weight",
+                                     ".self_attn.q_proj.bias",
+                                     ".self_attn.k_proj.bias",
+                                     ".self_attn.v_proj.bias",
                                      ".self_attn.q_norm.weight",
                                      ".self_attn.k_norm.weight",
                                      ".post_attention_layernorm.weight",
@@ -76,8 +79,10 @@ constexpr Names kHuggingFaceNames = {"model.embed_tokens.weight",
 
 constexpr Names kGgufNames = {"token_embd.weight",   "output_norm.weight",  "output.weight",       "blk.",
                               ".attn_norm.weight",   ".attn_q.weight",      ".attn_k.weight",      ".attn_v.weight",
-                              ".attn_output.weight", ".attn_q_norm.weight", ".attn_k_norm.weight", ".ffn_norm.weight",
-                              ".ffn_gate.weight",    ".ffn_up.weight",      ".ffn_down.weight"};
+                              ".attn_output.weight", ".attn_q.bias",        ".attn_k.bias",        ".attn_v.bias",
+                              ".attn_q_norm.weight", ".attn_k_norm.weight", ".ffn_norm.weight",    ".ffn_gate.weight",
+                              ".ffn_up.weight",      ".ffn_down.weight"};
+constexpr char kGgufRopeFactors[] = "rope_freqs.weight";
 
 std::vector<Slot> SlotsOf(const Names& names, bool interleaved, Weights* weights) {
   const ModelConfig& config = weights->config;
@@ -95,6 +100,11 @@ std::vector<Slot> SlotsOf(const Names& names, bool interleaved, Weights* weights
     slots.push_back({prefix + names.wk, {config.kv_dim(), config.hidden}, &layer.wk, k_heads});
     slots.push_back({prefix + names.wv, {config.kv_dim(), config.hidden}, &layer.wv});
     slots.push_back({prefix + names.wo, {config.hidden, config.q_dim()}, &layer.wo});
+    if (config.qkv_bias) {
+      slots.push_back({prefix + names.q_bias, {config.q_dim()}, &layer.q_bias});
+      slots.push_back({prefix + names.k_bias, {config.kv_dim()}, &layer.k_bias});
+      slots.push_back({prefix + names.v_bias, {config.kv_dim()}, &layer.v_bias});
+    }
     if (config.qk_norm) {
       slots.push_back({prefix + names.q_norm, {config.head_dim}, &layer.q_norm});
       slots.push_back({prefix + names.k_norm, {config.head_dim}, &layer.k_norm});
@@ -107,12 +117,13 @@ std::vector<Slot> SlotsOf(const Names& names, bool interleaved, Weights* weights
   return slots;
 }
 
-// Tensors that hold nothing the model needs: a cache of rotary frequencies in old files, and a second copy of tied
-// embeddings.
+// Tensors that hold nothing the model needs from here: rotary frequencies, cached in old files or read with the
+// configuration, and a second copy of tied embeddings.
 bool IsIgnored(const std::string& name, const ModelConfig& config) {
   constexpr std::string_view kFrequencies = ".rotary_emb.inv_freq";
   const std::string_view text(name);
   if (text.size() > kFrequencies.size() && text.substr(text.size() - kFrequencies.size()) == kFrequencies) return true;
+  if (name == kGgufRopeFactors) return true;
   return config.tied_embeddings && name == kHuggingFaceNames.output;
 }
 
@@ -141,6 +152,8 @@ Status CheckTable(const std::string& path, const TensorTable& table, const std::
   }
   return absl::OkStatus();
 }
+
+bool IsBias(std::string_view name) { return name.ends_with(".bias"); }
 
 // A part of one tensor: rows [first, first + count), read, decoded and placed by one thread.
 struct Part {
@@ -336,7 +349,7 @@ class Loader {
     const int64_t bytes = part.count * part.row_bytes;
     if (options_.random_seed) {
       auto* values = reinterpret_cast<c10::BFloat16*>(out);
-      if (part.slot->shape.size() == 1) {
+      if (part.slot->shape.size() == 1 && !IsBias(part.slot->name)) {
         std::fill_n(values, part.count * part.columns, c10::BFloat16(1.0f));
       } else {
         RandomValues(RandomKey(*options_.random_seed, part.slot->name), part.first * part.columns,
@@ -453,8 +466,8 @@ uint64_t HashWeights(const Weights& weights) {
   add(weights.final_norm);
   if (!weights.output.is_same(weights.embedding)) add(weights.output);
   for (const LayerWeights& layer : weights.layers) {
-    for (const at::Tensor* tensor : {&layer.attn_norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo, &layer.q_norm,
-                                     &layer.k_norm, &layer.mlp_norm, &layer.gate, &layer.up, &layer.down}) {
+    for (const at::Tensor* tensor : {&layer.attn_norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo, &layer.q_bias,
+                                     &layer.k_bias, &layer.v_bias, &layer.q_norm, &layer.k_norm, &layer.mlp_norm, &layer.gate, &layer.up, &layer.down}) {
       add(*tensor);
     }
   }

@@ -21,6 +21,9 @@ struct LayerWeights {
   at::Tensor wk;         // [kv_heads * head_dim, hidden]
   at::Tensor wv;         // [kv_heads * head_dim, hidden]
   at::Tensor wo;         // [hidden, heads * head_dim]
+  at::Tensor q_bias;     // [heads * head_dim], only with qkv_bias
+  at::Tensor k_bias;     // [kv_heads * head_dim], only with qkv_bias
+  at::Tensor v_bias;     // the same
   at::Tensor q_norm;     // [head_dim], only with qk_norm
   at::Tensor k_norm;     // [head_dim], only with qk_norm
   at::Tensor mlp_norm;   // [hidden]

@@ -329,6 +329,7 @@ api::Model Coordinator::GetModel() const {
   out.set_mlp_size(static_cast<int32_t>(model.mlp));
   out.set_vocab_size(static_cast<int32_t>(model.vocab));
   out.set_max_positions(model.max_positions);
+  out.set_rope_scaling(model.rope.Text());
   constexpr int64_t kElementBytes = 4;
   const int64_t reported = ledger_.bytes_per_token();  // by the ranks, when there are any
   out.set_kv_bytes_per_token(reported > 0 ? reported : model.kv_bytes_per_token(kElementBytes));

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <functional>
 
 #include "base/model_config.h"
@@ -91,9 +92,9 @@ TEST_F(GgufConfigTest, MissingKeysAreNamed) {
                           "context_length", "attention.layer_norm_rms_epsilon"}) {
     EXPECT_TRUE(Refused(Load(key, nullptr), std::string("llama.") + key + ": got nothing"));
   }
-  EXPECT_TRUE(Refused(Load("general.architecture", nullptr), "allowed llama, qwen3"));
+  EXPECT_TRUE(Refused(Load("general.architecture", nullptr), "allowed llama (Mistral too), qwen2, qwen3"));
   EXPECT_TRUE(Refused(Load("token_embd", nullptr), "token_embd.weight: got nothing"));
-  EXPECT_TRUE(Refused(Load("", nullptr, "gemma3"), "general.architecture: got 'gemma3', allowed llama, qwen3"));
+  EXPECT_TRUE(Refused(Load("", nullptr, "gemma3"), "general.architecture: got 'gemma3', allowed llama"));
 }
 
 TEST_F(GgufConfigTest, WrongTypesAndRanges) {
@@ -134,12 +135,14 @@ TEST_F(GgufConfigTest, UnsupportedFeaturesByName) {
   EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.U32("llama.expert_count", 8); }), "expert_count: got 8"));
   EXPECT_TRUE(
       Refused(With([](GgufBuilder& b) { b.U32("llama.attention.sliding_window", 512); }), "sliding_window: got 512"));
-  EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.Text("llama.rope.scaling.type", "yarn"); }),
-                      "rope.scaling.type: got 'yarn'"));
-  EXPECT_TRUE(
-      Refused(With([](GgufBuilder& b) { b.F32("llama.rope.scaling.factor", 4.0f); }), "rope.scaling.factor: got 4"));
-  EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.Tensor("rope_freqs.weight", {8}, 0, std::string(32, 'x')); }),
-                      "scaled RoPE"));
+  EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.Text("llama.rope.scaling.type", "longrope"); }),
+                      "rope.scaling.type: got 'longrope', allowed none, linear, yarn"));
+  EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.F32("llama.attn_logit_softcapping", 50.0f); }),
+                      "attn_logit_softcapping: got 50"));
+  EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.F32("llama.rope.scaling.attn_factor", 0.5f); }),
+                      "rope.scaling.attn_factor: got 0.5"));
+  EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.Tensor("rope_factors_long.weight", {8}, 0, std::string(32, 'x')); }),
+                      "rope_factors_long.weight"));
   EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.U32("llama.rope.dimension_count", 8); }),
                       "rope.dimension_count: got 8, allowed 16"));
   EXPECT_TRUE(Refused(With([](GgufBuilder& b) { b.U32("llama.attention.value_length", 8); }),
@@ -148,6 +151,58 @@ TEST_F(GgufConfigTest, UnsupportedFeaturesByName) {
   EXPECT_TRUE(With([](GgufBuilder& b) {
                 b.Text("llama.rope.scaling.type", "none").U32("llama.rope.dimension_count", 16);
               }).ok());
+}
+
+TEST_F(GgufConfigTest, ScaledRope) {
+  EXPECT_EQ(With([](GgufBuilder& b) { b.F32("llama.rope.scaling.factor", 4.0f); })->rope.Text(), "linear:4");
+  EXPECT_EQ(With([](GgufBuilder& b) { b.F32("llama.rope.scale_linear", 2.0f); })->rope.Text(), "linear:2");
+  EXPECT_EQ(With([](GgufBuilder& b) {
+              b.Text("llama.rope.scaling.type", "none").F32("llama.rope.scaling.factor", 4.0f);
+            })->rope.Text(),
+            "none");
+  const auto yarn = With([](GgufBuilder& b) {
+    b.Text("llama.rope.scaling.type", "yarn").F32("llama.rope.scaling.factor", 4.0f);
+    b.U32("llama.rope.scaling.original_context_length", 2048).F32("llama.rope.scaling.attn_factor", 0.5f);
+    b.F32("llama.rope.scaling.yarn_beta_fast", 16.0f);
+  });
+  ASSERT_TRUE(yarn.ok()) << yarn.status();
+  EXPECT_EQ(yarn->rope.Text(), "yarn:4:2048");
+  EXPECT_EQ(yarn->max_positions, 8192);
+  EXPECT_EQ(yarn->rope.beta_fast, 16.0);
+  EXPECT_DOUBLE_EQ(yarn->rope.attention_factor, 0.5 * (0.1 * std::log(4.0) + 1.0));
+  EXPECT_TRUE(Refused(With([](GgufBuilder& b) {
+                        b.Text("llama.rope.scaling.type", "yarn").F32("llama.rope.scaling.factor", 0.5f);
+                      }),
+                      "rope scaling yarn: factor: got 0.5"));
+}
+
+TEST_F(GgufConfigTest, RopeFactors) {
+  const std::vector<float> factors = {1, 1, 1, 1, 2, 4, 8, 8};
+  const auto with = [&](const std::vector<uint64_t>& shape, uint32_t type, const std::string& data) {
+    return With([&](GgufBuilder& b) { b.Tensor("rope_freqs.weight", shape, type, data); });
+  };
+  const auto config = with({8}, 0, FloatBytes(factors));
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->rope.factors, factors);
+  EXPECT_EQ(config->rope.Text(), "factors");
+  EXPECT_TRUE(Refused(with({4}, 0, FloatBytes({1, 1, 1, 1})), "rope_freqs.weight: got another type or shape"));
+  EXPECT_TRUE(Refused(with({8}, 1, std::string(16, '1')), "rope_freqs.weight: got another type or shape"));
+  for (const float bad : {0.0f, -1.0f, INFINITY, NAN}) {
+    EXPECT_TRUE(Refused(with({8}, 0, FloatBytes({1, 1, 1, 1, 2, 4, 8, bad})), "rope scaling factors: factor: got"));
+  }
+  EXPECT_TRUE(Refused(With([&](GgufBuilder& b) {
+                        b.Text("llama.rope.scaling.type", "linear").F32("llama.rope.scaling.factor", 2.0f);
+                        b.Tensor("rope_freqs.weight", {8}, 0, FloatBytes(factors));
+                      }),
+                      "one of them"));
+}
+
+TEST_F(GgufConfigTest, Qwen2HasBiases) {
+  const auto config = Load("", nullptr, "qwen2");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->family, Family::kQwen2);
+  EXPECT_TRUE(config->qkv_bias);
+  EXPECT_FALSE(config->qk_norm);
 }
 
 TEST_F(GgufConfigTest, ABrokenContainerIsAWeightFault) {

@@ -152,7 +152,11 @@ TEST_F(GgufTest, Alignment) {
 
 TEST_F(GgufTest, TensorTypes) {
   EXPECT_TRUE(
-      Invalid(Read(GgufBuilder().Tensor("t", {256}, 12, kSixteen)), "tensor 't': type: got Q4_K (12), allowed F32"));
+      Invalid(Read(GgufBuilder().Tensor("t", {256}, 13, kSixteen)), "tensor 't': type: got Q5_K (13), allowed F32"));
+  EXPECT_TRUE(Invalid(Read(GgufBuilder().Tensor("t", {128}, 12, kSixteen)),
+                      "row length: got 128, allowed multiples of 256 for Q4_K"));
+  EXPECT_TRUE(Invalid(Read(GgufBuilder().Tensor("t", {224, 8}, 14, kSixteen)),
+                      "row length: got 224, allowed multiples of 256 for Q6_K"));
   EXPECT_TRUE(Invalid(Read(GgufBuilder().Tensor("t", {256}, 4000, kSixteen)), "unknown type 4000"));
   EXPECT_TRUE(Invalid(Read(GgufBuilder().Tensor("t", {33}, 3, kSixteen)), "row length: got 33"));
   EXPECT_TRUE(Invalid(Read(GgufBuilder().Tensor("t", {16, 2}, 8, kSixteen)), "row length: got 16"));

@@ -37,6 +37,14 @@ Fields Qwen3() {
   return fields;
 }
 
+Fields Mistral() {
+  Fields fields = Llama();
+  fields["architectures"] = R"(["MistralForCausalLM"])";
+  fields["model_type"] = R"("mistral")";
+  fields["sliding_window"] = "4096";
+  return fields;
+}
+
 class HfConfigTest : public ::testing::Test {
  protected:
   StatusOr<ModelConfig> LoadText(const std::string& text) {
@@ -158,17 +166,74 @@ TEST_F(HfConfigTest, RopeThetaAndEpsilon) {
 }
 
 TEST_F(HfConfigTest, RopeScaling) {
-  EXPECT_TRUE(With("rope_scaling", "null").ok());
+  EXPECT_EQ(With("rope_scaling", "null")->rope.Text(), "none");
   EXPECT_TRUE(With("rope_scaling", R"({"rope_type": "default"})").ok());
   EXPECT_TRUE(With("rope_scaling", R"({"type": "default"})").ok());
-  EXPECT_TRUE(
-      Refused("rope_scaling", R"({"rope_type": "llama3", "factor": 8.0})", "rope_scaling.rope_type: got 'llama3'"));
-  EXPECT_TRUE(Refused("rope_scaling", R"({"type": "linear", "factor": 2.0})", "rope_scaling.type: got 'linear'"));
-  EXPECT_TRUE(Refused("rope_scaling", R"({"rope_type": "no such"})", "'no such'"));
+  const auto linear = With("rope_scaling", R"({"type": "linear", "factor": 2.0})");
+  EXPECT_EQ(linear->rope.Text(), "linear:2");
+  EXPECT_EQ(linear->max_positions, 4096);  // as the file says: transformers does not stretch it
+  for (const char* type : {"dynamic", "longrope", "su", "mrope", "proportional", "no such"}) {
+    EXPECT_TRUE(Refused("rope_scaling", R"({"factor": 2.0, "rope_type": ")" + std::string(type) + "\"}",
+                        "rope_scaling.rope_type: got '" + std::string(type) + "', allowed default, linear, llama3, yarn"));
+  }
+  EXPECT_TRUE(Refused("rope_scaling", R"({"type": "mrope", "mrope_section": [16, 24, 24]})", "mrope"));
+  EXPECT_TRUE(Refused("rope_scaling", R"({"type": "yarn", "rope_type": "linear", "factor": 2.0})",
+                      "rope_scaling.type: got 'yarn', allowed the same as rope_type ('linear')"));
   EXPECT_TRUE(Refused("rope_scaling", R"({"rope_type": 7})", "a string"));
-  EXPECT_TRUE(Refused("rope_scaling", R"({"factor": 2.0})", "rope_scaling.factor: got 2.0"));
+  EXPECT_TRUE(Refused("rope_scaling", R"({"factor": 2.0})", "rope_scaling.factor: got 2.0, allowed 1, or a rope_type"));
   EXPECT_TRUE(Refused("rope_scaling", "[]", "an object or null"));
   EXPECT_TRUE(Refused("partial_rotary_factor", "0.5", "partial_rotary_factor: got 0.5"));
+  EXPECT_TRUE(Refused("rope_scaling", R"({"type": "linear"})", "rope_scaling.factor: got nothing"));
+  EXPECT_TRUE(Refused("rope_scaling", R"({"type": "linear", "factor": "2"})", "rope_scaling.factor: got \"2\""));
+  for (const char* factor : {"0.5", "0", "-2.0", "1e7"}) {
+    EXPECT_TRUE(Refused("rope_scaling", R"({"type": "linear", "factor": )" + std::string(factor) + "}",
+                        "rope scaling linear: factor: got"));
+  }
+}
+
+TEST_F(HfConfigTest, Llama3Scaling) {
+  const std::string fields = R"("rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0)";
+  const auto config = With("rope_scaling", "{" + fields + R"(, "original_max_position_embeddings": 1024})");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->rope.Text(), "llama3:8:1024");
+  EXPECT_EQ(config->rope.attention_factor, 1.0);
+  EXPECT_EQ(config->max_positions, 8192);  // 8 times the original window is more than the 4096 stated
+  EXPECT_EQ(With("rope_scaling", "{" + fields + "}")->rope.original_positions, 4096);
+  EXPECT_TRUE(Refused("rope_scaling", R"({"rope_type": "llama3", "factor": 8.0})", "low_freq_factor: got nothing"));
+  EXPECT_TRUE(Refused("rope_scaling",
+                      R"({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0})",
+                      "high_freq_factor: got 1, allowed above low_freq_factor (4)"));
+  EXPECT_TRUE(Refused("rope_scaling", "{" + fields + R"(, "original_max_position_embeddings": 0})", "got 0"));
+  EXPECT_TRUE(Refused("rope_scaling", "{" + fields + R"(, "original_max_position_embeddings": 8192.5})", "an integer"));
+}
+
+TEST_F(HfConfigTest, YarnScaling) {
+  const auto yarn = [&](const std::string& more) {
+    return With("rope_scaling", R"({"type": "yarn", "factor": 4.0)" + more + "}");
+  };
+  const auto config = yarn("");
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->rope.Text(), "yarn:4:4096");
+  EXPECT_EQ(config->max_positions, 16384);
+  EXPECT_DOUBLE_EQ(config->rope.attention_factor, 0.1 * std::log(4.0) + 1.0);
+  EXPECT_EQ(config->rope.beta_fast, 32.0);
+  EXPECT_EQ(config->rope.beta_slow, 1.0);
+  EXPECT_TRUE(config->rope.truncate);
+  EXPECT_EQ(yarn(R"(, "attention_factor": 1.5)")->rope.attention_factor, 1.5);
+  EXPECT_DOUBLE_EQ(yarn(R"(, "mscale": 0.5, "mscale_all_dim": 2.0)")->rope.attention_factor,
+                   (0.05 * std::log(4.0) + 1.0) / (0.2 * std::log(4.0) + 1.0));
+  EXPECT_DOUBLE_EQ(yarn(R"(, "mscale": 0.5)")->rope.attention_factor, 0.1 * std::log(4.0) + 1.0);  // both or none
+  EXPECT_EQ(yarn(R"(, "beta_fast": 16, "beta_slow": 2)")->rope.beta_fast, 16.0);
+  EXPECT_FALSE(yarn(R"(, "truncate": false)")->rope.truncate);
+  // The factor follows from both windows where it is left out; one beside rope_scaling counts before one within.
+  EXPECT_EQ(With("rope_scaling", R"({"type": "yarn", "original_max_position_embeddings": 1024})")->rope.factor, 4.0);
+  Fields fields = Llama();
+  fields["original_max_position_embeddings"] = "512";
+  fields["rope_scaling"] = R"({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024})";
+  EXPECT_EQ(Load(fields)->rope.original_positions, 512);
+  EXPECT_TRUE(Refused(yarn(R"(, "beta_fast": 1, "beta_slow": 2)"), "beta_fast: got 1, allowed above beta_slow"));
+  EXPECT_TRUE(Refused(yarn(R"(, "attention_factor": 0)"), "attention_factor: got 0"));
+  EXPECT_TRUE(Refused(yarn(R"(, "truncate": 1)"), "truncate: got 1, allowed true or false"));
 }
 
 TEST_F(HfConfigTest, RopeParameters) {
@@ -182,7 +247,11 @@ TEST_F(HfConfigTest, RopeParameters) {
   EXPECT_TRUE(Refused(Load(fields), "rope_theta: got 10000.0"));
   fields.erase("rope_theta");
   fields["rope_parameters"] = R"({"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0})";
-  EXPECT_TRUE(Refused(Load(fields), "rope_parameters.rope_type: got 'yarn'"));
+  EXPECT_EQ(Load(fields)->rope.Text(), "yarn:4:4096");
+  EXPECT_EQ(Load(fields)->rope_theta, 1e6);
+  fields["rope_scaling"] = R"({"rope_type": "linear", "factor": 4.0})";
+  EXPECT_TRUE(Refused(Load(fields), "one of rope_scaling and rope_parameters"));
+  fields.erase("rope_scaling");
   fields["rope_parameters"] = R"({"rope_type": "default", "rope_theta": 0})";
   EXPECT_TRUE(Refused(Load(fields), "rope_theta: got 0"));
   fields["rope_parameters"] = R"({"full_attention": {"rope_type": "linear", "rope_theta": 1e6}})";
@@ -201,7 +270,8 @@ TEST_F(HfConfigTest, WrongTypes) {
 }
 
 TEST_F(HfConfigTest, ArchitecturesListTheSupportedOnes) {
-  const char* allowed = "LlamaForCausalLM (llama), Qwen3ForCausalLM (qwen3)";
+  const char* allowed =
+      "LlamaForCausalLM (llama), MistralForCausalLM (mistral), Qwen2ForCausalLM (qwen2), Qwen3ForCausalLM (qwen3)";
   Fields fields = Llama();
   fields["architectures"] = R"(["MixtralForCausalLM"])";
   fields["model_type"] = R"("mixtral")";
@@ -221,14 +291,49 @@ TEST_F(HfConfigTest, ArchitecturesListTheSupportedOnes) {
 TEST_F(HfConfigTest, UnsupportedFeaturesByName) {
   EXPECT_TRUE(Refused("attention_bias", "true", "attention_bias: got true, allowed false"));
   EXPECT_TRUE(Refused("mlp_bias", "true", "mlp_bias: got true"));
-  EXPECT_TRUE(Refused("use_sliding_window", "true", "use_sliding_window: got true"));
+  EXPECT_TRUE(Refused("use_mrope", "true", "use_mrope: got true"));
+  EXPECT_TRUE(Refused("num_local_experts", "8", "num_local_experts: got 8, allowed 0 (experts"));
+  EXPECT_TRUE(Refused("num_experts", "128", "num_experts: got 128"));
+  EXPECT_TRUE(Refused("attn_logit_softcapping", "50.0", "attn_logit_softcapping: got 50.0"));
+  EXPECT_TRUE(Refused("final_logit_softcapping", "30.0", "final_logit_softcapping: got 30.0"));
   EXPECT_TRUE(Refused("hidden_act", "\"gelu\"", "hidden_act: got 'gelu', allowed silu"));
   EXPECT_TRUE(Refused("quantization_config", R"({"quant_method": "gptq"})", "quantization_config: got"));
   EXPECT_TRUE(
       Refused("layer_types", R"(["full_attention", "sliding_attention"])", "layer_types: got \"sliding_attention\""));
   EXPECT_TRUE(With("layer_types", R"(["full_attention"])").ok());
   EXPECT_TRUE(With("attention_bias", "false").ok());
-  EXPECT_TRUE(With("sliding_window", "4096").ok());  // stated but not used
+  EXPECT_TRUE(With("attn_logit_softcapping", "null").ok());
+}
+
+TEST_F(HfConfigTest, SlidingWindowsThatHideKeys) {
+  Fields fields = Mistral();
+  EXPECT_TRUE(Load(fields).ok());
+  EXPECT_TRUE(Refused(LoadModelConfig(dir_.path(), "yarn:4"), "sliding_window: got 4096")) << "the request widens it";
+  fields["sliding_window"] = "4095";
+  EXPECT_TRUE(Refused(Load(fields), "sliding_window: got 4095, allowed none, or one of at least the 4096 positions"));
+  fields["sliding_window"] = "null";
+  EXPECT_TRUE(Load(fields).ok());
+  EXPECT_TRUE(LoadModelConfig(dir_.path(), "yarn:4").ok());
+  fields.erase("sliding_window");  // transformers then takes 4096
+  EXPECT_TRUE(Load(fields).ok());
+  fields["max_position_embeddings"] = "32768";
+  EXPECT_TRUE(Refused(Load(fields), "sliding_window: got 4096"));
+  for (const char* family : {"Qwen2", "Qwen3"}) {
+    fields = Llama();
+    fields["architectures"] = "[\"" + std::string(family) + "ForCausalLM\"]";
+    fields["model_type"] = "\"q" + std::string(family + 1) + "\"";
+    fields["sliding_window"] = "1024";
+    fields["max_window_layers"] = "1";
+    EXPECT_TRUE(Load(fields).ok()) << "stated but not used";
+    fields["use_sliding_window"] = "true";
+    EXPECT_TRUE(Refused(Load(fields), "sliding_window: got 1024"));
+    fields["max_window_layers"] = "3";  // all layers come before the first with a window
+    EXPECT_TRUE(Load(fields).ok());
+    fields["max_window_layers"] = "0";
+    fields["layer_types"] = R"(["full_attention", "full_attention", "full_attention"])";
+    EXPECT_TRUE(Load(fields).ok()) << "the list decides";
+  }
+  EXPECT_TRUE(Refused("sliding_window", "1024", "sliding_window: got 1024"));
 }
 
 TEST_F(HfConfigTest, RemoteCodeKeysAreIgnoredWithAWarning) {

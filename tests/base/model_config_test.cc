@@ -42,8 +42,7 @@ TEST(ModelConfigTest, FingerprintFollowsEveryFieldThatComputes) {
   const std::string base = Small().Fingerprint();
   EXPECT_EQ(base.size(), 16u);
   EXPECT_EQ(base.find_first_not_of("0123456789abcdef"), std::string::npos);
-  const std::function<void(ModelConfig&)> edits[] = {[](ModelConfig& c) { c.family = Family::kQwen3; },
-                                                     [](ModelConfig& c) { c.layers++; },
+  const std::function<void(ModelConfig&)> edits[] = {[](ModelConfig& c) { c.layers++; },
                                                      [](ModelConfig& c) { c.hidden++; },
                                                      [](ModelConfig& c) { c.heads++; },
                                                      [](ModelConfig& c) { c.kv_heads++; },
@@ -54,6 +53,8 @@ TEST(ModelConfigTest, FingerprintFollowsEveryFieldThatComputes) {
                                                      [](ModelConfig& c) { c.rope_theta += 1e-9; },
                                                      [](ModelConfig& c) { c.rms_eps = 1e-6; },
                                                      [](ModelConfig& c) { c.qk_norm = true; },
+                                                     [](ModelConfig& c) { c.qkv_bias = true; },
+                                                     [](ModelConfig& c) { c.rope = *ParseRopeScaling("linear:2"); },
                                                      [](ModelConfig& c) { c.tied_embeddings = true; }};
   int index = 0;
   for (const auto& edit : edits) {
