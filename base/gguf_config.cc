@@ -130,8 +130,9 @@ Status ReadRope(const GgufFile& file, const Keys& keys, ModelConfig* config) {
   if (type == "none") return absl::OkStatus();
   config->rope.type = RopeType::kLinear;
   config->rope.factor = factor;
+  const int64_t window = type == "yarn" ? config->max_positions : 0;
   REFOCUS_ASSIGN_OR_RETURN(config->rope.original_positions,
-                           keys.IntOr("rope.scaling.original_context_length", type == "yarn" ? config->max_positions : 0));
+                           keys.IntOr("rope.scaling.original_context_length", window));
   if (type == "yarn") REFOCUS_RETURN_IF_ERROR(ReadYarn(keys, config));
   WidenWindow(config);
   return absl::OkStatus();

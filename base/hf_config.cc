@@ -104,7 +104,7 @@ StatusOr<Family> FamilyOf(const Fields& fields) {
   return fields.Refuse("architectures", Quoted(architecture) + " with model_type " + Quoted(type), allowed);
 }
 
-// Fields of transformers' llama3 and yarn. `top` holds original_max_position_embeddings in some files, which then counts.
+// Of transformers' llama3 and yarn. `top` holds original_max_position_embeddings in some files, which then counts.
 Status ReadWindow(const Fields& top, const Fields& rope, int64_t max_positions, RopeScaling* scaling) {
   constexpr char kName[] = "original_max_position_embeddings";
   REFOCUS_ASSIGN_OR_RETURN(scaling->original_positions, rope.IntOr(kName, max_positions));

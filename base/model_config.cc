@@ -117,8 +117,8 @@ Status ModelConfig::Validate(const std::string& source) const {
   }
   if (head_dim % 2 != 0)
     return ConfigError(source, "head size", std::to_string(head_dim), "even sizes (RoPE turns pairs)");
-  if (!std::isfinite(rope_theta) || rope_theta <= 0 || rope_theta > 1e15) {
-    return ConfigError(source, "rope_theta", Number(rope_theta), "above 0, at most 1e15");
+  if (!std::isfinite(rope_theta) || rope_theta < 1 || rope_theta > 1e15) {
+    return ConfigError(source, "rope_theta", Number(rope_theta), "1 to 1e15");
   }
   if (sliding_window != 0 && sliding_window < max_positions) {
     return ConfigError(source, "sliding_window", std::to_string(sliding_window),

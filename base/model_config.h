@@ -1,7 +1,8 @@
 // The shape of a model and what its forward pass does; read from a Hugging Face config.json or from GGUF metadata.
 //
-// Llama, Mistral, Qwen2 (2.5 too) and Qwen3. What is not supported (sliding windows in effect, experts, other families and
-// kinds of RoPE, capped logits) is refused by name with reason CONFIG_INVALID: the message gives file, field, found, allowed.
+// Llama, Mistral, Qwen2 (2.5 too) and Qwen3. What is not supported (sliding windows in effect, experts, other families
+// and kinds of RoPE, capped logits) is refused by name with reason CONFIG_INVALID: the message gives file, field, found,
+// allowed.
 #pragma once
 
 #include <cstdint>
@@ -59,10 +60,10 @@ enum class ModelFormat { kHuggingFace, kGguf };
 // (CONFIG_INVALID; .bin, .pt, .pth by name: only safetensors and GGUF are read).
 StatusOr<ModelFormat> DetectModelFormat(const std::string& path);
 
-// Reads and validates; touches no weight but GGUF's rope_freqs.weight. `rope_scaling` as in ParseRopeScaling: unless none,
-// it takes the place of what the model states. Its window is the one that the model states, or max_positions; max_positions
-// becomes that window times the factor where this is more. Errors: CONFIG_INVALID, and WEIGHTS_INVALID for a broken GGUF
-// container.
+// Reads and validates; touches no weight but GGUF's rope_freqs.weight. `rope_scaling` as in ParseRopeScaling: unless
+// none, it takes the place of what the model states. Its window is the one that the model states, or max_positions;
+// max_positions becomes that window times the factor where this is more. Errors: CONFIG_INVALID, and WEIGHTS_INVALID for
+// a broken GGUF container.
 StatusOr<ModelConfig> LoadModelConfig(const std::string& path, const std::string& rope_scaling = "");
 
 }  // namespace refocus

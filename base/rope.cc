@@ -17,7 +17,8 @@ namespace {
 constexpr double kPi = 3.14159265358979323846;
 constexpr double kMaxFactor = 1e6;
 constexpr double kMaxAttentionFactor = 1e3;
-constexpr char kRequestAllowed[] = "none, or TYPE:FACTOR or TYPE:FACTOR:WINDOW with linear, llama3 or yarn, as yarn:4:32768";
+constexpr char kRequestAllowed[] =
+    "none, or TYPE:FACTOR or TYPE:FACTOR:WINDOW with linear, llama3 or yarn, as yarn:4:32768";
 
 std::string Number(double value) {
   char text[32];

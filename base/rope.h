@@ -1,11 +1,12 @@
-// Rotary position embedding (Su et al., arXiv 2104.09864): the frequencies of a model, and the ways to stretch them over a
-// longer window, as transformers computes them.
+// Rotary position embedding (Su et al., arXiv 2104.09864): the frequencies of a model, and the ways to stretch them over
+// a longer window, as transformers computes them.
 //
 //   linear  every frequency divided by `factor` (Chen et al., arXiv 2306.15595)
 //   llama3  wavelengths above original / low_factor divided by `factor`, those below original / high_factor kept, a
 //           smooth transition between (Llama 3.1; Grattafiori et al., arXiv 2407.21783)
-//   yarn    dimensions that turn less than beta_slow times over the original window divided by `factor`, more than
-//           beta_fast times kept, a ramp between; sine and cosine times attention_factor (Peng et al., arXiv 2309.00071)
+//   yarn    dimensions that turn less than beta_slow times over the original window divided by `factor`, those that turn
+//           more than beta_fast times kept, a ramp between; sine and cosine times attention_factor (Peng et al.,
+//           arXiv 2309.00071)
 //   factors every frequency divided by its own number (GGUF's tensor rope_freqs.weight, which carries llama3 there)
 #pragma once
 

@@ -54,7 +54,7 @@ def values(seed, name, first, count, device="cpu"):
 def fill(model, seed):
     """Overwrites every parameter. Tied embeddings are one parameter under the name of the embedding."""
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1:
+        if parameter.dim() == 1 and not name.endswith(".bias"):
             parameter.fill_(1)
             continue
         flat = parameter.data.view(-1)

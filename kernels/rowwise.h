@@ -56,12 +56,12 @@ struct RotateParams {
   int head_dim = 0;                             // even
   float eps = 0.0f;
   const float* raw = nullptr;                   // fp32 [rows, heads, head_dim]
-  const void* bias = nullptr;                   // bf16 [heads, head_dim]; null: none
   const void* norm = nullptr;                   // bf16 [head_dim]; null: no norm
-  float attention_factor = 1.0f;
   const int64_t* pos = nullptr;                 // [rows]
   const float* inverse_frequencies = nullptr;   // [head_dim / 2]
   void* out = nullptr;                          // bf16 [rows, heads, head_dim]
+  const void* bias = nullptr;                   // bf16 [heads, head_dim]; null: none
+  float attention_factor = 1.0f;
 };
 cudaError_t Rotate(const RotateParams& params, cudaStream_t stream);
 

@@ -272,7 +272,8 @@ class CudaBackend : public Backend {
               const KvView& extent) override {
     const at::Tensor raw = LinearSum(h, weights.wk, at::Tensor()).view({h.size(0), config_.kv_heads, config_.head_dim});
     // The product's epilogue adds a bias in fp32.
-    const at::Tensor value = weights.v_bias.defined() ? at::linear(h, weights.wv, weights.v_bias) : Linear(h, weights.wv);
+    const at::Tensor value =
+        weights.v_bias.defined() ? at::linear(h, weights.wv, weights.v_bias) : Linear(h, weights.wv);
     CheckExtent(extent);
     kernels::AppendParams params;
     params.key = RotateOf(raw, weights.k, rotation);

@@ -466,8 +466,9 @@ uint64_t HashWeights(const Weights& weights) {
   add(weights.final_norm);
   if (!weights.output.is_same(weights.embedding)) add(weights.output);
   for (const LayerWeights& layer : weights.layers) {
-    for (const at::Tensor* tensor : {&layer.attn_norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo, &layer.q_bias,
-                                     &layer.k_bias, &layer.v_bias, &layer.q_norm, &layer.k_norm, &layer.mlp_norm, &layer.gate, &layer.up, &layer.down}) {
+    for (const at::Tensor* tensor :
+         {&layer.attn_norm, &layer.wq, &layer.wk, &layer.wv, &layer.wo, &layer.q_bias, &layer.k_bias, &layer.v_bias,
+          &layer.q_norm, &layer.k_norm, &layer.mlp_norm, &layer.gate, &layer.up, &layer.down}) {
       add(*tensor);
     }
   }

@@ -4,7 +4,7 @@ from GGUF.
 Run: python3 tests/base/make_golden.py (needs torch 2.11, transformers 5.23, safetensors 0.8, gguf 0.19: versions used).
 The GGUF side is written by gguf-py from random weights, Llama's query and key rows interleaved as llama.cpp wants them;
 the other side is what transformers makes of that file, saved as fp32 safetensors. The test expects the two to be equal
-bit for bit.
+bit for bit. dequantize.gguf holds blocks of random bytes of every type, and what gguf-py decodes them to.
 """
 import pathlib
 import sys
@@ -18,6 +18,7 @@ import transformers
 HERE = pathlib.Path(__file__).parent / "golden"
 TYPES = {"F32": gguf.GGMLQuantizationType.F32, "F16": gguf.GGMLQuantizationType.F16,
          "Q8_0": gguf.GGMLQuantizationType.Q8_0, "Q4_1": gguf.GGMLQuantizationType.Q4_1}
+ROWS, COLUMNS = 3, 512  # of dequantize.gguf
 MODELS = {
     "llama": dict(layers=2, hidden=32, heads=4, kv_heads=2, head_dim=8, mlp=64, vocab=37, tied=True, eps=1e-5,
                   theta=50000.0, types=["Q4_1", "Q8_0", "F16", "F32"]),
@@ -88,8 +89,32 @@ def write_gguf(name, m, path):
     writer.close()
 
 
+def write_blocks(path):
+    """Any bytes but for the scales: a random f16 may be NaN, of which only the sign of being one is defined."""
+    random = np.random.default_rng(11)
+    writer = gguf.GGUFWriter(path, "llama")
+    for name in ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"):
+        kind = gguf.GGMLQuantizationType[name]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        blocks = random.integers(0, 256, (ROWS * COLUMNS // block, size), dtype=np.uint8)
+        scales = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [size - 2], "F16": [0]}.get(name, [])
+        for at in scales:
+            values = (random.standard_normal(len(blocks)) * 10.0 ** random.integers(-7, 3, len(blocks))).astype(np.float16)
+            blocks[:, at:at + 2] = values.view(np.uint8).reshape(-1, 2)
+        if name == "BF16":
+            blocks[:, 1] &= 0xBF  # below infinity
+        data = blocks.reshape(ROWS, -1)
+        writer.add_tensor(name, data, raw_dtype=kind)
+        writer.add_tensor(name + ".expected", gguf.quants.dequantize(data, kind).astype(np.float32).reshape(ROWS, COLUMNS))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main():
     HERE.mkdir(exist_ok=True)
+    write_blocks(HERE / "dequantize.gguf")
     for name, m in MODELS.items():
         path = HERE / f"{name}.gguf"
         write_gguf(name, m, path)

@@ -36,6 +36,8 @@ TEST(ModelConfigTest, DerivedSizes) {
   EXPECT_EQ(config.parameters(), 2 * layer + 12 + 11 * 12);
   config.qk_norm = true;
   EXPECT_EQ(config.parameters(), 2 * (layer + 2 * 6) + 12 + 11 * 12);
+  config.qkv_bias = true;
+  EXPECT_EQ(config.parameters(), 2 * (layer + 2 * 6 + config.q_dim() + 2 * config.kv_dim()) + 12 + 11 * 12);
 }
 
 TEST(ModelConfigTest, FingerprintFollowsEveryFieldThatComputes) {

@@ -1,5 +1,6 @@
 // Thousands of damaged files, the same on every run: a reader either refuses one or hands out ranges that lie inside
 // it.
+#include <cmath>
 #include <random>
 
 #include "base/gguf.h"
@@ -93,6 +94,14 @@ void RunMutations(const std::string& bytes, uint64_t seed, Read read) {
   EXPECT_LT(accepted, kMutations);
 }
 
+// Whatever a configuration says that is accepted: positions turn by finite angles.
+void CheckFrequencies(const ModelConfig& config) {
+  const std::vector<float> frequencies = InverseFrequencies(config.rope_theta, config.head_dim, config.rope);
+  ASSERT_EQ(static_cast<int64_t>(frequencies.size()), config.head_dim / 2);
+  for (const float frequency : frequencies) ASSERT_TRUE(std::isfinite(frequency) && frequency >= 0) << frequency;
+  ASSERT_TRUE(std::isfinite(config.rope.attention_factor));
+}
+
 std::string SmallGguf() {
   GgufBuilder builder;
   builder.Text("general.architecture", "llama").U32("llama.block_count", 1).U32("llama.embedding_length", 32);
@@ -106,9 +115,29 @@ std::string SmallGguf() {
   return builder.File();
 }
 
-TEST(MutationTest, Gguf) {
+// Stretched RoPE, biases, blocks of 256.
+std::string SmallStretchedGguf(bool factors) {
+  GgufBuilder builder;
+  const std::string arch = factors ? "llama" : "qwen2";
+  builder.Text("general.architecture", arch).U32(arch + ".block_count", 1).U32(arch + ".embedding_length", 256);
+  builder.U32(arch + ".attention.head_count", 32).U32(arch + ".feed_forward_length", 32);
+  builder.U32(arch + ".context_length", 64).F32(arch + ".attention.layer_norm_rms_epsilon", 1e-5f);
+  if (!factors) {
+    builder.Text(arch + ".rope.scaling.type", "yarn").F32(arch + ".rope.scaling.factor", 4.0f);
+    builder.U32(arch + ".rope.scaling.original_context_length", 16).F32(arch + ".rope.scaling.attn_factor", 1.0f);
+  }
+  builder.Tensor("token_embd.weight", {256, 2}, 12, std::string(2 * 144, 'e'));
+  builder.Tensor("output.weight", {256, 2}, 14, std::string(2 * 210, 'o'));
+  builder.Tensor("blk.0.attn_q.weight", {32, 2}, 2, std::string(36, 'q'));
+  builder.Tensor("blk.0.attn_q.bias", {32}, 0, std::string(128, 'b'));
+  if (factors) builder.Tensor("rope_freqs.weight", {4}, 0, FloatBytes({1, 1, 2, 8}));
+  return builder.File();
+}
+
+void RunGgufMutations(const std::string& good, uint64_t seed) {
   const TempDir dir;
-  RunMutations(SmallGguf(), 1, [&](const std::string& bytes) {
+  ASSERT_TRUE(LoadModelConfig(dir.Write("m.gguf", good)).ok());
+  RunMutations(good, seed, [&](const std::string& bytes) {
     const std::string path = dir.Write("m.gguf", bytes);
     const auto file = ReadGguf(path);
     if (file.ok()) {
@@ -118,9 +147,14 @@ TEST(MutationTest, Gguf) {
     }
     const auto config = LoadModelConfig(path);
     EXPECT_TRUE(config.ok() || ExitCodeOf(config.status()) != kExitError) << config.status();
+    if (config.ok()) CheckFrequencies(*config);
     return file.ok();
   });
 }
+
+TEST(MutationTest, Gguf) { RunGgufMutations(SmallGguf(), 1); }
+TEST(MutationTest, GgufWithStretchedRope) { RunGgufMutations(SmallStretchedGguf(false), 5); }
+TEST(MutationTest, GgufWithRopeFactors) { RunGgufMutations(SmallStretchedGguf(true), 6); }
 
 TEST(MutationTest, SafetensorsHeader) {
   const TempDir dir;
@@ -151,24 +185,44 @@ TEST(MutationTest, SafetensorsIndex) {
                });
 }
 
-TEST(MutationTest, HuggingFaceConfig) {
+void RunConfigMutations(const std::string& text, uint64_t seed) {
   const TempDir dir;
+  RunMutations(text, seed, [&](const std::string& bytes) {
+    dir.Write("config.json", bytes);
+    const auto config = LoadModelConfig(dir.path());
+    if (config.ok()) {
+      EXPECT_TRUE(config->Validate("again").ok());
+      CheckFrequencies(*config);
+    } else {
+      EXPECT_EQ(DetailOf(config.status()).reason, "CONFIG_INVALID");
+    }
+    return config.ok();
+  });
+}
+
+TEST(MutationTest, HuggingFaceConfig) {
   const std::string text =
       R"({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_hidden_layers": 2, "hidden_size": 64,)"
       R"( "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "intermediate_size": 96,)"
       R"( "vocab_size": 50,)"
       R"( "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "eos_token_id": [1, 2],)"
       R"( "rms_norm_eps": 1e-6})";
-  RunMutations(text, 4, [&](const std::string& bytes) {
-    dir.Write("config.json", bytes);
-    const auto config = LoadModelConfig(dir.path());
-    if (config.ok()) {
-      EXPECT_TRUE(config->Validate("again").ok());
-    } else {
-      EXPECT_EQ(DetailOf(config.status()).reason, "CONFIG_INVALID");
-    }
-    return config.ok();
-  });
+  RunConfigMutations(text, 4);
+}
+
+TEST(MutationTest, HuggingFaceConfigWithStretchedRope) {
+  const std::string start =
+      R"({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 2, "hidden_size": 64,)"
+      R"( "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96, "vocab_size": 50,)"
+      R"( "use_sliding_window": false, "sliding_window": 64, "max_position_embeddings": 256, "rope_theta": 1e6,)";
+  RunConfigMutations(start +
+                         R"( "rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 32, "beta_slow": 1,)"
+                         R"( "mscale": 0.7, "mscale_all_dim": 1.5, "original_max_position_embeddings": 64}})",
+                     7);
+  RunConfigMutations(start +
+                         R"( "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,)"
+                         R"( "high_freq_factor": 4.0, "original_max_position_embeddings": 64}})",
+                     8);
 }
 
 }  // namespace

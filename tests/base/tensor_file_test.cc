@@ -3,6 +3,7 @@
 #include <cmath>
 #include <thread>
 
+#include "base/gguf.h"
 #include "tests/base/model_files.h"
 
 namespace refocus {
@@ -87,12 +88,39 @@ TEST(TensorFileTest, Q4BlocksByHand) {
   }
 }
 
+// tests/base/make_golden.py wrote blocks of random bytes and what gguf-py decodes them to.
+TEST(TensorFileTest, EveryTypeDecodesToTheBitsOfTheReference) {
+  const auto file = ReadGguf(std::string(REFOCUS_SOURCE_DIR) + "/tests/base/golden/dequantize.gguf");
+  ASSERT_TRUE(file.ok()) << file.status();
+  int types = 0;
+  for (const auto& [name, expected] : file->tensors) {
+    const size_t suffix = name.find(".expected");
+    if (suffix == std::string::npos) continue;
+    const TensorInfo& info = file->tensors.at(name.substr(0, suffix));
+    EXPECT_EQ(TensorTypeName(info.type), name.substr(0, suffix));
+    std::string encoded(static_cast<size_t>(info.bytes), 0);
+    std::vector<float> want(static_cast<size_t>(expected.elements())), got(want.size());
+    ASSERT_TRUE(ReadTensorBytes(info, encoded.data()).ok());
+    ASSERT_TRUE(ReadTensorBytes(expected, want.data()).ok());
+    DecodeToFloat(info.type, encoded.data(), info.elements(), got.data());
+    for (size_t i = 0; i < want.size(); ++i) {
+      ASSERT_TRUE(SameBits(got[i], want[i])) << name << " " << i << ": " << got[i] << " " << want[i];
+    }
+    ++types;
+  }
+  EXPECT_EQ(types, 7);
+}
+
 TEST(TensorFileTest, BytesOfElements) {
   EXPECT_EQ(*TensorBytes(TensorType::kF32, 0), 0);
   EXPECT_EQ(*TensorBytes(TensorType::kF32, 3), 12);
   EXPECT_EQ(*TensorBytes(TensorType::kBf16, int64_t{1} << 32), int64_t{1} << 33);
   EXPECT_EQ(*TensorBytes(TensorType::kQ8_0, 64), 68);
+  EXPECT_EQ(*TensorBytes(TensorType::kQ4_0, 64), 36);
   EXPECT_EQ(*TensorBytes(TensorType::kQ4_1, 64), 40);
+  EXPECT_EQ(*TensorBytes(TensorType::kQ4_K, 512), 288);
+  EXPECT_EQ(*TensorBytes(TensorType::kQ6_K, 512), 420);
+  EXPECT_TRUE(FailsWith(TensorBytes(TensorType::kQ6_K, 128).status(), "WEIGHTS_INVALID", "multiple of 256"));
   EXPECT_TRUE(FailsWith(TensorBytes(TensorType::kQ4_1, 33).status(), "WEIGHTS_INVALID", "multiple of 32"));
   EXPECT_TRUE(FailsWith(TensorBytes(TensorType::kF32, -1).status(), "WEIGHTS_INVALID", "-1"));
   EXPECT_TRUE(FailsWith(TensorBytes(TensorType::kF32, INT64_MAX / 4 + 1).status(), "WEIGHTS_INVALID", "2^63"));

@@ -121,16 +121,20 @@ def measure(model, draw):
             gap = min(gap, (best.values[0] - best.values[1]).item())
             tokens.append(best.indices[0].item())
     plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = lambda module, q, k, v, *a, **more: plain(module, q, k.detach(), v.detach(), *a, **more)
+
+    def frozen(module, q, k, v, *rest, **named):
+        return plain(module, q, k.detach(), v.detach(), *rest, **named)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = frozen
     start, rows = SPAN
     found = model(torch.tensor([context])).logits[0, start:start + rows]
     loss = torch.nn.functional.cross_entropy(found, torch.tensor(context[start + 1:start + rows + 1]))
     model.zero_grad()
     loss.backward()
     ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
-    norm = math.sqrt(sum((p.grad ** 2).sum().item() for n, p in model.named_parameters() if n.endswith("q_proj.weight")))
-    return gap, dict(context=context, question=question, rows=ROWS, span=SPAN, loss=loss.item(), norm=norm, tokens=tokens,
-                     logits=[[float(f"{x:.7g}") for x in logits[row].tolist()] for row in ROWS])
+    squares = sum((p.grad ** 2).sum().item() for name, p in model.named_parameters() if name.endswith("q_proj.weight"))
+    return gap, dict(context=context, question=question, rows=ROWS, span=SPAN, loss=loss.item(), norm=math.sqrt(squares),
+                     tokens=tokens, logits=[[float(f"{x:.7g}") for x in logits[row].tolist()] for row in ROWS])
 
 
 def interleave(rows, heads):

@@ -7,6 +7,7 @@ namespace {
 using RotateTest = RowwiseTest;
 
 constexpr float kEps = 1e-6f;
+constexpr float kAttentionFactor = 1.25f;  // exact in fp32
 constexpr int64_t kMaxPosition = int64_t{1} << 24;
 
 struct Case {
@@ -14,6 +15,7 @@ struct Case {
   int heads;
   int head_dim;
   bool norm;
+  bool bias = false;  // and sine and cosine are stretched
 };
 
 // Vector and scalar paths, groups of 1 to 32 lanes with and without idle ones, one and many rows a block.
@@ -21,23 +23,26 @@ const Case kCases[] = {{0, 3, 64, true},    {1, 1, 2, true},      {5, 3, 6, true
                        {5, 1, 10, false},   {9, 16, 16, true},    {300, 3, 40, true},   {3, 9, 64, false},
                        {300, 9, 64, false}, {5, 5, 80, true},     {2, 6, 96, true},     {1, 32, 128, true},
                        {33, 8, 128, true},  {700, 32, 128, true}, {515, 8, 128, false}, {257, 1, 128, true},
-                       {300, 7, 256, true}, {1, 40, 256, true},   {3, 2, 258, true},    {4, 2, 512, true}};
+                       {300, 7, 256, true}, {1, 40, 256, true},   {3, 2, 258, true},    {4, 2, 512, true},
+                       {9, 16, 16, true, true},    {300, 9, 64, false, true}, {33, 8, 128, true, true},
+                       {5, 3, 6, true, true},      {7, 5, 10, false, true},   {257, 4, 128, false, true}};
 
 std::string Name(const char* what, const Case& c) {
   return std::string(what) + " rows " + std::to_string(c.rows) + " heads " + std::to_string(c.heads) + " dim " +
-         std::to_string(c.head_dim) + (c.norm ? " norm" : "");
+         std::to_string(c.head_dim) + (c.norm ? " norm" : "") + (c.bias ? " bias" : "");
 }
 
 struct Inputs {
   std::vector<float> raw, dq, frequencies;
-  std::vector<Bits> norm, value;
+  std::vector<Bits> norm, value, bias;
   std::vector<int64_t> pos;
 };
 
 Inputs MakeInputs(const Case& c, uint64_t seed) {
   Random random(seed);
   const int64_t count = c.rows * c.heads * c.head_dim;
-  Inputs in{random.Floats(count, 2.0f), random.Floats(count), {}, random.Bf16s(c.head_dim), random.Bf16s(count), {}};
+  Inputs in{random.Floats(count, 2.0f), random.Floats(count), {}, random.Bf16s(c.head_dim), random.Bf16s(count),
+            random.Bf16s(c.heads * c.head_dim), {}};
   for (int i = 0; i < c.head_dim / 2; ++i)
     in.frequencies.push_back(static_cast<float>(std::pow(5e6, -2.0 * i / c.head_dim)));
   for (int64_t row = 0; row < c.rows; ++row)
@@ -45,6 +50,8 @@ Inputs MakeInputs(const Case& c, uint64_t seed) {
   if (c.rows > 1) in.pos[1] = 0;
   return in;
 }
+
+double Stretch(const Case& c) { return c.bias ? kAttentionFactor : 1.0; }
 
 double Scale(const Case& c, const double* x) {
   if (!c.norm) return 1.0;
@@ -61,8 +68,9 @@ std::vector<double> Forward(const Inputs& in, const Case& c, int64_t position, c
   const int half = c.head_dim / 2;
   for (int i = 0; i < half; ++i) {
     const double angle = static_cast<double>(position) * static_cast<double>(in.frequencies[i]);
-    out[i] = y[i] * std::cos(angle) - y[half + i] * std::sin(angle);
-    out[half + i] = y[half + i] * std::cos(angle) + y[i] * std::sin(angle);
+    const double cos = Stretch(c) * std::cos(angle), sin = Stretch(c) * std::sin(angle);
+    out[i] = y[i] * cos - y[half + i] * sin;
+    out[half + i] = y[half + i] * cos + y[i] * sin;
   }
   return out;
 }
@@ -73,8 +81,9 @@ std::vector<double> Backward(const Inputs& in, const Case& c, int64_t position, 
   std::vector<double> g(c.head_dim);
   for (int i = 0; i < half; ++i) {
     const double angle = static_cast<double>(position) * static_cast<double>(in.frequencies[i]);
-    g[i] = dq[i] * std::cos(angle) + dq[half + i] * std::sin(angle);
-    g[half + i] = dq[half + i] * std::cos(angle) - dq[i] * std::sin(angle);
+    const double cos = Stretch(c) * std::cos(angle), sin = Stretch(c) * std::sin(angle);
+    g[i] = dq[i] * cos + dq[half + i] * sin;
+    g[half + i] = dq[half + i] * cos - dq[i] * sin;
   }
   if (!c.norm) return g;
   const double r = Scale(c, x.data());
@@ -91,10 +100,17 @@ std::vector<double> Head(const std::vector<float>& all, int64_t head, int head_d
   return std::vector<double>(all.begin() + head * head_dim, all.begin() + (head + 1) * head_dim);
 }
 
+// The head with its bias, as norm and rotation see it.
+std::vector<double> Biased(const Inputs& in, const Case& c, int64_t head) {
+  std::vector<double> x = Head(in.raw, head, c.head_dim);
+  for (int i = 0; i < c.head_dim && c.bias; ++i) x[i] += Wide(in.bias[head % c.heads * c.head_dim + i]);
+  return x;
+}
+
 std::vector<double> ForwardAll(const Inputs& in, const Case& c) {
   std::vector<double> out;
   for (int64_t head = 0; head < c.rows * c.heads; ++head) {
-    const std::vector<double> one = Forward(in, c, in.pos[head / c.heads], Head(in.raw, head, c.head_dim));
+    const std::vector<double> one = Forward(in, c, in.pos[head / c.heads], Biased(in, c, head));
     out.insert(out.end(), one.begin(), one.end());
   }
   return out;
@@ -103,13 +119,19 @@ std::vector<double> ForwardAll(const Inputs& in, const Case& c) {
 // Device copies of what every kernel reads.
 struct Device {
   Device(const Inputs& in, const Case& c, int64_t shift)
-      : raw(in.raw, shift), norm(in.norm, shift), pos(in.pos), frequencies(in.frequencies), c(c) {}
+      : raw(in.raw, shift),
+        norm(in.norm, shift),
+        bias(in.bias, shift),
+        pos(in.pos),
+        frequencies(in.frequencies),
+        c(c) {}
   RotateParams Params(void* out) {
     return {c.rows,    c.heads,           c.head_dim, kEps, raw.get(), c.norm ? norm.get() : nullptr,
-            pos.get(), frequencies.get(), out};
+            pos.get(), frequencies.get(), out,        c.bias ? bias.get() : nullptr,
+            static_cast<float>(Stretch(c))};
   }
   DeviceArray<float> raw;
-  DeviceArray<Bits> norm;
+  DeviceArray<Bits> norm, bias;
   DeviceArray<int64_t> pos;
   DeviceArray<float> frequencies;
   Case c;
@@ -174,7 +196,7 @@ TEST_F(RotateTest, Gradient) {
     std::vector<double> want;
     for (int64_t head = 0; head < c.rows * c.heads; ++head) {
       const std::vector<double> one =
-          Backward(in, c, in.pos[head / c.heads], Head(in.raw, head, c.head_dim), Head(in.dq, head, c.head_dim));
+          Backward(in, c, in.pos[head / c.heads], Biased(in, c, head), Head(in.dq, head, c.head_dim));
       want.insert(want.end(), one.begin(), one.end());
     }
     for (const int64_t shift : {0, 1}) {

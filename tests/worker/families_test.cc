@@ -33,10 +33,10 @@ const json& Cases() {
 std::string ModelOf(const json& golden, const TempDir& dir) {
   const std::string path = GoldenPath("families/" + golden.at("model").get<std::string>());
   if (path.ends_with(".gguf")) return path;
-  std::filesystem::copy(path, dir.path(), std::filesystem::copy_options::overwrite_existing);
+  std::filesystem::copy(path, dir.path(), std::filesystem::copy_options::recursive);
   json config = json::parse(std::ifstream(path + "/config.json"));
   config.update(golden.at("config"));
-  dir.Write("config.json", config.dump());
+  dir.Write("config.json", config.dump());  // in place of the copied one
   return dir.path();
 }
 
@@ -83,7 +83,8 @@ TEST_P(FamiliesTest, Logits) {
     ASSERT_EQ(actual.size(), logits.size());
     for (size_t k = 0; k < actual.size(); ++k) {
       const double logprob = expected.const_data_ptr<double>()[k];
-      ASSERT_NEAR(actual[k], logprob, kLogprobBound * std::max(1.0, std::abs(logprob) / 10)) << "row " << row << " " << k;
+      ASSERT_NEAR(actual[k], logprob, kLogprobBound * std::max(1.0, std::abs(logprob) / 10))
+          << "row " << row << " " << k;
     }
   }
 }

@@ -42,7 +42,13 @@ ModelConfig Config(Family family, int64_t layers, int64_t hidden, int64_t heads,
   c.rope_theta = 5e5;
   c.rms_eps = 1e-6;
   c.qk_norm = family == Family::kQwen3;
+  c.qkv_bias = family == Family::kQwen2;
   c.tied_embeddings = family == Family::kQwen3;
+  return c;
+}
+
+ModelConfig Stretched(ModelConfig c, const std::string& scaling) {
+  c.rope = *ParseRopeScaling(scaling);
   return c;
 }
 
@@ -51,7 +57,11 @@ std::vector<Case> Cases() {
   return {{"awkward_llama", Config(Family::kLlama, 3, 200, 9, 3, 80, 328, 1111)},
           {"one_head_qwen3", Config(Family::kQwen3, 2, 64, 4, 1, 16, 96, 257)},
           {"smollm2_shape", Config(Family::kLlama, 4, 576, 9, 3, 64, 1536, 49152)},
-          {"qwen3_4b_shape", Config(Family::kQwen3, 3, 2560, 32, 8, 128, 9728, 151936)}};
+          {"qwen3_4b_shape", Config(Family::kQwen3, 3, 2560, 32, 8, 128, 9728, 151936)},
+          // Biases, and windows that end before most of the context's positions.
+          {"qwen2_yarn", Stretched(Config(Family::kQwen2, 3, 448, 7, 1, 64, 1216, 4099), "yarn:4:512")},
+          {"llama3_scaled", Stretched(Config(Family::kLlama, 3, 512, 8, 2, 64, 1024, 4099), "llama3:8:256")},
+          {"nemo_shape", Config(Family::kMistral, 2, 640, 4, 1, 128, 1792, 4099)}};
 }
 
 int GpuCount() {
@@ -275,7 +285,7 @@ TEST_P(GpuEngineTest, TheSameBitsTwice) {
   EXPECT_EQ(runs[0], runs[1]);
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, GpuEngineTest, ::testing::Combine(::testing::Range(0, 4), ::testing::Values(1, 2)),
+INSTANTIATE_TEST_SUITE_P(Shapes, GpuEngineTest, ::testing::Combine(::testing::Range(0, static_cast<int>(Cases().size())), ::testing::Values(1, 2)),
                          [](const auto& info) {
                            return Cases()[std::get<0>(info.param)].name + "_" +
                                   std::to_string(std::get<1>(info.param)) + "_ranks";

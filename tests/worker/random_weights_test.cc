@@ -65,6 +65,17 @@ TEST(RandomWeightsTest, EqualThoseOfTheScript) {
   EXPECT_EQ(SumsOf(qwen->final_norm), (Sums{0x3f80, 0x3f80, 520192}));
 }
 
+// `python3 bench/random_weights.py tests/golden/families/qwen2 --seed 7`: biases are no ones.
+TEST(RandomWeightsTest, BiasesEqualThoseOfTheScript) {
+  const auto qwen = Make(std::string(REFOCUS_SOURCE_DIR) + "/tests/golden/families/qwen2", 7);
+  ASSERT_TRUE(qwen.ok()) << qwen.status();
+  EXPECT_EQ(SumsOf(qwen->layers[0].q_bias), (Sums{0x3cd9, 0x3cfb, 2266703}));
+  EXPECT_EQ(SumsOf(qwen->layers[0].k_bias), (Sums{0x3be5, 0xbc12, 920026}));
+  EXPECT_EQ(SumsOf(qwen->layers[0].v_bias), (Sums{0xbca1, 0x3d07, 1048598}));
+  EXPECT_EQ(SumsOf(qwen->layers[1].q_bias), (Sums{0x3cc9, 0x3c8e, 2038029}));
+  EXPECT_EQ(SumsOf(qwen->layers[0].attn_norm), (Sums{0x3f80, 0x3f80, 1040384}));
+}
+
 TEST(RandomWeightsTest, AreBf16ValuesOnEveryDeviceWhateverTheThreads) {
   ModelConfig config = *LoadModelConfig(Folder("llama"));
   config.vocab = 100'003;  // a matrix of several parts, the last one uneven

@@ -17,10 +17,38 @@
 #include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 namespace refocus {
+
+namespace {
+
+constexpr double kTwoPi = 2.0 * 3.14159265358979323846;
+
+std::optional<at::Tensor> Optional(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
+
+// The paper's own form: a share of every frequency by how often it turns over the original window.
+at::Tensor Llama3Frequencies(const at::Tensor& frequency, const RopeScaling& rope) {
+  const at::Tensor turns = frequency * (static_cast<double>(rope.original_positions) / kTwoPi);
+  const at::Tensor kept = ((turns - rope.low_factor) / (rope.high_factor - rope.low_factor)).clamp(0.0, 1.0);
+  return frequency * (kept + (1.0 - kept) / rope.factor);
+}
+
+at::Tensor YarnFrequencies(const at::Tensor& frequency, const RopeScaling& rope, double theta, int64_t d) {
+  const auto edge = [&](double turns) {
+    return static_cast<double>(d) / 2.0 * std::log(static_cast<double>(rope.original_positions) / (turns * kTwoPi)) /
+           std::log(theta);
+  };
+  const double low = std::max(0.0, std::floor(edge(rope.beta_fast)));
+  const double high = std::min(static_cast<double>(d - 1), std::ceil(edge(rope.beta_slow)));
+  const at::Tensor divided = ((at::arange(d / 2, frequency.options()) - low) / (high - low)).clamp(0.0, 1.0);
+  return frequency * (divided / rope.factor + (1.0 - divided));
+}
+
+}  // namespace
 
 TorchOracle::TorchOracle(const Weights& weights, at::Device device, at::ScalarType dtype)
     : weights_(weights), device_(device), dtype_(dtype) {
@@ -29,8 +57,8 @@ TorchOracle::TorchOracle(const Weights& weights, at::Device device, at::ScalarTy
   };
   for (at::Tensor* t : {&weights_.embedding, &weights_.final_norm, &weights_.output}) convert(*t);
   for (LayerWeights& w : weights_.layers) {
-    for (at::Tensor* t : {&w.attn_norm, &w.wq, &w.wk, &w.wv, &w.wo, &w.q_norm, &w.k_norm, &w.mlp_norm, &w.gate, &w.up,
-                          &w.down}) {
+    for (at::Tensor* t : {&w.attn_norm, &w.wq, &w.wk, &w.wv, &w.wo, &w.q_bias, &w.k_bias, &w.v_bias, &w.q_norm,
+                          &w.k_norm, &w.mlp_norm, &w.gate, &w.up, &w.down}) {
       convert(*t);
     }
   }
@@ -46,11 +74,20 @@ at::Tensor TorchOracle::Norm(const at::Tensor& x, const at::Tensor& weight) cons
 at::Tensor TorchOracle::Rope(const at::Tensor& x, const at::Tensor& positions) const {
   const int64_t d = x.size(-1);
   const at::Tensor exponent = at::arange(0, d, 2, x.options().dtype(at::kDouble)) / static_cast<double>(-d);
-  const at::Tensor frequency = at::pow(weights_.config.rope_theta, exponent).to(at::kFloat).to(at::kDouble);
+  at::Tensor frequency = at::pow(weights_.config.rope_theta, exponent);
+  double stretch = 1.0;  // of sine and cosine
+  const RopeScaling& rope = weights_.config.rope;
+  if (rope.type == RopeType::kLlama3) {
+    frequency = Llama3Frequencies(frequency, rope);
+  } else if (rope.type == RopeType::kYarn) {
+    frequency = YarnFrequencies(frequency, rope, weights_.config.rope_theta, d);
+    stretch = 0.1 * std::log(rope.factor) + 1.0;
+  }
+  frequency = frequency.to(at::kFloat).to(at::kDouble);
   const at::Tensor half = positions.to(at::kDouble).unsqueeze(1) * frequency;
   const at::Tensor angle = at::cat({half, half}, 1).unsqueeze(1);
   const at::Tensor turned = at::cat({-x.narrow(-1, d / 2, d / 2), x.narrow(-1, 0, d / 2)}, -1);
-  return x * at::cos(angle).to(dtype_) + turned * at::sin(angle).to(dtype_);
+  return x * (at::cos(angle) * stretch).to(dtype_) + turned * (at::sin(angle) * stretch).to(dtype_);
 }
 
 std::vector<at::Tensor> TorchOracle::Layers(const at::Tensor& delta) const {
@@ -83,14 +120,14 @@ at::Tensor TorchOracle::Forward(const at::Tensor& ids, const at::Tensor& positio
     const LayerWeights& w = weights_.layers[l];
     const at::Tensor h = Norm(x, w.attn_norm);
     if (write) {
-      at::Tensor k = at::linear(h, w.wk).view({n, c.kv_heads, c.head_dim});
+      at::Tensor k = at::linear(h, w.wk, Optional(w.k_bias)).view({n, c.kv_heads, c.head_dim});
       if (c.qk_norm) k = Norm(k, w.k_norm);
       k = Rope(k, positions).transpose(0, 1);
-      const at::Tensor v = at::linear(h, w.wv).view({n, c.kv_heads, c.head_dim}).transpose(0, 1);
+      const at::Tensor v = at::linear(h, w.wv, Optional(w.v_bias)).view({n, c.kv_heads, c.head_dim}).transpose(0, 1);
       keys[l] = keys[l].defined() ? at::cat({keys[l], k}, 1) : k;
       values[l] = values[l].defined() ? at::cat({values[l], v}, 1) : v;
     }
-    at::Tensor q = at::linear(h, delta.empty() ? w.wq : w.wq + delta[l]).view({n, c.heads, c.head_dim});
+    at::Tensor q = at::linear(h, delta.empty() ? w.wq : w.wq + delta[l], Optional(w.q_bias)).view({n, c.heads, c.head_dim});
     if (c.qk_norm) q = Norm(q, w.q_norm);
     q = Rope(q, positions).transpose(0, 1);  // [H, n, d]
     const at::Tensor mixed = Attention(l, q, positions, keys[l], values[l]);

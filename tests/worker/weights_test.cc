@@ -40,6 +40,11 @@ std::vector<FileTensor> HfTensors(const ModelConfig& c) {
     tensors.push_back({p + "self_attn.k_proj.weight", {c.kv_dim(), c.hidden}});
     tensors.push_back({p + "self_attn.v_proj.weight", {c.kv_dim(), c.hidden}});
     tensors.push_back({p + "self_attn.o_proj.weight", {c.hidden, c.q_dim()}});
+    if (c.qkv_bias) {
+      tensors.push_back({p + "self_attn.q_proj.bias", {c.q_dim()}});
+      tensors.push_back({p + "self_attn.k_proj.bias", {c.kv_dim()}});
+      tensors.push_back({p + "self_attn.v_proj.bias", {c.kv_dim()}});
+    }
     if (c.qk_norm) {
       tensors.push_back({p + "self_attn.q_norm.weight", {c.head_dim}});
       tensors.push_back({p + "self_attn.k_norm.weight", {c.head_dim}});
@@ -116,6 +121,7 @@ std::vector<at::Tensor> Listed(const Weights& weights) {
   if (!weights.config.tied_embeddings) list.push_back(weights.output);
   for (const LayerWeights& l : weights.layers) {
     list.insert(list.end(), {l.attn_norm, l.wq, l.wk, l.wv, l.wo});
+    if (weights.config.qkv_bias) list.insert(list.end(), {l.q_bias, l.k_bias, l.v_bias});
     if (weights.config.qk_norm) list.insert(list.end(), {l.q_norm, l.k_norm});
     list.insert(list.end(), {l.mlp_norm, l.gate, l.up, l.down});
   }
@@ -140,7 +146,8 @@ TEST_F(WeightsTest, EveryTensorGoesToItsPlace) {
     for (const bool tied : {false, true}) {
       ModelConfig config = Small(tied);
       config.qk_norm = tied;
-      config.family = tied ? Family::kQwen3 : Family::kLlama;
+      config.qkv_bias = !tied;
+      config.family = tied ? Family::kQwen3 : Family::kQwen2;
       Write(HfTensors(config), type);
       std::set<uint64_t> hashes;
       for (const int threads : {-1, 1, 2, 7, 100}) {
