@@ -175,6 +175,18 @@ class Plan(unittest.TestCase):
         self.assertEqual((2 * 8_044_936_192, 40 << 30, 0),
                          (fields["weight_bytes"], fields["memory_bytes"], fields["runtime_bytes"]))
 
+    def test_scaled_rope(self):
+        def window(*arguments):
+            return json.loads(self.plan("--model", self.model, "--json", *arguments).stdout)["max_positions"]
+        self.assertEqual(40960, window())
+        self.assertEqual(40960, window("--rope-scaling", "none"))
+        self.assertEqual(163840, window("--rope-scaling", "yarn:4"))
+        self.assertEqual(131072, window("--rope-scaling", "yarn:4:32768"))
+        for verb in ("plan", "serve"):
+            result = refocus(verb, "--model", self.model, "--rope-scaling", "dynamic:2")
+            self.assertEqual(2, result.returncode)
+            self.assertIn("--rope-scaling: value: got 'dynamic:2', allowed none, or TYPE:FACTOR", result.stderr)
+
     def test_bad_models(self):
         (pathlib.Path(self.model) / "config.json").write_text(json.dumps({**self.CONFIG, "hidden_size": 0}))
         for model, words in ((self.model, "hidden size: got 0"), (self.model + "/absent", "No such file")):

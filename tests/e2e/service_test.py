@@ -212,6 +212,37 @@ class Requests(unittest.TestCase):
         self.assertEqual("SERVING\n", self.service.call("status", "--health"))
 
 
+class Families(unittest.TestCase):
+    """Models of other families, their window stretched on request, against tests/golden/make_families.py."""
+
+    CASES = {case["name"]: case for case in
+             json.loads((ROOT / "tests/golden/families/families.golden.json").read_text())["cases"]}
+
+    def check(self, name, model, *options):
+        case = self.CASES[name]
+        with harness.Service(BIN, model, 2, *options) as service:
+            upload(service, "doc", case["context"])
+            service.call("prefill", "doc")
+            tokens, _, _ = answer(service, "doc", case["question"], len(case["tokens"]), "--base")
+            self.assertEqual(case["tokens"], tokens)
+            return json.loads(service.call("status", "--json"))["model"]
+
+    def test_yarn_on_request(self):
+        with tempfile.TemporaryDirectory() as folder:
+            model = pathlib.Path(folder) / "model"
+            shutil.copytree(ROOT / "tests/golden/families/qwen2", model)
+            config = json.loads((model / "config.json").read_text())
+            (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 128}))
+            status = self.check("qwen2_yarn", model, "--rope-scaling", "yarn:4")
+            self.assertEqual(("qwen2", "512", "yarn:4:128"),
+                             tuple(status[key] for key in ("family", "max_positions", "rope_scaling")))
+
+    def test_gguf_with_rope_factors(self):
+        status = self.check("llama_gguf", ROOT / "tests/golden/families/llama.gguf")
+        self.assertEqual(("llama", "512", "factors"),
+                         tuple(status[key] for key in ("family", "max_positions", "rope_scaling")))
+
+
 class Connections(unittest.TestCase):
     """More idle connections than descriptors that the coordinator was started with."""
 

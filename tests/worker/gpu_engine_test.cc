@@ -285,7 +285,8 @@ TEST_P(GpuEngineTest, TheSameBitsTwice) {
   EXPECT_EQ(runs[0], runs[1]);
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, GpuEngineTest, ::testing::Combine(::testing::Range(0, static_cast<int>(Cases().size())), ::testing::Values(1, 2)),
+INSTANTIATE_TEST_SUITE_P(Shapes, GpuEngineTest,
+                         ::testing::Combine(::testing::Range(0, static_cast<int>(Cases().size())), ::testing::Values(1, 2)),
                          [](const auto& info) {
                            return Cases()[std::get<0>(info.param)].name + "_" +
                                   std::to_string(std::get<1>(info.param)) + "_ranks";
