@@ -225,7 +225,8 @@ class Families(unittest.TestCase):
             service.call("prefill", "doc")
             tokens, _, _ = answer(service, "doc", case["question"], len(case["tokens"]), "--base")
             self.assertEqual(case["tokens"], tokens)
-            return json.loads(service.call("status", "--json"))["model"]
+            lines = [json.loads(line) for line in service.call("status", "--json").splitlines()]
+            return next(line for line in lines if "rope_scaling" in line)
 
     def test_yarn_on_request(self):
         with tempfile.TemporaryDirectory() as folder:
