@@ -4,6 +4,7 @@
 //
 //   mpirun -np 2 context_bench --model MODEL --tokens 4096 --threads 1
 //   mpirun -np 2 context_bench --model FOLDER --random-weights 1 --device cuda --tokens 32768,131072
+//   context_bench --model FOLDER --random-weights 1 --device cuda --tokens 131072 --batch 1,16 --adapters 0,1,8
 #include <ATen/Parallel.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/empty.h>
@@ -13,11 +14,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <condition_variable>
 #include <cstdio>
 #include <fstream>
 #include <map>
-#include <mutex>
 #include <optional>
 #include <random>
 #include <string>
@@ -25,6 +24,7 @@
 #include <vector>
 
 #include "base/check.h"
+#include "bench/engine_driver.h"
 #include "worker/device.h"
 #include "worker/engine.h"
 #include "worker/launch.h"
@@ -46,6 +46,8 @@ struct Options {
   int64_t spans_per_step = 1;
   double at = -1.0;
   int64_t decode = 32;
+  std::vector<int64_t> batch;
+  std::vector<int64_t> adapters = {0};
   double learning_rate = 1e-4;
   std::optional<uint64_t> random_weights;
   uint64_t seed = 1;
@@ -64,59 +66,10 @@ int64_t ResidentBytes(const char* field) {
   return 0;
 }
 
-// Submits commands to this rank's engine and waits for their final results.
-class Driver {
- public:
-  explicit Driver(Engine& engine) : engine_(engine) {}
-
-  void OnResult(Result result) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (Token& token : result.tokens) tokens_.push_back(std::move(token));
-    if (!result.final) return;
-    result_ = std::move(result);
-    done_ = true;
-    wake_.notify_one();
-  }
-
-  template <typename Body>
-  Result Run(Body body) {
-    Command command;
-    command.seq = ++seq_;
-    command.body = std::move(body);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      done_ = false;
-    }
-    engine_.Submit(std::move(command));
-    std::unique_lock<std::mutex> lock(mutex_);
-    wake_.wait(lock, [&] { return done_; });
-    if (!result_.status.ok()) {
-      std::fprintf(stderr, "context_bench: %s\n", result_.status.ToString().c_str());
-      std::_Exit(1);
-    }
-    return result_;
-  }
-
-  // Of all results since the last call.
-  std::vector<Token> TakeTokens() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return std::exchange(tokens_, {});
-  }
-
- private:
-  Engine& engine_;
-  std::vector<Token> tokens_;
-  std::mutex mutex_;
-  std::condition_variable wake_;
-  bool done_ = false;
-  int64_t seq_ = 0;
-  Result result_;
-};
-
 struct Row {
   std::string what;
   int64_t tokens = 0;
-  int64_t units = 0;          // tokens or steps
+  int64_t units = 0;          // tokens or steps; of a batch, tokens of all its rows
   double seconds = 0.0;       // of all units
   double median_seconds = 0.0;  // of one unit, where each was timed
   double flops = 0.0;         // arithmetic that the method needs, all ranks
@@ -200,6 +153,9 @@ class ContextBench {
     Adapt(results);
     Decode(0, results);
     Decode(1, results);
+    for (const int64_t rows : options_.batch) {
+      for (const int64_t adapters : options_.adapters) DecodeBatch(rows, adapters);
+    }
     driver_.Run(CloseContext{1});
     return rows_;
   }
@@ -286,6 +242,42 @@ class ContextBench {
     }
   }
 
+  // `rows` questions over the context, with so many different adapters in turn (0: base queries), a step for all at once.
+  // The second pass over the same adapters is the one that a recording replays, so the warm-up holds both.
+  void DecodeBatch(int64_t rows, int64_t adapters) {
+    constexpr int kWarm = 4;
+    for (int64_t a = 1; a < adapters; ++a) {  // 1 has been adapted; an adapter costs the same whatever its numbers are
+      if (adapters_made_ > a) continue;
+      const auto uid = static_cast<uint64_t>(a + 1);
+      driver_.Run(BeginAdapt{1, uid});
+      driver_.Run(EndAdapt{uid, true, 1});
+      adapters_made_ = a + 1;
+    }
+    DecodeSteps decode{{}, kWarm};
+    for (int64_t i = 0; i < rows; ++i) {
+      const auto uid = static_cast<uint64_t>(100 + i);
+      const auto adapter = static_cast<uint64_t>(adapters == 0 ? 0 : 1 + i % adapters);
+      driver_.Run(OpenSequence{uid, 1, adapter, adapter == 0 ? 0 : 1, options_.decode + kWarm + 3, {}});
+      driver_.Run(ExtendSequence{uid, tokens_ - 1, {ids_.back(), static_cast<int32_t>((i + 1) % c_.vocab)}, true, {}});
+      decode.sequences.push_back(uid);
+    }
+    driver_.Run(decode);
+    Row row{"decode x" + std::to_string(rows) + (adapters == 0 ? "" : ", " + std::to_string(adapters) + " adapted"), tokens_,
+            options_.decode * rows};
+    decode.steps = static_cast<int32_t>(options_.decode);
+    const double begin = Now();
+    driver_.Run(decode);
+    row.seconds = Now() - begin;
+    const double steps = Real(options_.decode);
+    row.flops = (LinearFlops(c_, true, true) + attention_row() * Real(tokens_)) * Real(row.units);
+    row.bytes = steps * (weight_bytes() + Real(std::min(adapters, rows) * c_.query_parameters() * element_) +
+                         Real(c_.kv_bytes_per_token(element_)) * Real(tokens_) / ranks_);
+    row.floor_seconds = row.bytes / ceilings_.copy_bytes;
+    rows_.push_back(row);
+    for (const uint64_t uid : decode.sequences) driver_.Run(CloseSequence{uid});
+    driver_.TakeTokens();
+  }
+
   Driver& driver_;
   const ModelConfig& c_;
   const Options& options_;
@@ -293,6 +285,7 @@ class ContextBench {
   const int ranks_;
   const int64_t element_;
   int64_t tokens_ = 0;
+  int64_t adapters_made_ = 1;
   std::vector<int32_t> ids_;
   std::vector<Row> rows_;
 };
@@ -303,7 +296,7 @@ void Report(const std::vector<Row>& rows, const std::string& device, int ranks, 
   for (const Row& row : rows) {
     const double unit = row.unit_seconds();
     const double floor = row.floor_seconds / static_cast<double>(row.units);
-    std::printf("| %-14s | %8lld | %9.3f | %10.3f | %10.1f | %8.1f | %7.2f | %6.3f | %4.0f%% |\n", row.what.c_str(),
+    std::printf("| %-22s | %8lld | %9.3f | %10.3f | %10.1f | %8.1f | %7.2f | %6.3f | %4.0f%% |\n", row.what.c_str(),
                 static_cast<long long>(row.tokens), row.seconds, unit * 1e3, 1.0 / unit,
                 row.flops / static_cast<double>(row.units) / unit / 1e12,
                 row.bytes / static_cast<double>(row.units) / unit / 1e12, floor * 1e3, 100.0 * floor / unit);
@@ -453,6 +446,10 @@ int Main(int argc, char** argv) {
   app.add_option("--spans-per-step", options.spans_per_step, "Spans of a step")->capture_default_str();
   app.add_option("--at", options.at, "Where spans begin, as a fraction of the context; negative: anywhere");
   app.add_option("--decode", options.decode, "Tokens to decode")->capture_default_str();
+  app.add_option("--batch", options.batch, "Also decode so many questions at once over the context")->delimiter(',');
+  app.add_option("--adapters", options.adapters, "With --batch: with so many adapters among them; 0: none")
+      ->delimiter(',')
+      ->capture_default_str();
   app.add_option("--learning-rate", options.learning_rate, "AdamW's")->capture_default_str();
   app.add_option("--threads", options.threads, "Threads of each CPU rank")->capture_default_str();
   app.add_option("--jsonl", options.jsonl, "Append one line per row to this file");

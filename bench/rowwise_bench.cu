@@ -181,9 +181,6 @@ void BenchSample(int64_t rows) {
   measure("Sample greedy", state);
   state.inverse_temperature = 1 / 0.7;
   measure("Sample", state);
-  if (rows > 1) return;
-  const AdvanceParams advance{tokens, m.Rising(1, 0), m.Rising(1, 0), m.Rising(1, 0), 1, 0, 0};
-  Measure("Advance", 1, 64.0, [&](cudaStream_t s) { return Advance(advance, s); });
 }
 
 int Main() {

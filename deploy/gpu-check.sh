@@ -64,6 +64,7 @@ wanted service && grep -E '^(cuda|cpu|context|adapt|ask|1048576|\|)' "$logs/serv
 table kernels "$bin/kernel_bench"
 table context_one "${bench[@]}" --tokens 8192,32768,131072 --steps 12
 [ "$gpus" -gt 1 ] && table context_all each "${bench[@]}" --tokens 8192,32768,131072 --steps 12
+table batch "${bench[@]}" --tokens 131072 --synthetic-cache --steps 2 --batch 1,4,16,64 --adapters 0,1,8
 table context_million each "${bench[@]}" --tokens 1048576 --synthetic-cache --steps 12
 table transformers python3 -B "$root/bench/peer_gpu.py" "$shape" --tokens 8192,32768,131072
 check equal_ours "${bench[@]}" --layers 4 --tokens 4096 --steps 6 --results "$logs/ours.json"

@@ -27,6 +27,25 @@ struct AttendParams {
 
 cudaError_t Attend(const AttendParams& params, int sm_count, cudaStream_t stream);
 
+// The same where every row has extents of its own: tails [rows, kTailExtents] in device memory, which a replayed graph
+// reads anew, lengths included. Rows with pos < 0 see nothing. One partial a split, for Combine.
+struct AttendTailsParams {
+  int64_t rows = 0;  // at most 65535
+  int heads = 0;
+  int kv_heads = 0;
+  int head_dim = 0;
+  float scale = 0.0f;
+  int64_t shards = 1;
+  int64_t shard = 0;
+  int64_t layer = 0;
+  const void* q = nullptr;       // bf16 [rows, heads, head_dim]
+  const int64_t* pos = nullptr;  // [rows]
+  const TailExtent* tails = nullptr;
+  float* out = nullptr;          // [TailSplits(rows, kv_heads, sm_count), rows, heads, head_dim]
+  float* lse = nullptr;          // [splits, rows, heads]
+};
+cudaError_t AttendTails(const AttendTailsParams& params, int sm_count, cudaStream_t stream);
+
 // With P = exp(s - lse): ds = P * (dout . v - row_dot); dq = scale * ds . k, added over the extents' keys, no atomics.
 // Rows with lse = -inf give 0. lse and row_dot are those of the attention combined over all GPUs.
 struct QueryGradParams {

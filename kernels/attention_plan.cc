@@ -109,6 +109,13 @@ HopperTile HopperAttendTileOf(const AttentionShape& shape) {
   return HopperAttendTile(shape.head_dim, HopperFillsTallTiles(PackedRows(shape)));
 }
 
+int TailSplits(int64_t rows, int kv_heads, int sm_count) {
+  // Two blocks a multiprocessor. Empty splits cost a block that ends at once, and a part for Combine to look at.
+  constexpr int64_t kMostSplits = 8;
+  const int64_t blocks = std::max<int64_t>(1, rows * kv_heads);
+  return static_cast<int>(std::clamp<int64_t>(2 * int64_t{sm_count} / blocks, 1, kMostSplits));
+}
+
 int AttendSplits(const AttentionShape& shape, int sm_count) {
   if (!ValidShape(shape)) return 1;
   const BlockRates rates =

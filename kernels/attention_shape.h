@@ -21,6 +21,21 @@ struct KvSlots {
   int64_t first_index = 0;
 };
 
+// All layers of K and V of a few tokens that one row of a decode step reads by itself, in device memory. `slots` and
+// `first_index` as in KvSlots. Without slots nothing else is looked at.
+struct TailExtent {
+  const void* k = nullptr;  // bf16 [layers, kv_heads, slots, head_dim] with these strides
+  const void* v = nullptr;
+  int64_t layer_stride = 0;  // elements
+  int64_t head_stride = 0;
+  int64_t slots = 0;
+  int64_t first_index = 0;
+};
+inline constexpr int kTailExtents = 4;  // a row
+
+// Key splits of AttendTails: a pure function of the grid, for a replayed graph sees tails of any length.
+int TailSplits(int64_t rows, int kv_heads, int sm_count);
+
 struct AttentionShape {
   int64_t rows = 0;      // may be 0
   int heads = 0;         // query head h reads K/V head h / (heads / kv_heads)

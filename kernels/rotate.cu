@@ -134,15 +134,32 @@ __device__ void RotateShareGrad(const RotateParams& p, int width, const float2* 
   s.high = ghigh;
 }
 
+// Where a head of a row goes.
+struct Target {
+  Bf16* k;
+  Bf16* v;
+};
+
+__device__ __forceinline__ Target TargetOf(const AppendParams& append, int64_t row, int head, int64_t element) {
+  if (append.tails == nullptr) {
+    const int64_t to = head * append.head_stride + element;
+    return {static_cast<Bf16*>(append.k) + to, static_cast<Bf16*>(append.v) + to};
+  }
+  const TailExtent& tail = append.tails[row * kTailExtents];
+  const int64_t to = append.layer * tail.layer_stride + head * tail.head_stride + element;
+  return {static_cast<Bf16*>(const_cast<void*>(tail.k)) + to, static_cast<Bf16*>(const_cast<void*>(tail.v)) + to};
+}
+
 template <Task kTask>
 __device__ void StoreShare(const Arguments& a, int64_t first_row, int item, int lane, const Share& s) {
   const RotateParams& p = a.p;
   int64_t head = (first_row * p.heads + item) * p.head_dim;
   Bf16* out = static_cast<Bf16*>(p.out);
   if constexpr (kTask == Task::kAppend) {
-    head = item % p.heads * a.append.head_stride + s.slot * p.head_dim;
-    out = static_cast<Bf16*>(a.append.k);
-    *reinterpret_cast<uint4*>(static_cast<Bf16*>(a.append.v) + head + 8 * lane) = s.value;
+    const Target to = TargetOf(a.append, first_row + item / p.heads, item % p.heads, s.slot * p.head_dim);
+    head = 0;
+    out = to.k;
+    *reinterpret_cast<uint4*>(to.v + 8 * lane) = s.value;
   }
   row::Store(out + head + 4 * lane, s.low);
   row::Store(out + head + p.head_dim / 2 + 4 * lane, s.high);
@@ -211,10 +228,9 @@ __global__ void __launch_bounds__(kScalarWarps* row::kWarp) RotateScalarKernel(A
   if constexpr (kTask == Task::kAppend) {
     const int64_t slot = a.append.slots[row];
     if (slot < 0) return;
-    const int64_t to = item % p.heads * a.append.head_stride + slot * p.head_dim;
-    out = static_cast<Bf16*>(a.append.k) + to;
-    for (int i = lane; i < p.head_dim; i += row::kWarp)
-      static_cast<Bf16*>(a.append.v)[to + i] = static_cast<const Bf16*>(a.append.value)[head + i];
+    const Target to = TargetOf(a.append, row, static_cast<int>(item % p.heads), slot * p.head_dim);
+    out = to.k;
+    for (int i = lane; i < p.head_dim; i += row::kWarp) to.v[i] = static_cast<const Bf16*>(a.append.value)[head + i];
   }
   const auto weight = [&](int i) { return norm != nullptr ? __bfloat162float(norm[i]) : 1.0f; };
   float squares = 0.0f, products = 0.0f;

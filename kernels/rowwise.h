@@ -10,6 +10,8 @@
 
 #include <cstdint>
 
+#include "kernels/attention_shape.h"
+
 #include "base/sampling.h"
 
 namespace refocus::kernels {
@@ -82,6 +84,9 @@ struct AppendParams {
   void* k = nullptr;            // bf16 [kv_heads, capacity, head_dim]
   void* v = nullptr;
   int64_t head_stride = 0;      // elements from one K/V head to the next
+  // Instead of k, v and head_stride: row i goes to the first of tails[i], [rows, kTailExtents] in device memory.
+  const TailExtent* tails = nullptr;
+  int64_t layer = 0;
 };
 cudaError_t Append(const AppendParams& params, cudaStream_t stream);
 
@@ -123,19 +128,5 @@ struct SampleParams {
 };
 int64_t SampleWorkspaceBytes(int64_t rows, int64_t vocab);
 cudaError_t Sample(const SampleParams& params, cudaStream_t stream);
-
-// After a decode step: the state of the next one, on the device, so that a captured step can be replayed. One thread.
-//   ids[0] = token; pos[0] += 1; slot[0] = the tail's slot of the new position if this shard owns it, else -1.
-// slot = CountBelow(pos) - first_index of the block-cyclic plan (base/shard_plan.h).
-struct AdvanceParams {
-  const int64_t* token = nullptr;
-  int64_t* ids = nullptr;
-  int64_t* pos = nullptr;
-  int64_t* slot = nullptr;
-  int64_t shards = 1;
-  int64_t shard = 0;
-  int64_t first_index = 0;         // of the tail extent
-};
-cudaError_t Advance(const AdvanceParams& params, cudaStream_t stream);
 
 }  // namespace refocus::kernels

@@ -267,15 +267,6 @@ __global__ void __launch_bounds__(kThreads) ChooseKernel(Arguments a) {
   }
 }
 
-__global__ void AdvanceKernel(AdvanceParams p) {
-  const int64_t pos = *p.pos + 1;
-  const int64_t block = pos / kBlockTokens;
-  *p.ids = *p.token;
-  *p.pos = pos;
-  // Of an owned position, CountBelow is its place in the shard's own order.
-  *p.slot = block % p.shards == p.shard ? block / p.shards * kBlockTokens + pos % kBlockTokens - p.first_index : -1;
-}
-
 }  // namespace
 
 int64_t SampleWorkspaceBytes(int64_t rows, int64_t vocab) {
@@ -295,11 +286,6 @@ cudaError_t Sample(const SampleParams& params, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   ChooseKernel<<<dim3(1, rows), kThreads, 0, stream>>>(a);
   return cudaPeekAtLastError();
-}
-
-cudaError_t Advance(const AdvanceParams& params, cudaStream_t stream) {
-  if (params.shards < 1 || params.shard < 0 || params.shard >= params.shards) return cudaErrorInvalidValue;
-  return row::Launch(AdvanceKernel, 1, 1, 0, stream, params);
 }
 
 }  // namespace refocus::kernels

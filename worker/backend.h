@@ -84,14 +84,16 @@ struct Losses {
   at::Tensor dlogits;  // [m, vocab] dtype; undefined unless asked for
 };
 
-// The state of a sequence between two decode steps, on the device, so that a step can be recorded once and repeated.
-// Together with its sampler (worker/sampler.h).
-struct DecodeState {
-  at::Tensor ids;      // [1] int64: the token that the next step reads
-  at::Tensor pos;      // [1] int64: its position
-  at::Tensor slots;    // [1] int64: its slot in the tail's extent, -1 on ranks that do not own it
-  at::Tensor token;    // [1] int64: the last sampled token; -1: there is none
-  at::Tensor logprob;  // [1] fp32
+// Own keys of a decode row lie in up to kMaxTailExtents (base/limits.h) extents, each told by so many int64 words: address
+// of K, of V, elements from a layer to the next, from a K/V head to the next, slots, and the local index of slot 0. Slots
+// are head_dim elements; without any the addresses are not used. As in KvView, the first VisibleSlots are seen.
+inline constexpr int64_t kTailWords = 6;
+
+// Rows [first, first + rows) of a decode pass read these.
+struct RowSweep {
+  int64_t first = 0;
+  int64_t rows = 0;
+  std::vector<KvView> extents;
 };
 
 // A pass that is run many times over tensors that stay where they are.
@@ -173,6 +175,17 @@ class Backend {
   virtual void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
                       const at::Tensor& slots, const KvView& extent) = 0;
 
+  // Decode passes. `tails` [n, kMaxTailExtents, kTailWords] int64; recorded passes read it anew in every run.
+  // As Append, with row i to slots[i] of the first extent of tails[i].
+  virtual void AppendRows(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
+                          const at::Tensor& slots, const at::Tensor& tails, int64_t layer) = 0;
+  // Attention of each row over the extents of its sweep and its own in `tails`, which `plan` cuts. The sweeps name every
+  // row once, in order. Rows at position -1 see nothing.
+  virtual Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
+                             const at::Tensor& tails, int64_t layer, const ShardPlan& plan) = 0;
+  // Rows of a group of a decode pass, at least `rows`: few different numbers where a pass is recorded.
+  virtual int64_t PaddedRows(int64_t rows) const = 0;
+
   // silu(gate) * up, [n, mlp] dtype.
   virtual at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) = 0;
   struct SiluGrads {
@@ -194,8 +207,6 @@ class Backend {
   // samplers anew in every run: sequences may join, leave and change rows by writing to `samplers`.
   virtual void Sample(const at::Tensor& logits, const at::Tensor& samplers, at::Tensor& tokens,
                       at::Tensor& logprobs) = 0;
-  // state.token becomes the token that the next step reads, one position further; slots for `tail`'s plan.
-  virtual void Advance(const KvView& tail, DecodeState& state) = 0;
 };
 
 // fp32; `config` gives rotary frequencies and epsilon.

@@ -58,6 +58,7 @@ at::Tensor RmsNormGrad(const at::Tensor& x, const at::Tensor& weight, const at::
 
 CpuRowwise::CpuRowwise(const ModelConfig& config)
     : eps_(config.rms_eps),
+      kv_heads_(config.kv_heads),
       head_dim_(config.head_dim),
       inverse_frequencies_(InverseFrequencies(config.rope_theta, config.head_dim, config.rope)),
       attention_factor_(config.rope.attention_factor) {}
@@ -138,6 +139,13 @@ at::Tensor CpuRowwise::RotateGrad(const at::Tensor& dq, const at::Tensor& raw, c
   return RmsNormGrad(AddBias(raw, weights.bias), weights.norm, dx, eps_).contiguous();
 }
 
+CpuRowwise::KeysValues CpuRowwise::MakeKeysValues(const at::Tensor& h, const KeyValueWeights& weights,
+                                                  const Rotation& rotation) {
+  const int64_t rows = h.size(0), heads = weights.wk.size(0) / head_dim_;
+  return {Rotate(Linear(h, weights.wk).view({rows, heads, head_dim_}), weights.k, rotation),
+          AddBias(Linear(h, weights.wv).view({rows, heads, head_dim_}), weights.v_bias)};
+}
+
 void CpuRowwise::Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
                         const at::Tensor& slots, const KvView& extent) {
   // Rows of other ranks are left out before anything is computed for them.
@@ -155,10 +163,8 @@ void CpuRowwise::Append(const at::Tensor& h, const KeyValueWeights& weights, con
   const at::Tensor index = at::tensor(writing, at::kLong);
   const auto select = [&](const at::Tensor& t) { return all ? t : at::index_select(t, 0, index); };
   const at::Tensor x = select(h);
-  const int64_t heads = extent.k.size(0);
-  const at::Tensor k = Rotate(Linear(x, weights.wk).view({rows, heads, head_dim_}), weights.k,
-                              {select(rotation.pos), select(rotation.cos), select(rotation.sin)});
-  const at::Tensor v = AddBias(Linear(x, weights.wv).view({rows, heads, head_dim_}), weights.v_bias);
+  const auto [k, v] =
+      MakeKeysValues(x, weights, {select(rotation.pos), select(rotation.cos), select(rotation.sin)});
   // In one run of slots, as prefill and decode write them, as a rule.
   bool run = true;
   for (int64_t i = 1; i < rows; ++i) run = run && targets[i] == targets[0] + i;
@@ -206,14 +212,6 @@ void CpuRowwise::Sample(const at::Tensor& logits, const at::Tensor& samplers, at
     tokens.data_ptr<int64_t>()[row] = draw.id;
     logprobs.data_ptr<float>()[row] = draw.logprob;
   }
-}
-
-void CpuRowwise::Advance(const KvView& tail, DecodeState& state) {
-  state.ids.copy_(state.token);
-  state.pos.add_(1);
-  const int64_t pos = state.pos.item<int64_t>();
-  const bool here = tail.plan.Owns(pos);
-  state.slots.fill_(here ? tail.plan.CountBelow(pos) - tail.first_index : -1);
 }
 
 }  // namespace refocus

@@ -42,15 +42,26 @@ class CpuRowwise : public Backend {
   void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
               const KvView& extent) override;
 
+  void AppendRows(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
+                  const at::Tensor& slots, const at::Tensor& tails, int64_t layer) override;
+  Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
+                     const at::Tensor& tails, int64_t layer, const ShardPlan& plan) override;
+  int64_t PaddedRows(int64_t rows) const override { return rows; }
+
   at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) override;
   SiluGrads SiluMulGrad(const at::Tensor& dact, const at::Tensor& gate, const at::Tensor& up) override;
   at::Tensor RowDot(const at::Tensor& dout, const at::Tensor& out) override;
   Losses CrossEntropy(at::Tensor logits, const at::Tensor& targets, bool grad, double grad_scale) override;
   void Sample(const at::Tensor& logits, const at::Tensor& samplers, at::Tensor& tokens, at::Tensor& logprobs) override;
-  void Advance(const KvView& tail, DecodeState& state) override;
 
  private:
+  struct KeysValues {
+    at::Tensor k, v;  // [n, kv_heads, head_dim]
+  };
+  KeysValues MakeKeysValues(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation);
+
   double eps_;
+  int64_t kv_heads_;
   int64_t head_dim_;
   std::vector<float> inverse_frequencies_;  // [head_dim / 2]
   double attention_factor_;                 // of sine and cosine

@@ -4,7 +4,6 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/cuda/CUDAEvent.h>
-#include <ATen/cuda/CUDAGraph.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -16,20 +15,20 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <array>
+#include <bit>
 #include <cmath>
-#include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "base/check.h"
+#include "base/limits.h"
 #include "base/rope.h"
-#include "base/log.h"
 #include "kernels/attention.h"
 #include "kernels/rowwise.h"
 #include "worker/backend.h"
-#include "worker/collective.h"
+#include "worker/graph_repeat.h"
 
 namespace refocus {
 namespace {
@@ -47,48 +46,6 @@ T* Data(const at::Tensor& t) {
   REFOCUS_CHECK(t.is_cuda() && t.is_contiguous());
   return static_cast<T*>(t.data_ptr());
 }
-
-// The first run is eager, so that libraries set up what they keep; the second is recorded, the others replay it.
-class GraphRepeat : public Repeat {
- public:
-  explicit GraphRepeat(std::function<void()> pass) : pass_(std::move(pass)) {}
-
-  void Run() override {
-    ++runs_;
-    if (runs_ == 2) recorded_ = Record();
-    recorded_ ? graph_.replay() : pass_();
-  }
-
- private:
-  bool Record() {
-    graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
-    std::string why;
-    std::exception_ptr lost;
-    try {
-      pass_();
-    } catch (const CollectiveError&) {
-      lost = std::current_exception();
-    } catch (const std::exception& error) {
-      why = error.what();
-    }
-    try {  // a capture must be ended in any case
-      graph_.capture_end();
-    } catch (const std::exception& error) {
-      if (why.empty()) why = error.what();
-    }
-    if (lost != nullptr) std::rethrow_exception(lost);
-    if (why.empty()) return true;
-    graph_.reset();
-    cudaGetLastError();
-    LogWarning("a pass could not be recorded as a CUDA graph and is launched piece by piece: " + why);
-    return false;
-  }
-
-  std::function<void()> pass_;
-  at::cuda::CUDAGraph graph_;
-  int64_t runs_ = 0;
-  bool recorded_ = false;
-};
 
 class CudaBackend : public Backend {
  public:
@@ -133,16 +90,21 @@ class CudaBackend : public Backend {
   }
 
   Partial Attend(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) override {
-    kernels::AttendParams params;
-    params.shape = Shape(q, pos, extents);
-    Partial partial{Empty(q.sizes(), at::kFloat), Empty(q.sizes().slice(0, 2), at::kFloat)};
-    const at::Tensor workspace = Bytes(kernels::AttendWorkspaceBytes(params.shape, sm_count_));
-    params.q = Data(q);
-    params.out = Data<float>(partial.out);
-    params.lse = Data<float>(partial.lse);
-    params.workspace = Data(workspace);
-    CheckLaunch(kernels::Attend(params, sm_count_, Stream()), "Attend");
-    return partial;
+    constexpr size_t kMost = kernels::kMaxExtents;
+    if (extents.size() <= kMost) {
+      Partial partial{Empty(q.sizes(), at::kFloat), Empty(q.sizes().slice(0, 2), at::kFloat)};
+      AttendInto(q, pos, extents, partial.out, partial.lse);
+      return partial;
+    }
+    const auto parts = static_cast<int64_t>((extents.size() + kMost - 1) / kMost);
+    const at::Tensor out = Empty({parts, q.size(0), q.size(1), q.size(2)}, at::kFloat);
+    const at::Tensor lse = Empty({parts, q.size(0), q.size(1)}, at::kFloat);
+    for (int64_t part = 0; part < parts; ++part) {
+      const auto first = extents.begin() + part * static_cast<int64_t>(kMost);
+      AttendInto(q, pos, {first, part + 1 < parts ? first + kMost : extents.end()}, out.select(0, part),
+                 lse.select(0, part));
+    }
+    return Combine(out, lse);
   }
 
   at::Tensor QueryGrad(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents,
@@ -270,19 +232,12 @@ class CudaBackend : public Backend {
 
   void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
               const KvView& extent) override {
-    const at::Tensor raw = LinearSum(h, weights.wk, at::Tensor()).view({h.size(0), config_.kv_heads, config_.head_dim});
-    // The product's epilogue adds a bias in fp32.
-    const at::Tensor value =
-        weights.v_bias.defined() ? at::linear(h, weights.wv, weights.v_bias) : Linear(h, weights.wv);
     CheckExtent(extent);
     kernels::AppendParams params;
-    params.key = RotateOf(raw, weights.k, rotation);
-    params.value = Data(value);
-    params.slots = Data<int64_t>(slots);
     params.k = extent.k.data_ptr();
     params.v = extent.v.data_ptr();
     params.head_stride = extent.k.stride(0);
-    CheckLaunch(kernels::Append(params, Stream()), "Append");
+    AppendTo(h, weights, rotation, slots, params);
   }
 
   at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) override {
@@ -339,16 +294,50 @@ class CudaBackend : public Backend {
     CheckLaunch(kernels::Sample(params, Stream()), "Sample");
   }
 
-  void Advance(const KvView& tail, DecodeState& state) override {
-    kernels::AdvanceParams params;
-    params.token = Data<int64_t>(state.token);
-    params.ids = Data<int64_t>(state.ids);
-    params.pos = Data<int64_t>(state.pos);
-    params.slot = Data<int64_t>(state.slots);
-    params.shards = tail.plan.shards;
-    params.shard = tail.plan.shard;
-    params.first_index = tail.first_index;
-    CheckLaunch(kernels::Advance(params, Stream()), "Advance");
+  void AppendRows(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
+                  const at::Tensor& slots, const at::Tensor& tails, int64_t layer) override {
+    kernels::AppendParams params;
+    params.tails = Tails(tails, h.size(0));
+    params.layer = layer;
+    AppendTo(h, weights, rotation, slots, params);
+  }
+
+  Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
+                     const at::Tensor& tails, int64_t layer, const ShardPlan& plan) override {
+    const int64_t rows = q.size(0);
+    kernels::AttendTailsParams params;
+    params.rows = rows;
+    params.heads = static_cast<int>(config_.heads);
+    params.kv_heads = static_cast<int>(config_.kv_heads);
+    params.head_dim = static_cast<int>(config_.head_dim);
+    params.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(config_.head_dim)));
+    params.shards = plan.shards;
+    params.shard = plan.shard;
+    params.layer = layer;
+    params.q = Data(q);
+    params.pos = Data<int64_t>(pos);
+    params.tails = Tails(tails, rows);
+    const int64_t splits = kernels::TailSplits(rows, params.kv_heads, sm_count_);
+    const at::Tensor out = Empty({1 + splits, rows, config_.heads, config_.head_dim}, at::kFloat);
+    const at::Tensor lse = Empty({1 + splits, rows, config_.heads}, at::kFloat);
+    int64_t swept = 0;
+    for (const RowSweep& sweep : sweeps) {
+      REFOCUS_CHECK_EQ(sweep.first, swept);
+      swept += sweep.rows;
+      AttendInto(q.narrow(0, sweep.first, sweep.rows), pos.narrow(0, sweep.first, sweep.rows), sweep.extents,
+                 out.select(0, 0).narrow(0, sweep.first, sweep.rows),
+                 lse.select(0, 0).narrow(0, sweep.first, sweep.rows));
+    }
+    REFOCUS_CHECK_EQ(swept, rows);
+    params.out = Data<float>(out.narrow(0, 1, splits));
+    params.lse = Data<float>(lse.narrow(0, 1, splits));
+    CheckLaunch(kernels::AttendTails(params, sm_count_, Stream()), "AttendTails");
+    return Combine(out, lse);
+  }
+
+  // A recording for each power of two.
+  int64_t PaddedRows(int64_t rows) const override {
+    return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(rows)));
   }
 
  private:
@@ -356,6 +345,39 @@ class CudaBackend : public Backend {
     return at::empty(shape, at::TensorOptions(device_).dtype(type));
   }
   at::Tensor Bytes(int64_t count) const { return count == 0 ? at::Tensor() : Empty({count}, at::kByte); }
+
+  // Where to is in `params`.
+  void AppendTo(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
+                kernels::AppendParams params) {
+    const at::Tensor raw = LinearSum(h, weights.wk, at::Tensor()).view({h.size(0), config_.kv_heads, config_.head_dim});
+    // The product's epilogue adds a bias in fp32.
+    const at::Tensor value =
+        weights.v_bias.defined() ? at::linear(h, weights.wv, weights.v_bias) : Linear(h, weights.wv);
+    params.key = RotateOf(raw, weights.k, rotation);
+    params.value = Data(value);
+    params.slots = Data<int64_t>(slots);
+    CheckLaunch(kernels::Append(params, Stream()), "Append");
+  }
+
+  // At most kMaxExtents.
+  void AttendInto(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents, const at::Tensor& out,
+                  const at::Tensor& lse) {
+    kernels::AttendParams params;
+    params.shape = Shape(q, pos, extents);
+    const at::Tensor workspace = Bytes(kernels::AttendWorkspaceBytes(params.shape, sm_count_));
+    params.q = Data(q);
+    params.out = Data<float>(out);
+    params.lse = Data<float>(lse);
+    params.workspace = Data(workspace);
+    CheckLaunch(kernels::Attend(params, sm_count_, Stream()), "Attend");
+  }
+
+  const kernels::TailExtent* Tails(const at::Tensor& tails, int64_t rows) const {
+    static_assert(sizeof(kernels::TailExtent) == kTailWords * sizeof(int64_t) &&
+                  kernels::kTailExtents == kMaxTailExtents);
+    REFOCUS_CHECK_EQ(tails.numel(), rows * kMaxTailExtents * kTailWords);
+    return reinterpret_cast<const kernels::TailExtent*>(Data<int64_t>(tails));
+  }
 
   void CheckExtent(const KvView& view) const {
     for (const at::Tensor* t : {&view.k, &view.v}) {

@@ -260,7 +260,9 @@ class EngineState {
       return Precondition("revision", std::to_string(end.revision), std::to_string(adapter.revision() + 1));
     }
     adapter_bytes_ -= Held(adapter);
+    const QueryDelta before = adapter.committed();
     end.commit ? adapter.Commit(end.revision) : adapter.Rollback();
+    if (end.commit) sequences_.Retire(before);
     adapter_bytes_ += Held(adapter);
     if (adapter.revision() == 0) adapters_.erase(found);
     return {};
@@ -270,14 +272,16 @@ class EngineState {
     const auto found = adapters_.find(drop.adapter);
     if (found == adapters_.end()) return Absent("adapter", drop.adapter);
     adapter_bytes_ -= Held(found->second);
+    const QueryDelta delta = found->second.committed();
     adapters_.erase(found);
+    sequences_.Retire(delta);
     return {};
   }
 
   Status Do(const OpenSequence& open, Result&) {
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindReady(open.context, &context));
-    if (open.parent != 0) return sequences_.Fork(open, context->All(), FreeBytes());
+    if (open.parent != 0) return sequences_.Fork(open, FreeBytes());
     QueryDelta delta;
     if (open.adapter != 0) {
       const auto found = adapters_.find(open.adapter);

@@ -16,7 +16,6 @@ namespace refocus {
 namespace {
 
 constexpr int64_t kLogitRows = 128;  // scored at once: [rows, vocab] is the largest tensor
-constexpr int64_t kLeave = -2;       // instead of a token: rank 0 wants all to stop
 
 Status NonFiniteLogits() {
   return Error(
@@ -33,44 +32,57 @@ std::vector<int64_t> Iota(int64_t first, int64_t count) {
 
 }  // namespace
 
-Sequence::Sequence(const OpenSequence& open, KvChain before, std::shared_ptr<KvExtent> tail, QueryDelta delta)
+Sequence::Sequence(const OpenSequence& open, KvChain context, KvChain shared, std::shared_ptr<KvExtent> tail,
+                   QueryDelta delta)
     : open_(open),
-      before_(std::move(before)),
+      context_(std::move(context)),
+      shared_(std::move(shared)),
       tail_(std::move(tail)),
       delta_(std::move(delta)),
-      next_position_(before_.end()) {}
+      next_position_(tail_->first_position()) {}
 
-KvChain Sequence::Written() const {
-  KvChain all = before_;
+KvChain Sequence::Prompt() const {
+  KvChain all = shared_;
   all.Add(tail_);
   return all.Below(next_position_);
+}
+
+void Sequence::WriteTails(int64_t* words) const {
+  tail_->Write(tail_->View(0).length, words);
+  for (const KvShare& share : shared_.shares()) share.Write(words += kTailWords);
 }
 
 at::Tensor Sequence::Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids) {
   int64_t writing = 0;
   ForwardInput input = model.MakeInput(plan, ids, tail_.get(), &writing);
-  input.extents = before_.shares();
+  input.extents = context_.shares();
+  input.extents.insert(input.extents.end(), shared_.shares().begin(), shared_.shares().end());
   input.SetDelta(delta_);
   at::Tensor hidden = model.Forward(input);
   tail_->Advance(writing);
   return hidden;
 }
 
-void Sequence::EnqueueSample(Model& model, const at::Tensor& hidden) {
-  Collective& collective = model.collective();
-  if (collective.rank() == 0) {
-    logits_ = model.Logits(hidden);
-    model.backend().Sample(logits_, sampler_address_, state_.token, state_.logprob);
-    state_.token.masked_fill_(leave_.ne(0), kLeave);
+void Sequence::Sample(Model& model, const at::Tensor& hidden, Result& result) {
+  const auto on_device = at::TensorOptions(model.backend().device());
+  if (!sampler_.defined()) sampler_ = MakeSampler(open_.sampling, model.config().vocab, {}, model.backend().device());
+  at::Tensor token = at::zeros({1}, on_device.dtype(at::kLong));
+  at::Tensor logprob = at::zeros({1}, on_device.dtype(at::kFloat));
+  at::Tensor logits;
+  if (model.collective().rank() == 0) {
+    logits = model.Logits(hidden);
+    const at::Tensor address = at::full({1}, SamplerAddress(sampler_), token.options());
+    model.backend().Sample(logits, address, token, logprob);
   }
-  collective.Broadcast(state_.token, 0);
-  word_.select(0, 0).copy_(state_.token.squeeze(0), /*non_blocking=*/true);
-  word_.select(0, 1).copy_(state_.logprob.squeeze(0), /*non_blocking=*/true);
+  model.collective().Broadcast(token, 0);
+  model.collective().Check();
+  Take(model, token.item<int64_t>(), logprob.item<float>(), [&] { return logits.select(0, 0); }, result);
 }
 
-void Sequence::EnqueueStep(Model& model) {
-  EnqueueSample(model, model.Forward(step_input_));
-  model.backend().Advance(tail_->View(0), state_);
+void Sequence::Advance() {
+  if (tail_->SlotOf(next_position_) >= 0) tail_->Advance(1);
+  ++next_position_;
+  has_pending_ = false;
 }
 
 void Sequence::End(SequenceEnd::Why why, Result& result, Status status) {
@@ -78,18 +90,15 @@ void Sequence::End(SequenceEnd::Why why, Result& result, Status status) {
   result.ended.push_back({open_.sequence, why, std::move(status)});
 }
 
-void Sequence::TakeToken(Model& model, Result& result) {
-  model.collective().Check();
-  model.backend().Synchronize();
-  const int64_t id = static_cast<int64_t>(word_.const_data_ptr<double>()[0]);
-  if (id == kLeave) return End(SequenceEnd::Why::kCancelled, result);
+void Sequence::Take(const Model& model, int64_t id, float logprob, const std::function<at::Tensor()>& logits,
+                    Result& result) {
   if (id < 0) return End(SequenceEnd::Why::kFailed, result, NonFiniteLogits());
   Token token;
   token.sequence = open_.sequence;
   token.id = static_cast<int32_t>(id);
-  token.logprob = static_cast<float>(word_.const_data_ptr<double>()[1]);
+  token.logprob = logprob;
   if (open_.sampling.top_logprobs > 0 && model.collective().rank() == 0) {
-    AddTopLogprobs(logits_.cpu().view({-1}), open_.sampling.top_logprobs, token);
+    AddTopLogprobs(logits().cpu(), open_.sampling.top_logprobs, token);
   }
   has_pending_ = true;
   last_token_ = token.id;
@@ -118,43 +127,10 @@ void Sequence::Extend(Model& model, const ExtendSequence& command, Result& resul
   at::Tensor last = at::empty({1, model.config().hidden}, hidden.options());
   if (model.collective().rank() == rank) last.copy_(hidden.narrow(0, row, 1));
   if (plan.split()) model.collective().Broadcast(last, static_cast<int>(rank));
-  if (!state_.token.defined()) {
-    const auto on_device = at::TensorOptions(model.backend().device());
-    for (at::Tensor* t : {&state_.ids, &state_.pos, &state_.slots, &state_.token, &leave_})
-      *t = at::zeros({1}, on_device.dtype(at::kLong));
-    state_.logprob = at::zeros({1}, on_device.dtype(at::kFloat));
-    sampler_ = MakeSampler(open_.sampling, model.config().vocab, {}, model.backend().device());
-    sampler_address_ = at::full({1}, SamplerAddress(sampler_), on_device.dtype(at::kLong));
-    word_ = at::empty({2}, at::TensorOptions(at::kDouble).pinned_memory(!model.backend().device().is_cpu()));
-  }
-  state_.pos.fill_(next_position_ - 1);
-  EnqueueSample(model, last);
-  model.backend().Advance(tail_->View(0), state_);
-  TakeToken(model, result);
+  Sample(model, last, result);
   if (has_pending_) return;
   result.status = result.ended.back().status;
   result.ended.clear();
-}
-
-void Sequence::Step(Model& model, bool leave, Result& result) {
-  if (step_ == nullptr) {
-    step_plan_ = RowPlan::Replicated({next_position_}, model.plan());
-    step_input_.rows = &step_plan_;
-    step_input_.ids = state_.ids;
-    step_input_.own_pos = step_input_.pos = state_.pos;
-    step_input_.slots = state_.slots;
-    step_input_.append = tail_.get();
-    step_input_.extents = before_.shares();
-    step_input_.SetDelta(delta_);
-    step_ = model.backend().Repeated([this, &model] { EnqueueStep(model); });
-  }
-  if (leave) leave_.fill_(1);
-  model.collective().BeforeReplay();
-  step_->Run();
-  if (tail_->SlotOf(next_position_) >= 0) tail_->Advance(1);
-  ++next_position_;
-  has_pending_ = false;
-  TakeToken(model, result);
 }
 
 void Sequence::Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command,

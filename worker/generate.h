@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -14,17 +15,23 @@ namespace refocus {
 // shared and never written.
 class Sequence {
  public:
-  // `before`: what its rows come after, the context first. delta is none for base queries and is kept alive here.
-  Sequence(const OpenSequence& open, KvChain before, std::shared_ptr<KvExtent> tail, QueryDelta delta);
+  // Its rows come after `context` and `shared` (rows of the request it forked from; may be empty). `delta`
+  // is none for base queries and is kept alive here.
+  Sequence(const OpenSequence& open, KvChain context, KvChain shared, std::shared_ptr<KvExtent> tail, QueryDelta delta);
 
   const OpenSequence& open() const { return open_; }
+  const KvChain& context() const { return context_; }
+  const KvExtent& tail() const { return *tail_; }
   const QueryDelta& delta() const { return delta_; }
+  const at::Tensor& sampler() const { return sampler_; }  // worker/sampler.h; after the first sampled token
   // Position of its first own row, of the next row that writes K/V, and behind its last.
-  int64_t first_position() const { return before_.end(); }
+  int64_t first_position() const { return tail_->first_position(); }
   int64_t next_position() const { return next_position_; }
-  int64_t end_position() const { return before_.end() + open_.capacity; }
-  // All rows so far, for a fork.
-  KvChain Written() const;
+  int64_t end_position() const { return tail_->first_position() + tail_->capacity(); }
+  // The rows so far, behind the context: what a fork shares.
+  KvChain Prompt() const;
+  // Where its own rows lie, then the shared ones, for one row of a decode pass: [kMaxTailExtents, kTailWords].
+  void WriteTails(int64_t* words) const;
   // A token was sampled that no row has been computed for yet.
   bool has_pending_token() const { return has_pending_; }
   int32_t last_token() const { return last_token_; }  // sampled last
@@ -35,40 +42,31 @@ class Sequence {
   // Rows for command.ids; then the scores and the sampled token it asks for. Fills result's tokens, scores, ended.
   void Extend(Model& model, const ExtendSequence& command, Result& result);
 
-  // One decode step: a token to result.tokens, or none; why it left, if it did, to result.ended. `leave` counts on rank 0.
-  void Step(Model& model, bool leave, Result& result);
+  // The row of the token that was sampled last has been computed.
+  void Advance();
+  // The next token, or (id < 0) that its logits are not finite. `logits` [vocab] fp32 are asked for on rank 0, where
+  // top_logprobs want them.
+  void Take(const Model& model, int64_t id, float logprob, const std::function<at::Tensor()>& logits, Result& result);
+  // It leaves.
+  void End(SequenceEnd::Why why, Result& result, Status status = {});
 
  private:
   at::Tensor Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids);
-  // Samples on rank 0 from hidden [1, hidden] and tells everybody: state_.token, and what Publish reads.
-  void EnqueueSample(Model& model, const at::Tensor& hidden);
-  // One decode step: the pending token's row, and the next token.
-  void EnqueueStep(Model& model);
-  // Waits for what was enqueued and takes the token over.
-  void TakeToken(Model& model, Result& result);
-  void End(SequenceEnd::Why why, Result& result, Status status = {});
+  // The first token after `hidden` [1, hidden]: drawn on rank 0, told to everybody.
+  void Sample(Model& model, const at::Tensor& hidden, Result& result);
   void Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command,
              Result& result);
 
   OpenSequence open_;
-  KvChain before_;
+  KvChain context_;
+  KvChain shared_;  // the rows of requests it forked from
   std::shared_ptr<KvExtent> tail_;
   QueryDelta delta_;
+  at::Tensor sampler_;
   int64_t next_position_;
   bool has_pending_ = false;
   int32_t last_token_ = 0;
   bool left_ = false;
-
-  // For decode steps, which are recorded once and repeated; made with the first sampled token.
-  DecodeState state_;
-  at::Tensor sampler_;  // worker/sampler.h
-  at::Tensor sampler_address_;  // [1] int64 on the device
-  at::Tensor leave_;    // [1] int64 on the device: not 0 when rank 0 wants all to stop
-  at::Tensor word_;     // [2] fp64 on the host, page-locked for a GPU: token (or why there is none), log-probability
-  at::Tensor logits_;   // [1, vocab] fp32 of the last token, on rank 0
-  RowPlan step_plan_;
-  ForwardInput step_input_;
-  std::unique_ptr<Repeat> step_;
 };
 
 }  // namespace refocus

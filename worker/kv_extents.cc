@@ -40,10 +40,11 @@ KvView KvExtent::View(int64_t layer) const {
 
 KvView KvShare::View(int64_t layer) const {
   KvView view = extent->View(layer);
-  const int64_t slots = view.plan.CountBelow(end) - view.first_index;
-  if (slots < view.length) view.length = slots;
+  view.length = std::min(view.length, view.plan.CountBelow(end) - view.first_index);
   return view;
 }
+
+void KvShare::Write(int64_t* words) const { extent->Write(View(0).length, words); }
 
 void KvChain::Add(std::shared_ptr<const KvExtent> extent) {
   if (extent->capacity() == 0) return;
@@ -58,6 +59,15 @@ KvChain KvChain::Below(int64_t end) const {
     if (share.extent->first_position() < end) below.shares_.push_back({share.extent, std::min(share.end, end)});
   }
   return below;
+}
+
+void KvExtent::Write(int64_t slots, int64_t* words) const {
+  words[0] = reinterpret_cast<int64_t>(k_.const_data_ptr());
+  words[1] = reinterpret_cast<int64_t>(v_.const_data_ptr());
+  words[2] = k_.stride(0);
+  words[3] = k_.stride(1);
+  words[4] = slots;
+  words[5] = first_index_;
 }
 
 int64_t KvExtent::SlotOf(int64_t position) const {

@@ -30,6 +30,9 @@ class KvExtent {
   // One layer's K/V, all slots.
   KvView View(int64_t layer) const;
 
+  // Where all layers lie, with `slots` slots: kTailWords (worker/backend.h).
+  void Write(int64_t slots, int64_t* words) const;
+
   // The slot that holds `position`, or -1 when it is not this shard's or not in this extent.
   int64_t SlotOf(int64_t position) const;
 
@@ -64,6 +67,8 @@ struct KvShare {
   int64_t end = 0;
 
   KvView View(int64_t layer) const;
+  // The same of all layers, as decode rows read it: kTailWords (worker/backend.h).
+  void Write(int64_t* words) const;
 };
 
 // Extents that follow each other without a gap, read-only: what a context consists of, or a fork's prompt.

@@ -6,6 +6,11 @@
 #include "base/check.h"
 
 namespace refocus {
+namespace {
+
+KeyValueWeights KeyValues(const LayerWeights& w) { return {w.wk, w.wv, {w.k_bias, w.k_norm}, w.v_bias}; }
+
+}  // namespace
 
 Model::Model(const Weights& weights, Backend& backend, Collective& collective, std::atomic<int64_t>& progress)
     : weights_(weights),
@@ -71,12 +76,12 @@ Partial Model::Exchange(const RowPlan& rows, const Partial& partial) {
 
 void Model::Append(const ForwardInput& input, int64_t layer, const at::Tensor& h, const Rotation& rotation) {
   if (!input.slots.defined()) return;
-  const LayerWeights& w = weights_.layers[layer];
-  backend_.Append(h, {w.wk, w.wv, {w.k_bias, w.k_norm}, w.v_bias}, rotation, input.slots, input.append->View(layer));
+  backend_.Append(h, KeyValues(weights_.layers[layer]), rotation, input.slots, input.append->View(layer));
 }
 
 Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
                          const Rotation& rotation, at::Tensor* all) {
+  if (input.tails.defined()) return DecodeAttention(input, layer, q, h, rotation);
   const RowPlan& rows = *input.rows;
   if (Travels(rows) && input.slots.defined()) {
     *all = RoomForAll(rows, q);
@@ -88,6 +93,17 @@ Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Ten
     *all = GatherRows(rows, q);
   }
   return Exchange(rows, backend_.Attend(*all, input.pos, Views(input, layer)));
+}
+
+Partial Model::DecodeAttention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
+                               const Rotation& rotation) {
+  backend_.AppendRows(h, KeyValues(weights_.layers[layer]), rotation, input.slots, input.tails, layer);
+  std::vector<RowSweep> sweeps;
+  for (const ForwardInput::Sweep& sweep : input.sweeps) {
+    RowSweep& to = sweeps.emplace_back(RowSweep{sweep.first, sweep.rows, {}});
+    for (const KvShare& share : sweep.extents) to.extents.push_back(share.View(layer));
+  }
+  return Exchange(*input.rows, backend_.AttendRows(q, input.pos, sweeps, input.tails, layer, plan_));
 }
 
 at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
@@ -118,6 +134,7 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
   const RowPlan& rows = *input.rows;
   const int64_t n = rows.own_rows();
   REFOCUS_CHECK_EQ(input.ids.size(0), n);
+  REFOCUS_CHECK(trace == nullptr || !input.tails.defined());  // there is no way back through a decode pass
   const Rotation rotation = backend_.RotationAt(input.own_pos);
   at::Tensor x = backend_.Embed(weights_.embedding, input.ids);
   at::Tensor h = backend_.Norm(x, weights_.layers[0].attn_norm);

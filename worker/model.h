@@ -42,6 +42,15 @@ struct ForwardInput {
   at::Tensor slots;    // [n] int64: where own rows write K/V in `append`, < 0: nowhere; undefined: none writes
   std::vector<KvShare> extents;  // that attention reads besides `append`
   KvExtent* append = nullptr;
+  // A decode pass instead: rows read shared extents by ranges, in order, and each has keys of its own, where it also
+  // writes.
+  struct Sweep {
+    int64_t first = 0;
+    int64_t rows = 0;
+    std::vector<KvShare> extents;
+  };
+  std::vector<Sweep> sweeps;
+  at::Tensor tails;  // [n, kMaxTailExtents, kTailWords] int64 (worker/backend.h); undefined: no decode pass
   // Whose queries the own rows ask with, ordered by row; rows that are not named: base queries.
   std::vector<AdapterRows> adapters;
   // All own rows ask with one delta, or none.
@@ -97,6 +106,8 @@ class Model {
   bool Travels(const RowPlan& rows) const { return rows.split() && collective_.size() > 1; }
   at::Tensor RoomForAll(const RowPlan& rows, const at::Tensor& own) const;
   at::Tensor GatherRows(const RowPlan& rows, const at::Tensor& own);
+  Partial DecodeAttention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
+                          const Rotation& rotation);
   std::vector<KvView> Views(const ForwardInput& input, int64_t layer) const;
 
   const Weights& weights_;

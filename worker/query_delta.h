@@ -25,6 +25,10 @@ struct QueryDelta {
 
   bool defined() const { return full.defined() || a.defined(); }
   bool lora() const { return a.defined(); }
+  // Tells deltas apart while they live; null: none.
+  const void* identity() const {
+    return full.defined() ? full.const_data_ptr() : a.defined() ? a.const_data_ptr() : nullptr;
+  }
   // The same kind over other numbers, as DeltaSizes lays them out.
   QueryDelta Over(const at::Tensor& numbers) const;
 

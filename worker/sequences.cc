@@ -1,5 +1,6 @@
 #include "worker/sequences.h"
 
+#include <algorithm>
 #include <set>
 #include <string>
 #include <utility>
@@ -9,23 +10,24 @@
 
 namespace refocus {
 
-Status Sequences::Add(const OpenSequence& open, KvChain before, const QueryDelta& delta, int64_t free_bytes) {
+Status Sequences::Add(const OpenSequence& open, const KvChain& context, const KvChain& prompt, const QueryDelta& delta,
+                      int64_t free_bytes) {
   if (sequences_.count(open.sequence) != 0)
     return Precondition("sequence uid", std::to_string(open.sequence), "a new one");
   if (open.capacity < 0 || open.capacity > kMaxContextTokens) {
     return FieldError("capacity", std::to_string(open.capacity), "0 to " + std::to_string(kMaxContextTokens));
   }
   std::shared_ptr<KvExtent> tail;
-  REFOCUS_RETURN_IF_ERROR(memory_.Reserve(before.end(), open.capacity, free_bytes, &tail));
-  sequences_.try_emplace(open.sequence, open, std::move(before), std::move(tail), delta);
+  REFOCUS_RETURN_IF_ERROR(memory_.Reserve(std::max(context.end(), prompt.end()), open.capacity, free_bytes, &tail));
+  sequences_.try_emplace(open.sequence, open, context, prompt, std::move(tail), delta);
   return {};
 }
 
 Status Sequences::Open(const OpenSequence& open, const KvChain& context, const QueryDelta& delta, int64_t free_bytes) {
-  return Add(open, context, delta, free_bytes);
+  return Add(open, context, KvChain(), delta, free_bytes);
 }
 
-Status Sequences::Fork(const OpenSequence& open, const KvChain& context, int64_t free_bytes) {
+Status Sequences::Fork(const OpenSequence& open, int64_t free_bytes) {
   const auto found = sequences_.find(open.parent);
   if (found == sequences_.end()) return Absent("parent sequence", open.parent);
   const Sequence& parent = found->second;
@@ -33,13 +35,13 @@ Status Sequences::Fork(const OpenSequence& open, const KvChain& context, int64_t
       parent.open().revision != open.revision) {
     return FieldError("parent", std::to_string(open.parent), "a sequence of the same context, adapter and revision");
   }
-  const KvChain prompt = parent.Written();
-  const int64_t depth = static_cast<int64_t>(prompt.shares().size() - context.shares().size());
+  const KvChain prompt = parent.Prompt();
+  const int64_t depth = static_cast<int64_t>(prompt.shares().size());
   if (depth >= kMaxTailExtents) {
     return Precondition("parent " + std::to_string(open.parent), "forked from " + std::to_string(depth) + " prompts",
                         "fewer than " + std::to_string(kMaxTailExtents));
   }
-  return Add(open, prompt, parent.delta(), free_bytes);
+  return Add(open, parent.context(), prompt, parent.delta(), free_bytes);
 }
 
 Status Sequences::Extend(const ExtendSequence& extend, Result& result) {
@@ -91,10 +93,12 @@ Status Sequences::Decode(const DecodeSteps& decode, const std::function<bool(uin
   const bool first_rank = model_.collective().rank() == 0;
   for (int64_t step = 0; step < decode.steps && !rows.empty(); ++step) {
     Result done;
+    std::vector<BatchRow> batch;
     for (Sequence* row : rows) {
       const uint64_t job = row->open().job;
-      row->Step(model_, first_rank && job != 0 && cancelled(job), done);
+      batch.push_back({row, first_rank && job != 0 && cancelled(job)});
     }
+    batches_.Step(std::move(batch), done);
     if (first_rank) emit(std::move(done.tokens), std::move(done.ended));
     std::erase_if(rows, [](const Sequence* row) { return row->left(); });
   }
@@ -102,11 +106,30 @@ Status Sequences::Decode(const DecodeSteps& decode, const std::function<bool(uin
 }
 
 Status Sequences::Close(uint64_t sequence) {
-  return sequences_.erase(sequence) != 0 ? Status() : Absent("sequence", sequence);
+  if (sequences_.erase(sequence) == 0) return Absent("sequence", sequence);
+  ForgetRetired();
+  return {};
 }
 
 void Sequences::CloseContext(uint64_t context) {
   std::erase_if(sequences_, [&](const auto& entry) { return entry.second.open().context == context; });
+  batches_.ForgetContext(context);
+  ForgetRetired();
+}
+
+void Sequences::Retire(const QueryDelta& delta) {
+  if (!delta.defined()) return;
+  retired_.push_back(delta);
+  ForgetRetired();
+}
+
+void Sequences::ForgetRetired() {
+  std::erase_if(retired_, [&](const QueryDelta& delta) {
+    const auto reads = [&](const auto& entry) { return entry.second.delta().identity() == delta.identity(); };
+    if (std::any_of(sequences_.begin(), sequences_.end(), reads)) return false;
+    batches_.ForgetDelta(delta);
+    return true;
+  });
 }
 
 void Sequences::Skip(uint64_t sequence) {

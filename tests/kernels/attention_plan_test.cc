@@ -150,5 +150,14 @@ TEST(AttentionPlan, RefusesWhatTheKernelsCannotRead) {
       broken([](AttentionShape& s) { s.extents = 1, s.kv[0].k = memory, s.kv[0].v = memory, s.kv[0].slots = 1; }));
 }
 
+// Few rows are spread over the device, many are not cut; nothing asks for more parts than Combine likes.
+TEST(AttentionPlanTest, TailSplits) {
+  EXPECT_EQ(TailSplits(1, 8, 132), 8);
+  EXPECT_EQ(TailSplits(8, 8, 132), 4);
+  EXPECT_EQ(TailSplits(64, 8, 132), 1);
+  EXPECT_EQ(TailSplits(65535, 128, 132), 1);
+  EXPECT_EQ(TailSplits(0, 1, 1), 2);
+}
+
 }  // namespace
 }  // namespace refocus::kernels

@@ -244,6 +244,43 @@ TEST_F(RotateTest, AppendWritesItsSlotsAndNothingElse) {
   }
 }
 
+// Every row to an extent of its own, in its second layer: the same bits as side by side in one.
+TEST_F(RotateTest, AppendToTailsEqualsAppend) {
+  for (const Case& c : kCases) {
+    const Inputs in = MakeInputs(c, 17);
+    const int64_t d = c.head_dim, stride = c.rows * d, layer = c.heads * 2 * d;
+    Device device(in, c, 0);
+    DeviceArray<Bits> value(in.value), k(c.heads * stride), v(c.heads * stride);
+    DeviceArray<Bits> tail_k(c.rows * 2 * layer), tail_v(c.rows * 2 * layer);
+    std::vector<int64_t> slots, tail_slots;
+    std::vector<TailExtent> extents(c.rows * kTailExtents);
+    for (int64_t row = 0; row < c.rows; ++row) {
+      slots.push_back(row % 3 == 1 ? -1 : row);
+      tail_slots.push_back(row % 3 == 1 ? -1 : row % 2);
+      const int64_t at = row * 2 * layer;
+      extents[row * kTailExtents] = {tail_k.get() + at, tail_v.get() + at, layer, 2 * d, 2, 0};
+    }
+    DeviceArray<int64_t> device_slots(slots), device_tail_slots(tail_slots);
+    DeviceArray<TailExtent> tails(extents);
+    REFOCUS_CUDA(Append({device.Params(nullptr), value.get(), device_slots.get(), k.get(), v.get(), stride}, nullptr));
+    AppendParams params{device.Params(nullptr), value.get(), device_tail_slots.get()};
+    params.tails = tails.get();
+    params.layer = 1;
+    REFOCUS_CUDA(Append(params, nullptr));
+    const auto keys = std::pair(k.Download(), tail_k.Download()), values = std::pair(v.Download(), tail_v.Download());
+    for (const auto& [plain, own] : {keys, values}) {
+      std::vector<Bits> expected(own.size(), 0xffff);
+      for (int64_t row = 0; row < c.rows; ++row) {
+        for (int64_t i = 0; slots[row] >= 0 && i < c.heads * d; ++i) {
+          const int64_t to = row * 2 * layer + layer + i / d * 2 * d + tail_slots[row] * d + i % d;
+          expected[to] = plain[i / d * stride + row * d + i % d];
+        }
+      }
+      EXPECT_TRUE(SameBits(own, expected)) << Name("tails", c);
+    }
+  }
+}
+
 TEST_F(RotateTest, RefusesOddHeads) {
   const Case c{1, 1, 8, false};
   const Inputs in = MakeInputs(c, 16);

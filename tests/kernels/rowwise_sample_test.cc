@@ -198,57 +198,38 @@ TEST_F(SampleTest, WhatIsNotADistributionGivesNoToken) {
   }
 }
 
-// A captured step, replayed: the draw of every index, the position, the slot.
-TEST_F(SampleTest, ReplayedStepsAdvance) {
+// A captured draw, replayed: that of every index.
+TEST_F(SampleTest, ReplaysAdvance) {
   Random random(25);
   const std::vector<float> logits = random.Floats(3000);
   const Reference reference(logits, 1.0f);
-  for (const ShardPlan plan : {ShardPlan{1, 0}, ShardPlan{2, 1}, ShardPlan{3, 0}, ShardPlan{8, 7}}) {
-    const int64_t first_position = int64_t{1} << 20 | 200, steps = 700;
-    const int64_t first_index = plan.CountBelow(first_position);
-    Sampler sampler(logits);
-    const SampleParams sample = sampler.Params();
-    sampler.Set(1.0f, 99, 0);
-    DeviceArray<int64_t> ids(1), slot(1), pos(std::vector<int64_t>{first_position - 1});
-    const AdvanceParams advance{sample.tokens, ids.get(),  pos.get(),  slot.get(),
-                                plan.shards,   plan.shard, first_index};
-    cudaStream_t stream;
-    cudaGraph_t graph;
-    cudaGraphExec_t step;
-    REFOCUS_CUDA(cudaStreamCreate(&stream));
-    REFOCUS_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    REFOCUS_CUDA(Sample(sample, stream));
-    REFOCUS_CUDA(Advance(advance, stream));
-    REFOCUS_CUDA(cudaStreamEndCapture(stream, &graph));
-    REFOCUS_CUDA(cudaGraphInstantiate(&step, graph, 0));
-    for (int64_t i = 0; i < steps; ++i) {
-      REFOCUS_CUDA(cudaGraphLaunch(step, stream));
-      REFOCUS_CUDA(cudaStreamSynchronize(stream));
-      const int64_t position = first_position + i;
-      int64_t token = 0;
-      float logprob = 0.0f;
-      REFOCUS_CUDA(cudaMemcpy(&token, sample.tokens, sizeof(token), cudaMemcpyDeviceToHost));
-      REFOCUS_CUDA(cudaMemcpy(&logprob, sample.logprobs, sizeof(logprob), cudaMemcpyDeviceToHost));
-      const int64_t want = reference.Draw(UniformAt(99, i));
-      ASSERT_TRUE(want < 0 || token == want) << "step " << i;
-      ASSERT_EQ(ids.Download()[0], token);
-      ASSERT_NEAR(logprob, reference.LogProb(token), 2e-6);
-      ASSERT_EQ(pos.Download()[0], position);
-      ASSERT_EQ(slot.Download()[0], plan.Owns(position) ? plan.CountBelow(position) - first_index : -1)
-          << "position " << position << " shard " << plan.shard << " of " << plan.shards;
-    }
-    EXPECT_EQ(sampler.State().index, steps);
-    cudaGraphExecDestroy(step);
-    cudaGraphDestroy(graph);
-    cudaStreamDestroy(stream);
+  const int64_t steps = 700;
+  Sampler sampler(logits);
+  const SampleParams sample = sampler.Params();
+  sampler.Set(1.0f, 99, 0);
+  cudaStream_t stream;
+  cudaGraph_t graph;
+  cudaGraphExec_t step;
+  REFOCUS_CUDA(cudaStreamCreate(&stream));
+  REFOCUS_CUDA(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  REFOCUS_CUDA(Sample(sample, stream));
+  REFOCUS_CUDA(cudaStreamEndCapture(stream, &graph));
+  REFOCUS_CUDA(cudaGraphInstantiate(&step, graph, 0));
+  for (int64_t i = 0; i < steps; ++i) {
+    REFOCUS_CUDA(cudaGraphLaunch(step, stream));
+    REFOCUS_CUDA(cudaStreamSynchronize(stream));
+    int64_t token = 0;
+    float logprob = 0.0f;
+    REFOCUS_CUDA(cudaMemcpy(&token, sample.tokens, sizeof(token), cudaMemcpyDeviceToHost));
+    REFOCUS_CUDA(cudaMemcpy(&logprob, sample.logprobs, sizeof(logprob), cudaMemcpyDeviceToHost));
+    const int64_t want = reference.Draw(UniformAt(99, i));
+    ASSERT_TRUE(want < 0 || token == want) << "step " << i;
+    ASSERT_NEAR(logprob, reference.LogProb(token), 2e-6);
   }
-}
-
-TEST_F(SampleTest, AdvanceRefusesAPlanWithoutItsShard) {
-  AdvanceParams params;
-  params.shards = 2;
-  params.shard = 2;
-  EXPECT_EQ(Advance(params, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(sampler.State().index, steps);
+  cudaGraphExecDestroy(step);
+  cudaGraphDestroy(graph);
+  cudaStreamDestroy(stream);
 }
 
 }  // namespace

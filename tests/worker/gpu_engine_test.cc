@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <map>
 
 #include "tests/worker/engine_harness.h"
 #include "tests/worker/golden.h"
@@ -234,11 +235,93 @@ TEST_P(GpuEngineTest, DecodedTokensAreWhatScoringExpects) {
   EXPECT_LE(other, 30);  // near ties of a random model
 }
 
+// Questions of different lengths, adapters and contexts decode together, join and leave, while the step is replayed from
+// recordings: every token is what scoring expects of it, as for one alone.
+TEST_P(GpuEngineTest, BatchedTokensAreWhatScoringExpects) {
+  const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
+  constexpr uint64_t kShorter = 9;
+  const int64_t shared = 700, shorter = 1100;
+  group->Prefill(kContext, ids_);
+  std::vector<int32_t> other(ids_.begin(), ids_.begin() + shared);
+  for (const int32_t id : Ids(shorter - shared, config_.vocab, 21)) other.push_back(id);
+  group->Do(OpenContext{kShorter, shorter, kContext, shared});
+  group->Do(PrefillChunk{kShorter, shared, {other.begin() + shared, other.end()}});
+  AdamWConfig adamw;
+  adamw.learning_rate = 1e-3f;
+  for (const uint64_t adapter : {uint64_t{2}, uint64_t{3}}) {
+    group->Do(BeginAdapt{.context = kContext, .adapter = adapter, .optimizer = adamw});
+    for (int64_t step = 1; step <= 2; ++step) {
+      group->Do(AdaptStep{adapter, step, {SpanAt(ids_, 200 * static_cast<int64_t>(adapter) + step, 64)}});
+    }
+    group->Do(EndAdapt{adapter, true, 1});
+  }
+  struct Asked {
+    uint64_t context, adapter;
+    std::vector<int32_t> question, answer;
+    std::vector<float> logprobs;
+  };
+  std::map<uint64_t, Asked> all;
+  const auto take = [&](const Answer& answer) {
+    for (const Token& token : answer.tokens) {
+      all.at(token.sequence).answer.push_back(token.id);
+      all.at(token.sequence).logprobs.push_back(token.logprob);
+    }
+  };
+  const auto ask = [&](uint64_t uid) {
+    const uint64_t adapter = uid % 4 == 3 ? 0 : uid % 4;  // 0, 1 (none such), 2; 1 asks the shorter context
+    Asked asked{adapter == 1 ? kShorter : kContext, adapter == 1 ? 0 : adapter == 0 && uid % 8 == 0 ? 3 : adapter,
+                Ids(1 + 7 * static_cast<int64_t>(uid % 5), config_.vocab, uid), {}, {}};
+    OpenSequence open{uid, asked.context, asked.adapter, asked.adapter == 0 ? 0 : 1, 400};
+    group->Do(open);
+    const ExtendSequence extend{uid, asked.context == kContext ? tokens_ : shorter, asked.question, true};
+    all.emplace(uid, std::move(asked));
+    take(group->Do(extend));
+  };
+  for (uint64_t uid = 100; uid < 111; ++uid) ask(uid);
+  const auto decode = [&](uint64_t first, uint64_t last, int32_t steps) {
+    std::vector<uint64_t> uids;
+    for (uint64_t uid = first; uid < last; ++uid) uids.push_back(uid);
+    take(group->Do(DecodeSteps{uids, steps}));
+  };
+  decode(100, 111, 40);
+  for (uint64_t uid = 111; uid < 117; ++uid) ask(uid);
+  decode(100, 117, 30);
+  decode(104, 117, 60);  // four wait
+  group->Do(CloseSequence{107});
+  decode(100, 107, 20);
+  // A fork goes on where its parent's prompt ended.
+  const Asked& parent = all.at(110);
+  OpenSequence fork{200, parent.context, parent.adapter, parent.adapter == 0 ? 0 : 1, 50};
+  fork.parent = 110;
+  group->Do(fork);
+  double worst = 0.0;
+  int other_best = 0, tokens = 0;
+  for (const auto& [uid, asked] : all) {
+    const int64_t end = asked.context == kContext ? tokens_ : shorter;
+    const Result scores =
+        group->Score(asked.context, asked.question, end, asked.answer, asked.adapter, asked.adapter == 0 ? 0 : 1);
+    for (size_t i = 0; i < asked.answer.size(); ++i, ++tokens) {
+      worst = std::max(worst, std::abs(static_cast<double>(asked.logprobs[i]) - scores.score_logprobs[i]));
+      other_best += scores.score_greedy[i] ? 0 : 1;
+    }
+  }
+  std::printf("%s, %d ranks: %d tokens decoded in batches, worst difference from scoring %.2e, %d no longer the best\n",
+              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, tokens, worst, other_best);
+  EXPECT_GE(tokens, 1500);
+  EXPECT_LE(worst, 0.1);
+  EXPECT_LE(other_best, tokens / 10);
+  // The shared prefix is freed with the last context that holds it.
+  group->Do(CloseContext{kContext});
+  EXPECT_GT(group->Do(OpenSequence{300, kShorter, 0, 0, 10}).result().kv_used_bytes, 0);
+  EXPECT_EQ(group->Do(CloseContext{kShorter}).result().kv_used_bytes, 0);
+}
+
 // How the context was cut into chunks and how many GPUs hold it changes nothing but roundings: teacher-forced
 // log-probabilities agree, and so does the most likely token wherever the gap to the next is more than noise.
 TEST_P(GpuEngineTest, ChunksAndRanksAgree) {
   const std::vector<int32_t> text = Ids(200, config_.vocab, 12);
   const std::vector<int32_t> question(text.begin(), text.begin() + 1), targets(text.begin() + 1, text.end());
+  // Chunks of 16384 rows: two ranks overlap the exchange of one half with the attention of the other.
   const int64_t tokens = 16'384 + 40;
   const std::vector<int32_t> ids = Ids(tokens, config_.vocab, 14);
   std::vector<Result> results;
