@@ -1,7 +1,8 @@
-// Answers and scores: a request's own tail of tokens after a context, encoded with base or adapted queries.
+// Answers, scores and probes: a request's own tail of tokens after a context, encoded with base or adapted queries.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -38,7 +39,12 @@ class Sequence {
   // One decode step: a token to result.tokens, or none; why it left, if it did, to result.ended. `leave` counts on rank 0.
   void Step(Model& model, bool leave, Result& result);
 
+  // Attention mass of command.rows, layer by layer; `emit` (rank 0) gets pieces of at most kProbeValuesAtOnce. The sequence
+  // stays as it was. FIELD_OUT_OF_RANGE, or NON_FINITE_ATTENTION when a mass is no number, on all ranks alike.
+  Status Probe(Model& model, const ProbeAttention& command, const std::function<void(std::vector<float>)>& emit);
+
  private:
+  Status CheckProbe(const ModelConfig& config, const ProbeAttention& command) const;
   at::Tensor Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids);
   // Samples on rank 0 from hidden [1, hidden] and tells everybody: state_.token, and what Publish reads.
   void EnqueueSample(Model& model, const at::Tensor& hidden);

@@ -30,6 +30,9 @@ class KvExtent {
   // One layer's K/V, all slots.
   KvView View(int64_t layer) const;
 
+  // The same, cut to what this shard owns of the positions [begin, end): may be empty.
+  KvView View(int64_t layer, int64_t begin, int64_t end) const;
+
   // The slot that holds `position`, or -1 when it is not this shard's or not in this extent.
   int64_t SlotOf(int64_t position) const;
 
@@ -64,6 +67,8 @@ struct KvShare {
   int64_t end = 0;
 
   KvView View(int64_t layer) const;
+  // The positions [first, behind) of them.
+  KvView View(int64_t layer, int64_t first, int64_t behind) const;
 };
 
 // Extents that follow each other without a gap, read-only: what a context consists of, or a fork's prompt.

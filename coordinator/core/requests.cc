@@ -368,4 +368,17 @@ StatusOr<std::shared_ptr<ScoreJob>> Coordinator::Score(const api::ScoreRequest& 
   return job;
 }
 
+StatusOr<std::shared_ptr<ProbeJob>> Coordinator::Probe(const api::ProbeAttentionRequest& request,
+                                                       std::vector<int32_t> prompt) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  REFOCUS_ASSIGN_OR_RETURN(ProbePlan plan, PlanProbe(request, options_.model, session->token_count(),
+                                                     static_cast<int64_t>(prompt.size())));
+  REFOCUS_ASSIGN_OR_RETURN(plan.sequence, PlanSequence(session, request.adapter_id(), std::move(prompt), 0));
+  session->StartAnswer(request.adapter_id());
+  auto job = std::make_shared<ProbeJob>(NextId(), now(), session, std::move(plan), &tools_);
+  Track(job, session);
+  return job;
+}
+
 }  // namespace refocus
