@@ -500,16 +500,20 @@ class AsyncioTest(Asyncio, Tests, unittest.TestCase):
             while context.is_active():
                 time.sleep(0.01)
             yield Event()
-        self.server.on["Generate"] = endless
+        self.server.on.update(Generate=endless, Score=endless)
 
-        async def run():
-            task = asyncio.create_task(self.client.context("a").ask("q"))
+        async def run(ask):
+            task = asyncio.create_task(ask)
             await asyncio.to_thread(began.wait, 5)
             task.cancel()
             with self.assertRaises(asyncio.CancelledError):
                 await task
-        self.loop.run_until_complete(run())
-        self.assertTrue(cancelled.wait(5))
+        for ask in (lambda context: context.ask("q"), lambda context: context.score(["a"] * 1000)):
+            began.clear()
+            cancelled.clear()
+            self.loop.run_until_complete(run(ask(self.client.context("a"))))
+            self.assertTrue(cancelled.wait(5))
+        self.assertEqual(2, len(self.server.calls))
 
 
 class Surface(unittest.TestCase):

@@ -77,14 +77,33 @@ def incomplete(what: str) -> DataLossError:
                          reason="RESULTS_MISSING")
 
 
-class Call(Generic[Request, Response]):
-    """A call that answers with a stream. `repeatable` says whether it may be started anew after a failure."""
+class Stoppable:
+    """`repeatable` says whether a call may be started anew after a failure."""
 
-    repeatable = True
+    def __init__(self) -> None:
+        self.repeatable = True
+        self.cancel: Callable[[], object] = lambda: None  # of the running attempt
+        self._stopped = False
+
+    def runs(self, cancel: Callable[[], object]) -> None:
+        """An attempt began."""
+        self.cancel = cancel
+        if self._stopped:
+            cancel()
+
+    def stop(self) -> None:
+        """From any thread: this attempt is the last, and ends now."""
+        self._stopped = True
+        self.repeatable = False
+        self.cancel()
+
+
+class Call(Stoppable, Generic[Request, Response]):
+    """A call that answers with a stream."""
 
     def __init__(self, method: Method[Request, Response]) -> None:
+        super().__init__()
         self.method = method
-        self.cancel: Callable[[], object] = lambda: None  # of the running attempt
 
     def request(self) -> Request:
         """Of an attempt."""
@@ -270,18 +289,19 @@ class ProbeCall(Call[inference_pb2.ProbeAttentionRequest, inference_pb2.ProbeAtt
         return AttentionMass(list(summary.layers), positions, ranges, heads, values, summary)
 
 
-class Upload:
+class Upload(Stoppable):
     """The messages of a CreateContext call; again from the start where the source can be read again."""
 
     def __init__(self, source: Source, context_id: str, ttl: float | None, on_progress: OnProgress,
                  options: CreateOptions) -> None:
+        super().__init__()
         options = {"request_id": uuid.uuid4().hex, **options}  # a repeated upload returns the first one's context
         self._header = context_pb2.CreateContextRequest.Header(context_id=context_id, **options)
         if ttl is not None:
             self._header.ttl.CopyFrom(Duration(seconds=int(ttl), nanos=int(ttl % 1 * 1e9)))
         self._source: bytes | array.array[int] | os.PathLike[str] | BinaryIO
         self._start = 0
-        self.repeatable = True
+        self._seekable = False
         self.failure: BaseException | None = None  # what reading the source raised: gRPC swallows it
         if isinstance(source, str):
             self._source = source.encode()
@@ -289,8 +309,8 @@ class Upload:
             self._source = source
         elif hasattr(source, "read"):
             self._source = cast(BinaryIO, source)
-            self.repeatable = self._source.seekable()
-            self._start = self._source.tell() if self.repeatable else 0
+            self.repeatable = self._seekable = self._source.seekable()
+            self._start = self._source.tell() if self._seekable else 0
         else:
             self._source = array.array("I", source)
         self._on_progress = on_progress
@@ -335,7 +355,7 @@ class Upload:
             with open(self._source, "rb") as file:
                 yield from _read(file)
         else:
-            if self.repeatable:
+            if self._seekable:
                 self._source.seek(self._start)
             yield from _read(self._source)
 

@@ -10,18 +10,18 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from refocus import _calls
-from refocus._calls import OnProgress
+from refocus import _calls, client
+from refocus._calls import OnProgress, Stoppable
+from refocus.client import CHANNEL_OPTIONS
 from refocus.errors import RefocusError, UnavailableError, from_rpc
 from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Source
-from refocus.results import Adaptation, Answer, AttentionMass
+from refocus.results import Adaptation, Answer, AttentionMass, Progress
 from refocus.retry import Attempts, RetryPolicy
 from refocus.v1 import cluster_pb2, context_pb2, inference_pb2
 
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
-
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 4 << 20), ("grpc.enable_retries", 0)]
+Result = TypeVar("Result")
 
 
 class Client:
@@ -35,6 +35,8 @@ class Client:
                  retry: RetryPolicy = RetryPolicy(), credentials: grpc.ChannelCredentials | None = None) -> None:
         self._channel = (grpc.aio.insecure_channel(address, CHANNEL_OPTIONS) if credentials is None
                          else grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS))
+        self._threads = client.Client(address, timeout=timeout, read_timeout=read_timeout, retry=retry,
+                                      credentials=credentials)  # it connects when it is first used
         self._timeout = timeout
         self._read_timeout = read_timeout
         self._retry = retry
@@ -42,6 +44,7 @@ class Client:
     async def close(self) -> None:
         """Cancels what runs."""
         await self._channel.close()
+        self._threads.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -87,11 +90,17 @@ class Client:
                on_progress: OnProgress = None, **options: Unpack[CreateOptions]) -> Context:
         """Uploads `source` in pieces and, unless told otherwise, computes its K and V.
 
-        When prefilling fails the upload is kept: the error has a note that names the context. A file is read on the
-        event loop, half a MiB at a time.
+        `source` is read on another thread. When prefilling fails the upload is kept: the error has a note that names the
+        context.
         """
-        upload = _calls.Upload(source, id, ttl, on_progress, options)
-        context = Context(self, (await self._upload(upload)).name)
+        loop = asyncio.get_running_loop()
+
+        def tell(progress: Progress) -> None:
+            if on_progress is not None:
+                loop.call_soon_threadsafe(on_progress, progress)
+
+        upload = _calls.Upload(source, id, ttl, tell, options)
+        context = Context(self, (await self._in_thread(upload, lambda: self._threads._upload(upload))).name)
         if prefill and not options.get("validate_only"):
             try:
                 await context.prefill(on_progress=on_progress)
@@ -129,36 +138,23 @@ class Client:
                 await self._wait(attempts, error)
             again(request)
 
-    async def _upload(self, upload: _calls.Upload) -> context_pb2.Context:
-        method = _calls.CREATE
-        stub = self._channel.stream_unary(method.path, method.serialize, method.parse)
-        attempts = Attempts(self._retry, self._timeout)
-        while True:
-            try:
-                return await stub(upload.messages(), timeout=attempts.remaining())
-            except grpc.aio.AioRpcError as error:
-                if upload.failure is not None:
-                    raise upload.failure from None
-                await self._wait(attempts, error, upload.repeatable)
-            except asyncio.CancelledError:
-                if upload.failure is not None:  # gRPC cancels the call then
-                    raise upload.failure from None
-                raise
+    async def _in_thread(self, call: Stoppable, run: Callable[[], Result]) -> Result:
+        """For calls whose requests are a stream: gRPC for asyncio loses the status of one that the server ends while
+        requests are still being written."""
+        try:
+            return await asyncio.to_thread(run)
+        except asyncio.CancelledError:
+            call.stop()
+            raise
 
     async def _events(self, call: _calls.Call[Request, Response]) -> AsyncGenerator[Response, None]:
         """What is new of each attempt. Closing the generator cancels the call."""
         method = call.method
         attempts = Attempts(self._retry, self._timeout)
         while True:
-            running: grpc.aio.StreamStreamCall[Request, Response] | grpc.aio.UnaryStreamCall[Request, Response]
-            requests = call.requests()
-            if requests is not None:
-                running = self._channel.stream_stream(method.path, method.serialize, method.parse)(
-                    requests, timeout=attempts.remaining())
-            else:
-                running = self._channel.unary_stream(method.path, method.serialize, method.parse)(
-                    call.request(), timeout=attempts.remaining())
-            call.cancel = running.cancel
+            running = self._channel.unary_stream(method.path, method.serialize, method.parse)(
+                call.request(), timeout=attempts.remaining())
+            call.runs(running.cancel)
             try:
                 async for event in running:
                     if call.take(event):
@@ -286,7 +282,7 @@ class Context:
         """Log-probabilities of continuations, in order."""
         call = _calls.ScoreCall(self.name, targets, prompt, adapter, token_logprobs)
         if call.count:
-            await self._client._drain(call)
+            await self._client._in_thread(call, lambda: self._client._threads._drain(call))
         return call.results
 
     async def probe(self, ranges: Sequence[KeyRange], prompt: Prompt = "", *, adapter: str = "",

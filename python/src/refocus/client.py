@@ -134,7 +134,9 @@ class Client:
         attempts = Attempts(self._retry, self._timeout)
         while True:
             try:
-                return stub(upload.messages(), timeout=attempts.remaining())
+                running = stub.future(upload.messages(), timeout=attempts.remaining())
+                upload.runs(running.cancel)
+                return running.result()
             except grpc.RpcError as error:
                 if upload.failure is not None:
                     raise upload.failure from None
@@ -152,7 +154,7 @@ class Client:
             else:
                 running = self._channel.unary_stream(method.path, method.serialize, method.parse)(
                     call.request(), timeout=attempts.remaining())
-            call.cancel = running.cancel
+            call.runs(running.cancel)
             try:
                 for event in running:
                     if call.take(event):
@@ -186,10 +188,7 @@ class AnswerStream:
         self._call = call
 
     def __iter__(self) -> Iterator[inference_pb2.GenerateEvent]:
-        try:
-            yield from self._events
-        finally:
-            self.close()
+        yield from self._events  # a loop that is left closes them with this generator
 
     def text(self) -> Iterator[str]:
         """The answer's text, piece by piece; whole characters only."""
