@@ -34,16 +34,23 @@ bool ProbeJob::NextCommand(wire::Command* command, double now) {
   return true;
 }
 
+// Rows of the next command: every range is attended to once more, beside the pass itself.
+int64_t ProbeJob::NextRows() const {
+  const int64_t left = static_cast<int64_t>(plan_.positions.size() - rows_sent_);
+  const int64_t rows = tools_->chunks.NextRows(plan_.positions.back(), left, kBlockTokens * tools_->ranks);
+  int64_t keys = session_->token_count();
+  for (const auto& [begin, end] : plan_.ranges) keys += end - begin;
+  return std::max<int64_t>(1, rows * session_->token_count() / keys);
+}
+
 void ProbeJob::FillProbe(wire::ProbeAttention* probe) {
   const int64_t context = session_->token_count();
   const auto& positions = plan_.positions;
   probe->set_sequence(id());
   const size_t inside = std::lower_bound(positions.begin(), positions.end(), context) - positions.begin();
+  const int64_t count = NextRows();
   if (rows_sent_ < inside) {
-    // The latest position decides how long the chunk takes.
-    const int64_t left = static_cast<int64_t>(inside - rows_sent_);
-    const int64_t count = tools_->chunks.NextRows(positions[inside - 1], left, kBlockTokens * tools_->ranks);
-    for (int64_t row = 0; row < count; ++row, ++rows_sent_) {
+    for (int64_t row = 0; row < count && rows_sent_ < inside; ++row, ++rows_sent_) {
       probe->add_positions(positions[rows_sent_]);
       probe->add_ids(static_cast<uint32_t>(session_->tokens()[positions[rows_sent_]]));
       probe->add_rows(row);
@@ -54,7 +61,9 @@ void ProbeJob::FillProbe(wire::ProbeAttention* probe) {
       probe->add_positions(context + static_cast<int64_t>(i));
       probe->add_ids(static_cast<uint32_t>(prompt[i]));
     }
-    for (; rows_sent_ < positions.size(); ++rows_sent_) probe->add_rows(positions[rows_sent_] - context);
+    for (int64_t row = 0; row < count && rows_sent_ < positions.size(); ++row, ++rows_sent_) {
+      probe->add_rows(positions[rows_sent_] - context);
+    }
   }
   for (const auto& [begin, end] : plan_.ranges) {
     wire::ProbeAttention::KeyRange* range = probe->add_ranges();

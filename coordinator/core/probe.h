@@ -1,5 +1,6 @@
 // Probe: how much attention rows give to ranges of a context's keys. One sequence a request; every command is a chunk of
-// the context's rows, or the whole prompt. The ranks answer in pieces; callers get a layer of some rows at a time.
+// the context's rows, or the whole prompt and which of its rows to report. The ranks answer in pieces; callers get a
+// layer of some rows at a time.
 #pragma once
 
 #include <deque>
@@ -38,6 +39,7 @@ class ProbeJob : public Job {
   void OnEnd(double now) override;
 
  private:
+  int64_t NextRows() const;
   void FillProbe(wire::ProbeAttention* probe);
   void OnMasses(const wire::ProbeAttention& probe, const wire::Result& result);
   // masses_ is one layer of the command's rows.

@@ -2,7 +2,6 @@
 #include <atomic>
 #include <cmath>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -12,17 +11,13 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/matmul.h>
-#include <ATen/ops/softmax.h>
-#include <ATen/ops/stack.h>
 #include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
 #include "base/limits.h"
 #include "tests/worker/engine_harness.h"
-#include "tests/worker/torch_oracle.h"
+#include "tests/worker/softmax_oracle.h"
 #include "worker/generate.h"
 #include "worker/prefill.h"
 
@@ -53,38 +48,6 @@ std::vector<int64_t> Numbers(int64_t first, int64_t count) {
   for (int64_t i = 0; i < count; ++i) numbers.push_back(first + i);
   return numbers;
 }
-
-// Remembers the softmax weights of the rows that it was asked for last: [layers, H, rows, keys] fp64.
-class SoftmaxOracle : public TorchOracle {
- public:
-  using TorchOracle::TorchOracle;
-
-  at::Tensor Softmax(const std::vector<int32_t>& ids, const std::vector<int64_t>& positions, const at::Tensor& delta) {
-    layers_.clear();
-    Logprobs(ids, positions, delta);
-    return at::stack(layers_);
-  }
-  at::Tensor TailSoftmax(const std::vector<int32_t>& ids, const at::Tensor& delta) {
-    layers_.clear();
-    TailLogprobs(ids, delta);
-    return at::stack(layers_);
-  }
-
- protected:
-  at::Tensor Attention(int64_t, const at::Tensor& q, const at::Tensor& positions, const at::Tensor& keys,
-                       const at::Tensor& values) const override {
-    const int64_t group = weights_.config.heads / weights_.config.kv_heads;
-    const at::Tensor k = keys.repeat_interleave(group, 0), v = values.repeat_interleave(group, 0);
-    const at::Tensor later = at::arange(k.size(1), positions.options()).unsqueeze(0) > positions.unsqueeze(1);
-    const at::Tensor scores = at::matmul(q, k.transpose(1, 2)) / std::sqrt(static_cast<double>(q.size(2)));
-    layers_.push_back(
-        at::softmax(scores.masked_fill(later.unsqueeze(0), -std::numeric_limits<double>::infinity()), -1));
-    return at::matmul(layers_.back(), v);
-  }
-
- private:
-  mutable std::vector<at::Tensor> layers_;
-};
 
 class ProbeTest : public ::testing::TestWithParam<std::pair<std::string, int>> {
  protected:
