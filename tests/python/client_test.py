@@ -314,6 +314,23 @@ class Tests:
         self.assertEqual([1, 2], list(ids.prompt.ids.ids))
         self.assertEqual((b"Who?", False), (chat.chat.question, chat.HasField("prompt")))
 
+    def test_samples_are_told_apart(self):
+        def mixed(request, context):
+            for letter in "ab":
+                for sample in range(request.n):
+                    yield Event(sample=sample, text=letter * (sample + 1), prompt_logprobs=[-1.5] * (sample == 0))
+            for sample in (1, 0):
+                yield Event(sample=sample, summary=inference_pb2.GenerateSummary(seed=sample))
+        self.server.on["Generate"] = mixed
+        answers = self.do(lambda client: client.context("a").generate(
+            "q", n=2, temperature=1.0, logit_bias={5: -1.0}).answers())
+        self.assertEqual([("ab", 0), ("aabb", 1)], [(answer.text, answer.summary.seed) for answer in answers])
+        self.assertEqual([-1.5, -1.5], answers[0].prompt_logprobs)
+        self.assertEqual({5: -1.0}, dict(self.server.named("Generate")[0].logit_bias))
+        with self.assertRaises(refocus.DataLossError):
+            self.server.on["Generate"] = lambda *_: iter([Event(summary={})])
+            self.do(lambda client: client.context("a").generate("q", n=2).answers())
+
     def test_a_break_cancels(self):
         cancelled = threading.Event()
 

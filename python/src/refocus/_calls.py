@@ -210,15 +210,21 @@ class GenerateCall(Call[inference_pb2.GenerateRequest, inference_pb2.GenerateEve
         return True
 
     def finish(self) -> None:
-        if not self.events or not self.events[-1].HasField("summary"):
+        if sum(event.HasField("summary") for event in self.events) != max(1, self._request.n):
             raise incomplete("generate")
 
-    def answer(self) -> Answer:
+    def answers(self) -> list[Answer]:
+        """Of all samples."""
         self.finish()
-        return Answer("".join(event.text for event in self.events),
-                      [id for event in self.events for id in event.token_ids],
-                      [logprob for event in self.events for logprob in event.logprobs],
-                      "".join(event.reasoning for event in self.events), self.events[-1].summary)
+        samples: list[list[inference_pb2.GenerateEvent]] = [[] for _ in range(max(1, self._request.n))]
+        for event in self.events:
+            samples[event.sample].append(event)
+        return [Answer("".join(event.text for event in events),
+                       [id for event in events for id in event.token_ids],
+                       [logprob for event in events for logprob in event.logprobs],
+                       "".join(event.reasoning for event in events),
+                       [logprob for event in events for logprob in event.prompt_logprobs],
+                       events[-1].summary) for events in samples]
 
 
 class ScoreCall(Call[inference_pb2.ScoreRequest, inference_pb2.ScoreEvent]):

@@ -197,10 +197,14 @@ class AnswerStream:
                 yield event.text
 
     async def answer(self) -> Answer:
-        """Reads what is left and returns the whole."""
+        """Reads what is left and returns the whole; of several samples (`n`) the first."""
+        return (await self.answers())[0]
+
+    async def answers(self) -> list[Answer]:
+        """Of all samples."""
         async for _ in self:
             pass
-        return self._call.answer()
+        return self._call.answers()
 
     async def close(self) -> None:
         self._call.cancel()

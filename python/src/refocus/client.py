@@ -195,10 +195,14 @@ class AnswerStream:
         return (event.text for event in self if event.text)
 
     def answer(self) -> Answer:
-        """Reads what is left and returns the whole."""
+        """Reads what is left and returns the whole; of several samples (`n`) the first."""
+        return (self.answers())[0]
+
+    def answers(self) -> list[Answer]:
+        """Of all samples."""
         for _ in self:
             pass
-        return self._call.answer()
+        return self._call.answers()
 
     def close(self) -> None:
         self._events.close()

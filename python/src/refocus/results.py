@@ -25,6 +25,7 @@ class Answer:
     token_ids: list[int]
     logprobs: list[inference_pb2.TokenLogprob]  # empty unless asked for
     reasoning: str                              # of models that think, in a chat
+    prompt_logprobs: list[float]                # empty unless asked for; of the first sample
     summary: inference_pb2.GenerateSummary
 
 
