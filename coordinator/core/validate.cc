@@ -253,8 +253,7 @@ namespace {
 template <typename Field>
 StatusOr<std::vector<int32_t>> PlanNumbers(const char* field, const Field& asked, int64_t count) {
   std::vector<int32_t> numbers(asked.begin(), asked.end());
-  for (int32_t i = 0; numbers.empty() && i < count; ++i) numbers.push_back(i);
-  if (asked.empty()) return numbers;
+  for (int32_t i = 0; asked.empty() && i < count; ++i) numbers.push_back(i);
   std::sort(numbers.begin(), numbers.end());
   for (const int32_t number : numbers) REFOCUS_RETURN_IF_ERROR(CheckInt(field, number, 0, count - 1));
   const auto twice = std::adjacent_find(numbers.begin(), numbers.end());
