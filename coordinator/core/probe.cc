@@ -22,6 +22,7 @@ bool ProbeJob::NextCommand(wire::Command* command, double now) {
     queued_ = queue_seconds(now);
     wire::OpenSequence* open = command->mutable_open_sequence();
     open->set_sequence(id());
+    open->set_job(id());
     open->set_context(session_->cache_uid());
     open->set_adapter(plan_.sequence.adapter_uid);
     open->set_revision(plan_.sequence.revision);
@@ -34,13 +35,34 @@ bool ProbeJob::NextCommand(wire::Command* command, double now) {
   return true;
 }
 
-// Rows of the next command: every range is attended to once more, beside the pass itself.
+double ProbeJob::KeysShare() const {
+  int64_t keys = session_->token_count();
+  for (const auto& [begin, end] : plan_.ranges) keys += end - begin;
+  return static_cast<double>(keys) / static_cast<double>(session_->token_count());
+}
+
 int64_t ProbeJob::NextRows() const {
   const int64_t left = static_cast<int64_t>(plan_.positions.size() - rows_sent_);
   const int64_t rows = tools_->chunks.NextRows(plan_.positions.back(), left, kBlockTokens * tools_->ranks);
-  int64_t keys = session_->token_count();
-  for (const auto& [begin, end] : plan_.ranges) keys += end - begin;
-  return std::max<int64_t>(1, rows * session_->token_count() / keys);
+  return std::max<int64_t>(1, static_cast<int64_t>(static_cast<double>(rows) / KeysShare()));
+}
+
+double ProbeJob::Seconds(int64_t rows, int64_t reported) const {
+  const int64_t last = plan_.positions.back();  // none sees more keys
+  const int64_t again = static_cast<int64_t>(static_cast<double>(reported) * (KeysShare() - 1));
+  return tools_->chunks.Seconds(last, last + rows + again);
+}
+
+double ProbeJob::SecondsLeft() const {
+  const int64_t left = static_cast<int64_t>(plan_.positions.size() - rows_sent_);
+  return Seconds(std::max(left, static_cast<int64_t>(plan_.sequence.prompt.size())), left);
+}
+
+Lane ProbeJob::lane() const { return SecondsLeft() > kShortPromptSeconds ? Lane::kWork : Lane::kPrompts; }
+
+double ProbeJob::Predict(const wire::Command& command) const {
+  if (!command.has_probe_attention()) return Job::Predict(command);
+  return Seconds(command.probe_attention().ids_size(), command.probe_attention().rows_size());
 }
 
 void ProbeJob::FillProbe(wire::ProbeAttention* probe) {

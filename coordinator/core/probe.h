@@ -29,6 +29,10 @@ class ProbeJob : public Job {
 
   // Events since the last call, the one with the summary last. No more than kMaxProbeValues lie here at any time.
   std::vector<api::ProbeAttentionEvent> TakeEvents();
+  Lane lane() const override;
+  double Predict(const wire::Command& command) const override;
+  double SecondsLeft() const override;
+  const char* kind() const override { return "probe"; }
 
  protected:
   bool NextCommand(wire::Command* command, double now) override;
@@ -39,6 +43,9 @@ class ProbeJob : public Job {
   void OnEnd(double now) override;
 
  private:
+  // Every range is attended to once more, beside the pass itself: keys of both over those of the pass.
+  double KeysShare() const;
+  double Seconds(int64_t rows, int64_t reported) const;
   int64_t NextRows() const;
   void FillProbe(wire::ProbeAttention* probe);
   void OnMasses(const wire::ProbeAttention& probe, const wire::Result& result);
