@@ -304,6 +304,14 @@ Status Client::Generate(const v1::GenerateRequest& request,
   return Explain(Drain(inference_->Generate(&context, request).get(), on_event));
 }
 
+Status Client::ProbeAttention(const v1::ProbeAttentionRequest& request,
+                              const std::function<void(const v1::ProbeAttentionEvent&)>& on_event) {
+  grpc::ClientContext context;
+  context.set_deadline(After(options_.stream_seconds));
+  const CancelOnInterrupt cancel(&context);
+  return Explain(Drain(inference_->ProbeAttention(&context, request).get(), on_event));
+}
+
 Status Client::Score(const std::vector<v1::ScoreRequest>& requests,
                      const std::function<void(const v1::ScoreEvent&)>& on_event) {
   grpc::ClientContext context;

@@ -63,6 +63,8 @@ class Client {
                  const std::function<void(const v1::PrefillEvent&)>& on_event);
   Status Adapt(const v1::AdaptContextRequest& request, const std::function<void(const v1::AdaptEvent&)>& on_event);
   Status Generate(const v1::GenerateRequest& request, const std::function<void(const v1::GenerateEvent&)>& on_event);
+  Status ProbeAttention(const v1::ProbeAttentionRequest& request,
+                        const std::function<void(const v1::ProbeAttentionEvent&)>& on_event);
   // RESULTS_MISSING when the stream ends well but with fewer results than requests.
   Status Score(const std::vector<v1::ScoreRequest>& requests,
                const std::function<void(const v1::ScoreEvent&)>& on_event);

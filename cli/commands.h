@@ -32,6 +32,7 @@ void AddPrefill(CLI::App& app, Settings* settings, Run* run);
 void AddAdapt(CLI::App& app, Settings* settings, Run* run);
 void AddAsk(CLI::App& app, Settings* settings, Run* run);
 void AddScore(CLI::App& app, Settings* settings, Run* run);
+void AddProbe(CLI::App& app, Settings* settings, Run* run);
 void AddTokenize(CLI::App& app, Settings* settings, Run* run);
 void AddPlan(CLI::App& app, Run* run);
 void AddStatus(CLI::App& app, Settings* settings, Run* run);

@@ -103,6 +103,7 @@ int Main(int argc, char** argv) {
   AddAdapt(app, &settings, &run);
   AddAsk(app, &settings, &run);
   AddScore(app, &settings, &run);
+  AddProbe(app, &settings, &run);
   AddTokenize(app, &settings, &run);
   AddPlan(app, &run);
   AddStatus(app, &settings, &run);

@@ -18,6 +18,7 @@ constexpr double kPollSeconds = 0.05;
 constexpr size_t kScoreWindow = 8;  // targets under way in one call: enough to keep two commands out
 
 using GenerateCall = WriteCall<api::GenerateEvent>;
+using ProbeCall = WriteCall<api::ProbeAttentionEvent>;
 using ScoreCall = BidiCall<api::ScoreRequest, api::ScoreEvent>;
 
 // Work that ends with its call.
@@ -46,36 +47,53 @@ double SecondsLeft(const grpc::CallbackServerContext& context) {
   return std::chrono::duration<double>(deadline - std::chrono::system_clock::now()).count();
 }
 
-Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& request, double seconds) {
-  REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
-  REFOCUS_ASSIGN_OR_RETURN(auto job, hub.With([&](Coordinator& core) {
-    const Status admitted = core.Admit();
-    return admitted.ok() ? core.Generate(request, std::move(prompt), seconds) : StatusOr<std::shared_ptr<GenerateJob>>(admitted);
-  }));
-  const Owned<GenerateJob> answer(hub, std::move(job), call.wakeup());
-  std::deque<api::GenerateEvent> pending;
+// Writes the job's events as they come, and ends with its status.
+template <typename StreamCall, typename EventJob>
+Status StreamEvents(StreamCall& call, Hub& hub, const Owned<EventJob>& job) {
+  auto pending = hub.With([&](Coordinator&) { return job->TakeEvents(); });
+  size_t written = 0;
   while (true) {
     REFOCUS_RETURN_IF_ERROR(call.Gone());
     const bool can_write = call.CanWrite();
     bool over = false;
     Status status;
     hub.With([&](Coordinator&) {
-      if (can_write && pending.empty()) {
-        for (api::GenerateEvent& event : answer->TakeEvents()) pending.push_back(std::move(event));
+      if (can_write && written == pending.size()) {
+        pending = job->TakeEvents();
+        written = 0;
       }
-      over = answer->answered();
-      if (over) status = answer->status();
+      over = job->answered();
+      if (over) status = job->status();
     });
-    if (can_write && !pending.empty()) {
-      call.Write(std::move(pending.front()));
-      pending.pop_front();
+    if (can_write && written < pending.size()) {
+      call.Write(std::move(pending[written++]));
       continue;
     }
     // A failure does not wait for a caller that does not read.
-    if (over && pending.empty() && can_write) return status;
+    if (over && written == pending.size() && can_write) return status;
     if (over && !can_write && !status.ok()) return status;
     call.Wait(kPollSeconds);
   }
+}
+
+Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& request, double seconds) {
+  REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
+  REFOCUS_ASSIGN_OR_RETURN(auto job, hub.With([&](Coordinator& core) {
+    const Status admitted = core.Admit();
+    return admitted.ok() ? core.Generate(request, std::move(prompt), seconds)
+                         : StatusOr<std::shared_ptr<GenerateJob>>(admitted);
+  }));
+  return StreamEvents(call, hub, Owned<GenerateJob>(hub, std::move(job), call.wakeup()));
+}
+
+Status StreamMasses(ProbeCall& call, Hub& hub, const api::ProbeAttentionRequest& request, double seconds) {
+  REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
+  REFOCUS_ASSIGN_OR_RETURN(auto job, hub.With([&](Coordinator& core) {
+    const Status admitted = core.Admit();
+    return admitted.ok() ? core.Probe(request, std::move(prompt), seconds)
+                         : StatusOr<std::shared_ptr<ProbeJob>>(admitted);
+  }));
+  return StreamEvents(call, hub, Owned<ProbeJob>(hub, std::move(job), call.wakeup()));
 }
 
 StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest& request, double seconds) {
@@ -184,6 +202,14 @@ grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::S
   const double seconds = SecondsLeft(*context);
   return ScoreCall::Start(hub_.calls(), [this, seconds](ScoreCall& call) {
     return StreamScores(call, hub_, score_idle_seconds_, seconds);
+  });
+}
+
+grpc::ServerWriteReactor<api::ProbeAttentionEvent>* InferenceService::ProbeAttention(
+    grpc::CallbackServerContext* context, const api::ProbeAttentionRequest* request) {
+  const double seconds = SecondsLeft(*context);
+  return ProbeCall::Start(hub_.calls(), [this, request = *request, seconds](ProbeCall& call) {
+    return StreamMasses(call, hub_, request, seconds - call.age_seconds());
   });
 }
 

@@ -1,4 +1,4 @@
-// Answers from contexts: core/generate.h and core/score.h work; here their events become streams.
+// Answers from contexts: core/generate.h, core/score.h and core/probe.h work; here their events become streams.
 #pragma once
 
 #include "coordinator/hub.h"
@@ -7,7 +7,8 @@
 namespace refocus {
 
 using InferenceServiceBase = api::InferenceService::WithCallbackMethod_Generate<
-    api::InferenceService::WithCallbackMethod_Score<api::InferenceService::Service>>;
+    api::InferenceService::WithCallbackMethod_Score<
+        api::InferenceService::WithCallbackMethod_ProbeAttention<api::InferenceService::Service>>>;
 
 class InferenceService : public InferenceServiceBase {
  public:
@@ -16,6 +17,8 @@ class InferenceService : public InferenceServiceBase {
   grpc::ServerWriteReactor<api::GenerateEvent>* Generate(grpc::CallbackServerContext*,
                                                          const api::GenerateRequest* request) override;
   grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* Score(grpc::CallbackServerContext*) override;
+  grpc::ServerWriteReactor<api::ProbeAttentionEvent>* ProbeAttention(
+      grpc::CallbackServerContext*, const api::ProbeAttentionRequest* request) override;
   grpc::Status Tokenize(grpc::ServerContext*, const api::TokenizeRequest* request,
                         api::TokenizeResponse* response) override;
   grpc::Status Detokenize(grpc::ServerContext*, const api::DetokenizeRequest* request,

@@ -109,12 +109,26 @@ struct CloseSequence {
   uint64_t sequence = 0;
 };
 
+struct KeyRange {  // positions [begin, end)
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+struct ProbeAttention {
+  uint64_t sequence = 0;
+  std::vector<int64_t> positions;
+  std::vector<int32_t> ids;
+  std::vector<int64_t> rows;
+  std::vector<KeyRange> ranges;
+  std::vector<int64_t> layers;
+  std::vector<int64_t> heads;
+};
+
 struct Command {
   int64_t epoch = 0;
   int64_t seq = 0;
   uint64_t job = 0;
   std::variant<OpenContext, CloseContext, PrefillChunk, BeginAdapt, AdaptStep, ProbeLoss, EndAdapt, DropAdapter,
-               OpenSequence, ExtendSequence, DecodeSteps, CloseSequence>
+               OpenSequence, ExtendSequence, DecodeSteps, CloseSequence, ProbeAttention>
       body;
 };
 
@@ -148,6 +162,7 @@ struct Result {
   std::vector<SequenceEnd> ended;
   std::vector<float> score_logprobs;
   std::vector<bool> score_greedy;
+  std::vector<float> masses;
 };
 
 }  // namespace refocus

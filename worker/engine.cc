@@ -310,6 +310,17 @@ class EngineState {
     return sequences_.Decode(decode, [&](uint64_t job) { return engine_.IsCancelled(job); }, emit);
   }
 
+  Status Do(const ProbeAttention& probe, Result& result) {
+    return sequences_.Probe(probe, [&](std::vector<float> masses) {
+      Result partial;
+      partial.epoch = result.epoch;
+      partial.seq = result.seq;
+      partial.final = false;
+      partial.masses = std::move(masses);
+      engine_.emit_(std::move(partial));
+    });
+  }
+
   Status Do(const CloseSequence& close, Result&) { return sequences_.Close(close.sequence); }
 
   Engine& engine_;

@@ -1,4 +1,4 @@
-// Answers and scores: a request's own tail of tokens after a context, encoded with base or adapted queries.
+// Answers, scores and probes: a request's own tail of tokens after a context, encoded with base or adapted queries.
 #pragma once
 
 #include <cstdint>
@@ -50,7 +50,12 @@ class Sequence {
   // It leaves.
   void End(SequenceEnd::Why why, Result& result, Status status = {});
 
+  // Attention mass of command.rows, layer by layer; `emit` (rank 0) gets pieces of at most kProbeValuesAtOnce. The sequence
+  // stays as it was. FIELD_OUT_OF_RANGE, or NON_FINITE_ATTENTION when a mass is no number, on all ranks alike.
+  Status Probe(Model& model, const ProbeAttention& command, const std::function<void(std::vector<float>)>& emit);
+
  private:
+  Status CheckProbe(const ModelConfig& config, const ProbeAttention& command) const;
   at::Tensor Rows(Model& model, const RowPlan& plan, const std::vector<int32_t>& ids);
   // The first token after `hidden` [1, hidden]: drawn on rank 0, told to everybody.
   void Sample(Model& model, const at::Tensor& hidden, Result& result);

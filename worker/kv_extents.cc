@@ -38,6 +38,19 @@ KvView KvExtent::View(int64_t layer) const {
   return KvView{k_.select(0, layer), v_.select(0, layer), slots_, first_index_, plan_};
 }
 
+KvView KvExtent::View(int64_t layer, int64_t begin, int64_t end) const {
+  const auto slot = [&](int64_t position) {
+    return std::clamp<int64_t>(plan_.CountBelow(position) - first_index_, 0, slots_);
+  };
+  KvView view = View(layer);
+  const int64_t first = slot(begin);
+  view.length = std::max<int64_t>(slot(end) - first, 0);
+  view.k = view.k.narrow(1, first, view.length);
+  view.v = view.v.narrow(1, first, view.length);
+  view.first_index += first;
+  return view;
+}
+
 KvView KvShare::View(int64_t layer) const {
   KvView view = extent->View(layer);
   view.length = std::min(view.length, view.plan.CountBelow(end) - view.first_index);
@@ -45,6 +58,10 @@ KvView KvShare::View(int64_t layer) const {
 }
 
 void KvShare::Write(int64_t* words) const { extent->Write(View(0).length, words); }
+
+KvView KvShare::View(int64_t layer, int64_t first, int64_t behind) const {
+  return extent->View(layer, first, std::min(behind, end));
+}
 
 void KvChain::Add(std::shared_ptr<const KvExtent> extent) {
   if (extent->capacity() == 0) return;

@@ -30,6 +30,9 @@ class KvExtent {
   // One layer's K/V, all slots.
   KvView View(int64_t layer) const;
 
+  // The same, cut to what this shard owns of the positions [begin, end): may be empty.
+  KvView View(int64_t layer, int64_t begin, int64_t end) const;
+
   // Where all layers lie, with `slots` slots: kTailWords (worker/backend.h).
   void Write(int64_t slots, int64_t* words) const;
 
@@ -67,6 +70,8 @@ struct KvShare {
   int64_t end = 0;
 
   KvView View(int64_t layer) const;
+  // The positions [first, behind) of them.
+  KvView View(int64_t layer, int64_t first, int64_t behind) const;
   // The same of all layers, as decode rows read it: kTailWords (worker/backend.h).
   void Write(int64_t* words) const;
 };

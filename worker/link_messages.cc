@@ -73,6 +73,24 @@ class Checker {
     return out;
   }
 
+  template <typename Field>
+  std::vector<int64_t> Numbers(const char* field, const Field& values, int64_t least, int64_t most) {
+    for (const int64_t value : values) InRange(field, value, least, most);
+    return {values.begin(), values.end()};
+  }
+
+  // At least one; each larger than the one before.
+  template <typename Field>
+  std::vector<int64_t> Rising(const char* field, const Field& values, int64_t most) {
+    InRange((std::string(field) + " (count)").c_str(), values.size(), 1, kMaxChunkRows);
+    int64_t least = 0;
+    for (const int64_t value : values) {
+      InRange(field, value, least, most);
+      least = value + 1;
+    }
+    return {values.begin(), values.end()};
+  }
+
   std::vector<Span> ReadSpans(const Spans& spans, int64_t least, int64_t most) {
     InRange("spans (count)", spans.size(), least, most);
     std::vector<Span> out;
@@ -215,6 +233,25 @@ CloseSequence Read(const pb::CloseSequence& in, Checker& check) {
   return {in.sequence()};
 }
 
+ProbeAttention Read(const pb::ProbeAttention& in, Checker& check) {
+  check.Uid("sequence", in.sequence());
+  ProbeAttention out;
+  out.sequence = in.sequence();
+  out.ids = check.TokenIds("ids", in.ids(), 1, kMaxChunkRows);
+  check.InRange("positions (count)", in.positions_size(), in.ids_size(), in.ids_size());
+  out.positions = check.Numbers("positions", in.positions(), 0, 2 * kMaxContextTokens);
+  out.rows = check.Rising("rows", in.rows(), in.ids_size() - 1);
+  check.InRange("ranges (count)", in.ranges_size(), 1, kMaxKeyRanges);
+  for (const pb::ProbeAttention::KeyRange& range : in.ranges()) {
+    check.InRange("ranges.begin", range.begin(), 0, kMaxContextTokens);
+    check.InRange("ranges.end", range.end(), range.begin(), kMaxContextTokens);
+    out.ranges.push_back({range.begin(), range.end()});
+  }
+  out.layers = check.Rising("layers", in.layers(), INT32_MAX);
+  out.heads = check.Rising("heads", in.heads(), INT32_MAX);
+  return out;
+}
+
 bool ReadBody(const pb::Command& message, Checker& check, Command* command) {
   switch (message.command_case()) {
     case pb::Command::kOpenContext: command->body = Read(message.open_context(), check); return true;
@@ -229,6 +266,7 @@ bool ReadBody(const pb::Command& message, Checker& check, Command* command) {
     case pb::Command::kExtendSequence: command->body = Read(message.extend_sequence(), check); return true;
     case pb::Command::kDecodeSteps: command->body = Read(message.decode_steps(), check); return true;
     case pb::Command::kCloseSequence: command->body = Read(message.close_sequence(), check); return true;
+    case pb::Command::kProbeAttention: command->body = Read(message.probe_attention(), check); return true;
     case pb::Command::COMMAND_NOT_SET: return false;
   }
   return false;
@@ -286,6 +324,7 @@ pb::Result WriteResult(const Result& result) {
   }
   for (const float logprob : result.score_logprobs) message.add_score_logprobs(logprob);
   for (const bool greedy : result.score_greedy) message.add_score_greedy(greedy);
+  message.mutable_masses()->Add(result.masses.begin(), result.masses.end());
   return message;
 }
 

@@ -148,6 +148,7 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     at::Tensor q_all;
     const Partial attention =
         Attention(input, layer, backend_.Rotate(q_raw, {w.q_bias, w.q_norm}, rotation), h, rotation, &q_all);
+    if (input.observe && !input.observe(layer, q_all, GatherRows(rows, attention.lse))) return at::Tensor();
     const at::Tensor mixed = backend_.Linear(backend_.Rounded(attention.out).view({n, c.q_dim()}), w.wo);
     const Normed mid = backend_.AddNorm(x, mixed, w.mlp_norm);
     const at::Tensor gate = backend_.Linear(mid.h, w.gate);
@@ -163,6 +164,14 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     }
   }
   return x;
+}
+
+at::Tensor Model::RangeLse(const RowPlan& rows, const at::Tensor& q, const at::Tensor& pos, const KvChain& chain,
+                           int64_t layer, int64_t begin, int64_t end) {
+  REFOCUS_CHECK(!rows.split());
+  std::vector<KvView> views;
+  for (const KvShare& share : chain.shares()) views.push_back(share.View(layer, begin, end));
+  return Exchange(rows, backend_.Attend(q, pos, views)).lse;
 }
 
 at::Tensor Model::Logits(const at::Tensor& hidden) {

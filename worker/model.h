@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "worker/backend.h"
@@ -58,6 +59,9 @@ struct ForwardInput {
     adapters.clear();
     if (delta.defined()) adapters.push_back({0, ids.size(0), std::move(delta)});
   }
+  // Called behind each layer's attention with the queries [rows, H, d] of all ranks' rows and their lse [rows, H]; false:
+  // the pass ends there and returns an undefined tensor.
+  std::function<bool(int64_t layer, const at::Tensor& q, const at::Tensor& lse)> observe;
   bool keys_only = false;  // stop when the last layer's K/V are written; returns an undefined tensor
 };
 
@@ -78,6 +82,11 @@ class Model {
 
   // -> [n, hidden] fp32 before the final norm. Throws CollectiveError. `trace` gets one entry a layer.
   at::Tensor Forward(const ForwardInput& input, std::vector<LayerTrace>* trace = nullptr);
+
+  // Natural log of the sum of exponentials of the scaled scores of q [m, H, d] over `chain`'s keys at [begin, end) on all
+  // ranks -> [m, H] fp32. q and pos [m] int64 are those of `rows`, replicated.
+  at::Tensor RangeLse(const RowPlan& rows, const at::Tensor& q, const at::Tensor& pos, const KvChain& chain,
+                      int64_t layer, int64_t begin, int64_t end);
 
   // [m, hidden] fp32 -> [m, vocab] fp32
   at::Tensor Logits(const at::Tensor& hidden);

@@ -105,6 +105,13 @@ Status Sequences::Decode(const DecodeSteps& decode, const std::function<bool(uin
   return {};
 }
 
+Status Sequences::Probe(const ProbeAttention& probe, const std::function<void(std::vector<float>)>& emit) {
+  const auto found = sequences_.find(probe.sequence);
+  if (found == sequences_.end()) return Absent("sequence", probe.sequence);
+  REFOCUS_RETURN_IF_ERROR(CheckTokenIds(probe.ids, model_.config().vocab));
+  return found->second.Probe(model_, probe, emit);
+}
+
 Status Sequences::Close(uint64_t sequence) {
   if (sequences_.erase(sequence) == 0) return Absent("sequence", sequence);
   ForgetRetired();

@@ -28,6 +28,8 @@ class Sequences {
   // `cancelled` is asked on rank 0 before each step, `emit` gets each step's tokens and ends there.
   Status Decode(const DecodeSteps& decode, const std::function<bool(uint64_t job)>& cancelled,
                 const std::function<void(std::vector<Token>, std::vector<SequenceEnd>)>& emit);
+  // `emit` (rank 0) gets the masses in pieces.
+  Status Probe(const ProbeAttention& probe, const std::function<void(std::vector<float>)>& emit);
   Status Close(uint64_t sequence);
   void CloseContext(uint64_t context);
   // `delta` was replaced or dropped: only the sequences that were opened with it keep it.

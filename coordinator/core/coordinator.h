@@ -1,7 +1,7 @@
 // The coordinator as a pure state machine: requests and worker messages in, messages to workers and job progress out.
 // No threads, no I/O, no clock of its own; the service (coordinator/hub.h) holds one lock around it and does the rest.
 //
-// A request becomes a Job on a Session (prefill.h, adapt.h, generate.h, score.h); the Scheduler orders the jobs'
+// A request becomes a Job on a Session (prefill.h, adapt.h, generate.h, score.h, probe.h); the Scheduler orders the jobs'
 // commands; the Group says which ranks there are; the KvLedger admits; the Catalog names.
 #pragma once
 
@@ -20,6 +20,7 @@
 #include "coordinator/core/group.h"
 #include "coordinator/core/kv_ledger.h"
 #include "coordinator/core/prefill.h"
+#include "coordinator/core/probe.h"
 #include "coordinator/core/scheduler.h"
 #include "coordinator/core/score.h"
 #include "coordinator/core/session.h"
@@ -95,6 +96,8 @@ class Coordinator {
                                                   double seconds = std::numeric_limits<double>::infinity());
   StatusOr<std::shared_ptr<ScoreJob>> Score(const api::ScoreRequest& request, std::vector<int32_t> prompt,
                                             std::vector<int32_t> target,
+                                            double seconds = std::numeric_limits<double>::infinity());
+  StatusOr<std::shared_ptr<ProbeJob>> Probe(const api::ProbeAttentionRequest& request, std::vector<int32_t> prompt,
                                             double seconds = std::numeric_limits<double>::infinity());
   void Stop(Job& job, const Status& why);
   // The caller of an attached job went away; the last one takes the work with it when nobody ever wanted it kept.

@@ -302,7 +302,9 @@ StatusOr<std::shared_ptr<KvReservation>> Coordinator::ReserveTail(int64_t first_
   auto memory = ledger_.Reserve(first_pos, tokens);
   if (memory.ok()) return memory;
   const bool answering = std::any_of(tracked_.begin(), tracked_.end(), [](const Tracked& tracked) {
-    return dynamic_cast<const GenerateJob*>(tracked.job.get()) || dynamic_cast<const ScoreJob*>(tracked.job.get());
+    const Job* job = tracked.job.get();
+    return dynamic_cast<const GenerateJob*>(job) || dynamic_cast<const ScoreJob*>(job) ||
+           dynamic_cast<const ProbeJob*>(job);
   });
   if (!answering) return memory;
   ErrorDetail detail = DetailOf(memory.status());
@@ -363,6 +365,20 @@ StatusOr<std::shared_ptr<ScoreJob>> Coordinator::Score(const api::ScoreRequest& 
   plan.target_id = request.target_id();
   session->StartAnswer(request.adapter_id());
   auto job = std::make_shared<ScoreJob>(NextId(), now(), session, std::move(plan), &tools_);
+  job->deadline = now() + seconds;
+  Track(job, session);
+  return job;
+}
+
+StatusOr<std::shared_ptr<ProbeJob>> Coordinator::Probe(const api::ProbeAttentionRequest& request,
+                                                       std::vector<int32_t> prompt, double seconds) {
+  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
+  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  REFOCUS_ASSIGN_OR_RETURN(ProbePlan plan, PlanProbe(request, options_.model, session->token_count(),
+                                                     static_cast<int64_t>(prompt.size())));
+  REFOCUS_ASSIGN_OR_RETURN(plan.sequence, PlanSequence(session, request.adapter_id(), std::move(prompt), 0));
+  session->StartAnswer(request.adapter_id());
+  auto job = std::make_shared<ProbeJob>(NextId(), now(), session, std::move(plan), &tools_);
   job->deadline = now() + seconds;
   Track(job, session);
   return job;

@@ -247,4 +247,54 @@ StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& r, const ModelCo
   return plan;
 }
 
+namespace {
+
+// Rising; all of `count` when none is named.
+template <typename Field>
+StatusOr<std::vector<int32_t>> PlanNumbers(const char* field, const Field& asked, int64_t count) {
+  std::vector<int32_t> numbers(asked.begin(), asked.end());
+  for (int32_t i = 0; asked.empty() && i < count; ++i) numbers.push_back(i);
+  std::sort(numbers.begin(), numbers.end());
+  for (const int32_t number : numbers) REFOCUS_RETURN_IF_ERROR(CheckInt(field, number, 0, count - 1));
+  const auto twice = std::adjacent_find(numbers.begin(), numbers.end());
+  if (twice == numbers.end()) return numbers;
+  return FieldError(field, std::to_string(*twice) + " twice", "each once");
+}
+
+StatusOr<std::vector<int64_t>> PlanPositions(const api::ProbeAttentionRequest& r, int64_t context, int64_t prompt) {
+  REFOCUS_RETURN_IF_ERROR(CheckInt("positions (count)", r.positions_size(), 0, kMaxProbeRows));
+  std::vector<int64_t> positions(r.positions().begin(), r.positions().end());
+  if (positions.empty() && prompt == 0) positions.push_back(context - 1);
+  for (int64_t i = 0; r.positions().empty() && i < prompt; ++i) positions.push_back(context + i);
+  std::sort(positions.begin(), positions.end());
+  for (const int64_t pos : positions) REFOCUS_RETURN_IF_ERROR(CheckInt("positions", pos, 0, context + prompt - 1));
+  const auto twice = std::adjacent_find(positions.begin(), positions.end());
+  if (twice == positions.end()) return positions;
+  return FieldError("positions", std::to_string(*twice) + " twice", "each once");
+}
+
+}  // namespace
+
+StatusOr<ProbePlan> PlanProbe(const api::ProbeAttentionRequest& r, const ModelConfig& model, int64_t token_count,
+                              int64_t prompt_tokens) {
+  ProbePlan plan;
+  REFOCUS_RETURN_IF_ERROR(CheckInt("prompt (tokens)", prompt_tokens, 0, kMaxProbePromptTokens));
+  REFOCUS_ASSIGN_OR_RETURN(plan.positions, PlanPositions(r, token_count, prompt_tokens));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("ranges (count)", r.ranges_size(), 1, kMaxKeyRanges));
+  for (int i = 0; i < r.ranges_size(); ++i) {
+    const std::string field = "ranges[" + std::to_string(i) + "]";
+    REFOCUS_RETURN_IF_ERROR(CheckInt((field + ".begin").c_str(), r.ranges(i).begin(), 0, token_count));
+    REFOCUS_RETURN_IF_ERROR(CheckInt((field + ".end").c_str(), r.ranges(i).end(), r.ranges(i).begin(), token_count));
+    plan.ranges.emplace_back(r.ranges(i).begin(), r.ranges(i).end());
+  }
+  REFOCUS_ASSIGN_OR_RETURN(plan.layers, PlanNumbers("layers", r.layers(), model.layers));
+  REFOCUS_ASSIGN_OR_RETURN(plan.heads, PlanNumbers("heads", r.heads(), model.heads));
+  const auto values = static_cast<int64_t>(plan.positions.size() * plan.ranges.size() * plan.layers.size() *
+                                           plan.heads.size());
+  REFOCUS_RETURN_IF_ERROR(CheckInt("rows x ranges x layers x heads", values, 1, kMaxProbeValues));
+  plan.mean_over_heads = r.mean_over_heads();
+  plan.mean_over_rows = r.mean_over_rows();
+  return plan;
+}
+
 }  // namespace refocus

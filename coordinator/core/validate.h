@@ -11,6 +11,7 @@
 #include "coordinator/core/adapt.h"
 #include "coordinator/core/generate.h"
 #include "coordinator/core/messages.h"
+#include "coordinator/core/probe.h"
 #include "coordinator/tokenizer.h"
 
 namespace refocus {
@@ -41,5 +42,9 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, int64_t t
 // Everything but the sequence.
 StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& request, const ModelConfig& model,
                                     const Tokenizer* tokenizer, uint64_t seed);
+
+// Everything but the sequence. `token_count` of the context; the prompt's is behind it.
+StatusOr<ProbePlan> PlanProbe(const api::ProbeAttentionRequest& request, const ModelConfig& model, int64_t token_count,
+                              int64_t prompt_tokens);
 
 }  // namespace refocus

@@ -14,7 +14,7 @@ import unittest
 
 BIN = pathlib.Path(sys.argv.pop(1))
 VERBS = [["serve"], ["context", "create"], ["context", "list"], ["context", "show"], ["context", "rm"], ["prefill"],
-         ["adapt"], ["ask"], ["score"], ["tokenize"], ["plan"], ["status"], ["version"]]
+         ["adapt"], ["ask"], ["score"], ["probe"], ["tokenize"], ["plan"], ["status"], ["version"]]
 
 
 def refocus(*arguments, **environment):

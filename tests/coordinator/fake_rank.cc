@@ -66,6 +66,11 @@ uint32_t Following(uint32_t last, int64_t revision) {
 
 }  // namespace
 
+float FakeMass(int32_t layer, int64_t position, int64_t begin, int64_t end, int32_t head, int64_t revision) {
+  return static_cast<float>(end - begin) / 16384 + static_cast<float>(position % 8) / 128 +
+         static_cast<float>(layer) / 8 + static_cast<float>(head) / 16 + static_cast<float>(revision) / 32;
+}
+
 ModelConfig FakeModel(int64_t max_positions) {
   ModelConfig model;
   model.name = "fake";
@@ -140,7 +145,7 @@ void FakeRank::Do(const wire::Command& command, std::vector<wire::Result>* out) 
     }
     context.tokens.insert(context.tokens.end(), chunk.ids().begin(), chunk.ids().end());
   } else if (command.has_open_sequence() || command.has_extend_sequence() || command.has_decode_steps() ||
-             command.has_close_sequence()) {
+             command.has_close_sequence() || command.has_probe_attention()) {
     DoSequence(command, out);
   } else {
     DoAdapt(command, result);
@@ -265,6 +270,8 @@ void FakeRank::DoSequence(const wire::Command& command, std::vector<wire::Result
     if (sequences.erase(command.close_sequence().sequence()) == 0) OutOfPlace("no such sequence", result);
   } else if (command.has_extend_sequence()) {
     Extend(command.extend_sequence(), result);
+  } else if (command.has_probe_attention()) {
+    Probe(command.probe_attention(), out);
   } else {
     Decode(command, out);
   }
@@ -335,6 +342,44 @@ void FakeRank::TakeToken(uint64_t uid, wire::Result* result) {
     End(uid, wire::SequenceEnd::FINISHED, result);
   } else if (sequence.end == sequence.first + sequence.capacity) {
     End(uid, wire::SequenceEnd::CAPACITY, result);
+  }
+}
+
+void FakeRank::Probe(const wire::ProbeAttention& probe, std::vector<wire::Result>* out) {
+  const auto found = sequences.find(probe.sequence());
+  if (found == sequences.end()) return OutOfPlace("no such sequence", &out->back());
+  const Sequence& sequence = found->second;
+  const Context& context = contexts.at(sequence.context);
+  if (probe.ids_size() != probe.positions_size() || probe.rows().empty()) return OutOfPlace("rows", &out->back());
+  for (int i = 0; i < probe.ids_size(); ++i) {
+    const int64_t pos = probe.positions(i);
+    if (probe.positions(0) >= context.capacity) {
+      if (pos != context.capacity + i || i >= sequence.capacity) return OutOfPlace("prompt", &out->back());
+    } else if (pos < 0 || pos >= context.capacity || probe.ids(i) != context.tokens[pos]) {
+      return OutOfPlace("context row", &out->back());
+    }
+  }
+  if (rank_ != 0) return;
+  std::vector<float> masses;
+  for (const int32_t layer : probe.layers()) {
+    for (const int64_t row : probe.rows()) {
+      for (const auto& range : probe.ranges()) {
+        for (const int32_t head : probe.heads()) {
+          const int64_t pos = probe.positions(static_cast<int>(row));
+          masses.push_back(FakeMass(layer, pos, range.begin(), range.end(), head, sequence.revision));
+        }
+      }
+    }
+  }
+  // The first half early, cut anywhere; the rest with the final result.
+  const auto middle = masses.begin() + static_cast<int64_t>(masses.size()) / 2;
+  wire::Result partial = out->back();
+  partial.mutable_masses()->Add(masses.begin(), middle);
+  out->back().mutable_masses()->Add(middle, masses.end());
+  if (emit) {
+    emit(partial);
+  } else {
+    out->insert(out->end() - 1, std::move(partial));
   }
 }
 

@@ -5,6 +5,7 @@
 //                or, `keyed`, a hash of all that it may depend on: see KeyedToken
 //   loss of a step = 1 / step; probe loss = 2 before, and 2 - 0.01 * steps after
 //   log-probability of token t after token l = -(t mod 7) - 0.5; most likely iff t is the next token as above
+//   attention mass: FakeMass
 #pragma once
 
 #include <cstdint>
@@ -28,6 +29,9 @@ inline constexpr int32_t kFakeBos = 257;
 inline constexpr int32_t kFakeSpecial = 258;  // "<|im_start|>"
 inline constexpr int64_t kFakeVocab = 300;
 inline constexpr int64_t kFakeKvBytesPerToken = 64;
+
+// Of a row on a range of keys; exact in fp32.
+float FakeMass(int32_t layer, int64_t position, int64_t begin, int64_t end, int32_t head, int64_t revision);
 
 ModelConfig FakeModel(int64_t max_positions);
 // One token a byte; "<|im_start|>" with allow_special. Byte 0xff is refused, 0xfe throws bad_alloc, 0xfd runtime_error.
@@ -129,6 +133,7 @@ class FakeRank {
   void DoSequence(const wire::Command& command, std::vector<wire::Result>* out);
   void DoAdapt(const wire::Command& command, wire::Result* result);
   void Extend(const wire::ExtendSequence& extend, wire::Result* result);
+  void Probe(const wire::ProbeAttention& probe, std::vector<wire::Result>* out);
   void Decode(const wire::Command& command, std::vector<wire::Result>* out);
   wire::Token NextToken(Sequence& sequence);
   void OpenContext(const wire::OpenContext& open, wire::Result* result);

@@ -507,5 +507,21 @@ TEST_F(CoreTest, RejectedRequestsLeaveNoTrace) {
   simulation_.ExpectConsistent();
 }
 
+TEST(ValidateTest, ProbeValuesAreBounded) {
+  ModelConfig model = FakeModel(100'000);
+  model.layers = 32;
+  model.heads = 32;
+  api::ProbeAttentionRequest request;
+  for (int64_t pos = 0; pos < kMaxProbeRows; ++pos) request.add_positions(pos);
+  request.add_ranges()->set_end(10);
+  EXPECT_TRUE(PlanProbe(request, model, 100'000, 0).ok());  // exactly as many as are allowed
+  request.add_ranges()->set_end(10);
+  const Status status = PlanProbe(request, model, 100'000, 0).status();
+  EXPECT_EQ(DetailOf(status).reason, "FIELD_OUT_OF_RANGE");
+  EXPECT_NE(status.message().find(std::to_string(2 * kMaxProbeValues)), std::string::npos) << status;
+  request.add_layers(31);
+  EXPECT_TRUE(PlanProbe(request, model, 100'000, 0).ok());
+}
+
 }  // namespace
 }  // namespace refocus

@@ -33,8 +33,10 @@ class Chaos {
         Keep(simulation_.Adapt(Simulation::AdaptRequest("c0", 1)));
       } else if (draw < 96) {
         Keep(simulation_.Generate("c0", Below(3), 1 + Below(4), "default"));
-      } else if (draw < 99) {
+      } else if (draw < 98) {
         ScoreSome("c0", "default");
+      } else if (draw < 99) {
+        ProbeSome("c0", "default");
       } else if (!jobs_.empty()) {
         simulation_.Stop(*jobs_[Below(jobs_.size())]);
       }
@@ -61,7 +63,8 @@ class Chaos {
     if (draw < 87) return AdaptSome();
     if (draw < 92)
       return Keep(simulation_.Generate(AnyId(), Below(600), 1 + Below(40), Below(3) == 0 ? "default" : ""));
-    if (draw < 94) return ScoreSome(AnyId(), Below(3) == 0 ? "default" : "");
+    if (draw < 93) return ScoreSome(AnyId(), Below(3) == 0 ? "default" : "");
+    if (draw < 94) return ProbeSome(AnyId(), Below(3) == 0 ? "default" : "");
     if (draw < 96 && !jobs_.empty()) return simulation_.Stop(*jobs_[Below(jobs_.size())]);
     if (draw < 97) return DeleteSome();
     if (draw < 98) return simulation_.Advance(0.5);
@@ -90,6 +93,16 @@ class Chaos {
     request.set_name("contexts/" + id);
     request.set_adapter_id(adapter);
     auto job = simulation_.core().Score(request, std::vector<int32_t>(Below(5), 1), {7, 8, 9});
+    simulation_.Collect();
+    Keep(job);
+  }
+  void ProbeSome(const std::string& id, const std::string& adapter) {
+    api::ProbeAttentionRequest request;
+    request.set_name("contexts/" + id);
+    request.set_adapter_id(adapter);
+    request.add_ranges();
+    request.set_mean_over_rows(Below(2) == 0);
+    auto job = simulation_.core().Probe(request, std::vector<int32_t>(Below(5), 1));
     simulation_.Collect();
     Keep(job);
   }

@@ -73,7 +73,7 @@ class Readme(unittest.TestCase):
 
     def test_verbs_and_exit_codes_are_described(self):
         for verb in ("serve", "context create", "context list", "context show", "context rm", "prefill", "adapt", "ask",
-                     "score", "tokenize", "status", "version"):
+                     "score", "probe", "tokenize", "status", "version"):
             self.assertIn(f"refocus {verb}", README)
         for code in (0, 1, 2, 3, 4, 5, 130):
             self.assertRegex(README, rf"(?m)^\| {code} \|")

@@ -67,6 +67,27 @@ class Golden(unittest.TestCase):
         self.assertAlmostEqual(sum(want["logprobs"]), event["sum_logprob"], delta=1e-3)
         self.assertEqual(all(want["greedy"]), event["is_greedy"])
 
+    def check_probe(self, service):
+        """Every row that sees the context alone gives all its attention to it; one behind it keeps a share for itself."""
+        tokens = len(GOLDEN["context"])
+        *inside, summary = service.events("probe", "golden", "--base", "--positions", f"5,{tokens - 1}", "--per-row",
+                                          "--per-head", "--range", f"0:{tokens}", "--range", "6:6", "--range", ":6")
+        self.assertEqual([5, tokens - 1], [int(p) for p in inside[0]["positions"]])
+        self.assertEqual(summary["summary"]["rows"], "2")
+        heads = len(summary["summary"]["heads"])
+        for event in inside:
+            self.close([1.0] * heads + [0.0] * heads + [1.0] * heads, event["mass"][:3 * heads], 1e-5)
+            self.close([1.0] * heads + [0.0] * heads, event["mass"][3 * heads:5 * heads], 1e-5)
+        self.assertTrue(any(0.001 < mass < 0.999 for event in inside for mass in event["mass"][5 * heads:]))
+        *behind, _ = service.events("probe", "golden", ids([1, 2, 3]), "--ids", "--base", "--parts", 3, "--layers", 1)
+        self.assertEqual([1], [event["layer"] for event in behind])
+        self.assertTrue(0.001 < sum(behind[0]["mass"]) < 0.999, behind)
+        table = service.call("probe", "golden", ids([1, 2, 3]), "--ids", "--parts", 2)
+        self.assertRegex(table, rf"layer +0 to \d+ +\d+ to {tokens}")
+        self.assertIn("even spread", table)
+        self.assertIn("BEGIN:END", service.call("probe", "golden", "--range", "9:3", code=2)[1])
+        self.assertIn("FIELD_OUT_OF_RANGE", service.call("probe", "golden", "--layers", 99, code=1)[1])
+
     def check_gradient(self, service, which):
         """A step with rate zero measures loss and gradient norm, and must change no bit of any answer."""
         want = GOLDEN["gradients"][which]
@@ -93,6 +114,7 @@ class Golden(unittest.TestCase):
             upload(service, "golden", GOLDEN["context"])
             self.check_answers(service)
             self.check_scores(service)
+            self.check_probe(service)
             self.check_gradient(service, "one_span")
             self.check_gradient(service, "two_spans")
             before = answer(service, "golden", [1, 2, 3], 8, "--base")[:2]

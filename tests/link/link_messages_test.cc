@@ -98,6 +98,20 @@ void FillDecode(pb::Command& c) {
   c.mutable_decode_steps()->set_steps(16);
 }
 
+void FillProbe(pb::Command& c) {
+  pb::ProbeAttention& probe = *c.mutable_probe_attention();
+  probe.set_sequence(9);
+  for (const int64_t pos : {1000, 1001}) probe.add_positions(pos);
+  for (const uint32_t id : {1, 2}) probe.add_ids(id);
+  probe.add_rows(1);
+  for (const int64_t begin : {7, 0}) {
+    probe.add_ranges()->set_begin(begin);
+    probe.mutable_ranges()->rbegin()->set_end(8);
+  }
+  for (const int32_t layer : {0, 3}) probe.add_layers(layer);
+  probe.add_heads(5);
+}
+
 TEST(LinkMessagesTest, ContextCommands) {
   const auto open = Good<OpenContext>(FillOpenContext);
   EXPECT_EQ(open.context, 3U);
@@ -115,6 +129,19 @@ TEST(LinkMessagesTest, ContextCommands) {
   EXPECT_EQ(chunk.context, 3U);
   EXPECT_EQ(chunk.first_pos, int64_t{1} << 20);
   EXPECT_EQ(chunk.ids, (std::vector<int32_t>{0, 5, 99}));
+}
+
+TEST(LinkMessagesTest, ProbeCommands) {
+  const auto probe = Good<ProbeAttention>(FillProbe);
+  EXPECT_EQ(probe.sequence, 9U);
+  EXPECT_EQ(probe.positions, (std::vector<int64_t>{1000, 1001}));
+  EXPECT_EQ(probe.ids, (std::vector<int32_t>{1, 2}));
+  EXPECT_EQ(probe.rows, std::vector<int64_t>{1});
+  ASSERT_EQ(probe.ranges.size(), 2U);
+  EXPECT_EQ(probe.ranges[0].begin, 7);
+  EXPECT_EQ(probe.ranges[1].end, 8);
+  EXPECT_EQ(probe.layers, (std::vector<int64_t>{0, 3}));
+  EXPECT_EQ(probe.heads, std::vector<int64_t>{5});
 }
 
 TEST(LinkMessagesTest, AdaptCommands) {
@@ -181,6 +208,7 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
   const float inf = std::numeric_limits<float>::infinity();
   const Fill nothing = [](pb::Command&) {};
   const auto begin = [](auto set) { return [set](pb::Command& c) { set(*c.mutable_begin_adapt()); }; };
+  const auto probe = [](auto set) { return [set](pb::Command& c) { set(*c.mutable_probe_attention()); }; };
   const std::vector<Bad> cases = {
       {"command", nothing, nothing},
       {"context", FillOpenContext, [](pb::Command& c) { c.mutable_open_context()->set_context(0); }},
@@ -252,6 +280,23 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
        [](pb::Command& c) { c.mutable_decode_steps()->mutable_sequences()->Resize(kMaxDecodeRows + 1, 3); }},
       {"sequences", FillDecode, [](pb::Command& c) { c.mutable_decode_steps()->add_sequences(0); }},
       {"sequence", nothing, [](pb::Command& c) { c.mutable_close_sequence(); }},
+      {"sequence", FillProbe, probe([](auto& p) { p.set_sequence(0); })},
+      {"ids (count)", FillProbe, probe([](auto& p) { p.clear_ids(); })},
+      {"ids[1]", FillProbe, probe([](auto& p) { p.set_ids(1, kVocab); })},
+      {"positions (count)", FillProbe, probe([](auto& p) { p.add_positions(3); })},
+      {"positions", FillProbe, probe([](auto& p) { p.set_positions(0, -1); })},
+      {"rows (count)", FillProbe, probe([](auto& p) { p.clear_rows(); })},
+      {"rows", FillProbe, probe([](auto& p) { p.set_rows(0, 2); })},
+      {"ranges (count)", FillProbe, probe([](auto& p) { p.clear_ranges(); })},
+      {"ranges (count)", FillProbe,
+       probe([](auto& p) {
+         while (p.ranges_size() <= kMaxKeyRanges) p.add_ranges();
+       })},
+      {"ranges.begin", FillProbe, probe([](auto& p) { p.mutable_ranges(0)->set_begin(-1); })},
+      {"ranges.end", FillProbe, probe([](auto& p) { p.mutable_ranges(0)->set_end(6); })},
+      {"layers", FillProbe, probe([](auto& p) { p.set_layers(1, 0); })},
+      {"heads (count)", FillProbe, probe([](auto& p) { p.clear_heads(); })},
+      {"heads", FillProbe, probe([](auto& p) { p.set_heads(0, -1); })},
   };
   for (size_t i = 0; i < cases.size(); ++i) {
     const StatusOr<Command> command = Read([&](pb::Command& c) {
@@ -283,6 +328,7 @@ TEST(LinkMessagesTest, ResultKeepsEveryField) {
                   {7, SequenceEnd::Why::kFailed, Error(StatusCode::kInternal, "NON_FINITE_LOGITS", "na\xc3\xafve")}};
   result.score_logprobs = {-1.0f, -2.0f};
   result.score_greedy = {true, false};
+  result.masses = {0.25f, 0.5f};
   const pb::Result m = WriteResult(result);
   EXPECT_EQ(m.epoch(), 3);
   EXPECT_EQ(m.seq(), 4);
@@ -314,6 +360,7 @@ TEST(LinkMessagesTest, ResultKeepsEveryField) {
   EXPECT_EQ(m.score_logprobs(1), -2.0f);
   EXPECT_TRUE(m.score_greedy(0));
   EXPECT_FALSE(m.score_greedy(1));
+  EXPECT_EQ(std::vector<float>(m.masses().begin(), m.masses().end()), result.masses);
 }
 
 }  // namespace

@@ -106,11 +106,13 @@ void Group::Receive(int rank_index, Result result) {
   Rank& rank = *ranks_[rank_index];
   rank.tokens.insert(rank.tokens.end(), result.tokens.begin(), result.tokens.end());
   rank.ends.insert(rank.ends.end(), result.ended.begin(), result.ended.end());
+  rank.masses.insert(rank.masses.end(), result.masses.begin(), result.masses.end());
   if (!result.final) return;
   EXPECT_EQ(result.seq, static_cast<int64_t>(rank.finals.size()) + 1) << "finals must come in order";
   rank.finals.push_back(std::move(result));
   rank.tokens_of.push_back(std::exchange(rank.tokens, {}));
   rank.ended_of.push_back(std::exchange(rank.ends, {}));
+  rank.masses_of.push_back(std::exchange(rank.masses, {}));
   changed_.notify_all();
 }
 
@@ -142,6 +144,7 @@ Answer Group::Wait(int64_t seq) {
   if (static_cast<int64_t>(ranks_[0]->tokens_of.size()) >= seq) {
     answer.tokens = ranks_[0]->tokens_of[seq - 1];
     answer.ended = ranks_[0]->ended_of[seq - 1];
+    answer.masses = ranks_[0]->masses_of[seq - 1];
   }
   for (const Result& r : answer.ranks) {
     EXPECT_EQ(r.status.code(), answer.ranks[0].status.code()) << "ranks must refuse alike";

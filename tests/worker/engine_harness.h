@@ -37,6 +37,7 @@ struct Answer {
   std::vector<Result> ranks;  // the final result of every rank
   std::vector<Token> tokens;  // of rank 0, streamed and final, in order
   std::vector<SequenceEnd> ended;  // likewise
+  std::vector<float> masses;  // likewise
   const Result& result() const { return ranks[0]; }
   bool ok() const;
   std::string reason() const;  // of rank 0's status
@@ -89,6 +90,8 @@ class Group {
     std::vector<std::vector<Token>> tokens_of;  // by seq - 1
     std::vector<SequenceEnd> ends;              // as tokens
     std::vector<std::vector<SequenceEnd>> ended_of;
+    std::vector<float> masses;                  // as tokens
+    std::vector<std::vector<float>> masses_of;
     bool ended = false;
     Status status;
   };
