@@ -5,13 +5,15 @@ decoding, and query-only training steps against the frozen cache with autograd a
     context_bench --model FOLDER --random-weights 1 --device cuda --tokens 32768 --at 0.5 --results ours.json
     python3 bench/peer_gpu.py FOLDER --seed 1 --tokens 32768 --at 0.5 --ours ours.json
 
-Weights come from random_weights.py, so both sides hold the same values. With --ours it also says how far our first loss is
-from transformers' in bf16 and, with --exact, from the same model in fp64. Later losses differ by more than roundings:
-here the gradient flows through the K and V of the span's own rows, which Refocus keeps frozen. Token ids
-are the bench's own (std::mt19937_64, seed 1). Prints one JSON line per figure, a table last.
+Weights come from random_weights.py, so both sides hold the same values; token ids are the bench's own (std::mt19937_64,
+seed 1). Prints one JSON line per figure, a table last. With --exact nothing is timed: the steps are taken with a delta
+beside the weights and with K and V of the whole context frozen, as Refocus does, by transformers in bf16 and in fp64,
+and --ours is compared with both. (The timed recipe trains the weights themselves, and its gradient flows through the K
+and V of the span's own rows.) Runs on the CPU where there is no GPU.
 """
 import argparse
 import json
+import sys
 import time
 
 import torch
@@ -22,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 import random_weights
 
 CHUNK = 16384
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def mt19937_64(seed, count):
@@ -45,10 +47,12 @@ def mt19937_64(seed, count):
 
 
 def timed(function):
-    torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     begin = time.perf_counter()
     result = function()
-    torch.cuda.synchronize()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return result, time.perf_counter() - begin
 
 
@@ -63,11 +67,8 @@ def make(folder, seed, layers, dtype):
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
     config._attn_implementation = "sdpa" if dtype != torch.float64 else "eager"
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
     with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(config).eval()
-    torch.set_default_dtype(default)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     random_weights.fill(model, seed)
     return model.requires_grad_(False)
 
@@ -102,17 +103,12 @@ def decode(model, cache, ids, count):
 
 
 class Steps:
-    """Query-only steps: base weights stay, `deltas` (zero at the start) are added in the forward pass by a hook."""
+    """Query-only steps as the recipe takes them: on the weights of the query projections."""
 
     def __init__(self, model, rate):
         self.model = model
-        self.projections = [layer.self_attn.q_proj for layer in model.model.layers]
-        # In bf16 the recipe trains the weights themselves; a delta of its own is exact where compared with fp64.
-        self.exact = next(model.parameters()).dtype == torch.float64
-        for projection in self.projections:
-            projection.weight.requires_grad_(True)
-        self.weights = [projection.weight for projection in self.projections]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=0.0, fused=not self.exact)
+        self.weights = [layer.self_attn.q_proj.weight.requires_grad_(True) for layer in model.model.layers]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=0.0, fused=True)
 
     def step(self, cache, ids, start, span):
         part = prefix(self.model, cache, start)
@@ -121,19 +117,86 @@ class Steps:
         def run():
             logits = self.model(input_ids=ids[:, start:start + span], past_key_values=part, use_cache=True,
                                 position_ids=positions).logits[0]
-            loss = F.cross_entropy(logits if self.exact else logits.float(), ids[0, start + 1:start + span + 1])
+            loss = F.cross_entropy(logits.float(), ids[0, start + 1:start + span + 1])
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+            torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            return loss.detach(), norm
 
-        (loss, norm), seconds = timed(run)
-        return loss.item(), norm.item(), seconds
+        return timed(run)[1]
 
     def close(self):
-        for projection in self.projections:
-            projection.weight.requires_grad_(False)
+        for weight in self.weights:
+            weight.requires_grad_(False)
+
+
+class FrozenCache(DynamicCache):
+    """K and V of a whole context, which no forward pass adds to."""
+
+    def __init__(self, cache):
+        super().__init__()
+        self.layers = cache.layers
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        return self.layers[layer_idx].keys, self.layers[layer_idx].values
+
+
+class Queries(torch.nn.Module):
+    """A query projection with a delta beside its weights."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+        wide = weight.dtype if weight.dtype == torch.float64 else torch.float32
+        self.delta = torch.nn.Parameter(torch.zeros_like(weight, dtype=wide))
+
+    def forward(self, x):
+        return F.linear(x, self.weight) + F.linear(x, self.delta.to(x.dtype))
+
+
+def frozen_losses(model, cache, ids, starts, span, rate):
+    """Losses and gradient norms of steps with Refocus' definition of them."""
+    for layer in model.model.layers:
+        layer.self_attn.q_proj = Queries(layer.self_attn.q_proj.weight)
+    deltas = [layer.self_attn.q_proj.delta for layer in model.model.layers]
+    optimizer = torch.optim.AdamW(deltas, lr=rate, weight_decay=0.01)
+    dtype, tokens, losses = next(model.parameters()).dtype, ids.shape[1], []
+    for start in starts:
+        positions = torch.arange(start, start + span, device=DEVICE)
+        hidden = torch.arange(tokens, device=DEVICE)[None] > positions[:, None]
+        mask = torch.zeros(1, 1, span, tokens, dtype=dtype, device=DEVICE).masked_fill(hidden, torch.finfo(dtype).min)
+        logits = model(input_ids=ids[:, start:start + span], past_key_values=FrozenCache(cache), use_cache=True,
+                       position_ids=positions[None], attention_mask=mask).logits[0]
+        wide = logits if dtype == torch.float64 else logits.float()
+        loss = F.cross_entropy(wide, ids[0, start + 1:start + span + 1])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(deltas, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append((loss.item(), norm.item()))
+    return losses
+
+
+def compare(args, ids_of):
+    """Losses of every step: ours, and transformers' in both precisions."""
+    ours = json.load(open(args.ours))
+    tokens = args.tokens[-1]
+    starts = [min(tokens - args.span - 1, int(args.at * tokens) + step) for step in range(args.steps)]
+    theirs = {}
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make(args.model, args.seed, args.layers, dtype)
+        ids = ids_of(model, tokens)
+        theirs[dtype] = frozen_losses(model, prefill(model, ids), ids, starts, args.span, args.rate)
+        del model
+    print("| step | ours | transformers bf16 | fp64 | norm, ours | bf16 | fp64 |\n|---|---:|---:|---:|---:|---:|---:|")
+    worst = {"ours": 0.0, "transformers bf16": 0.0}
+    for step, (bf16, fp64) in enumerate(zip(theirs[torch.bfloat16], theirs[torch.float64])):
+        mine = ours["losses"][step], ours["grad_norms"][step]
+        print(f"| {step + 1} | {mine[0]:.6f} | {bf16[0]:.6f} | {fp64[0]:.6f} | {mine[1]:.5f} | {bf16[1]:.5f} | {fp64[1]:.5f} |")
+        worst["ours"] = max(worst["ours"], abs(mine[0] - fp64[0]))
+        worst["transformers bf16"] = max(worst["transformers bf16"], abs(bf16[0] - fp64[0]))
+    print("# largest error of a loss:", ", ".join(f"{name} {value:.2e}" for name, value in worst.items()))
+    return 0 if worst["ours"] <= 2 * worst["transformers bf16"] else 1
 
 
 def main():
@@ -148,54 +211,46 @@ def main():
     parser.add_argument("--decode", type=int, default=12)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--ours", help="what context_bench wrote with --results, for the last of --tokens")
-    parser.add_argument("--exact", action="store_true", help="also fp64, for losses; few layers and tokens")
+    parser.add_argument("--exact", action="store_true", help="compare losses with --ours; few layers and tokens")
     args = parser.parse_args()
+    if args.exact and not args.ours:
+        parser.error("--exact: compares with --ours, which is missing")
 
-    rows, losses = [], {}
-    for dtype in [torch.bfloat16] + ([torch.float64] if args.exact else []):
-        model = make(args.model, args.seed, args.layers, dtype)
-        for tokens in args.tokens:
-            torch.cuda.reset_peak_memory_stats()
-            values = mt19937_64(1, tokens)
-            ids = torch.tensor([[v % model.config.vocab_size for v in values]], device=DEVICE)
-            cache, seconds = timed(lambda: prefill(model, ids))
-            if dtype == torch.bfloat16:
-                rows.append(("prefill", tokens, seconds * 1e3 / tokens, seconds))
-                each = decode(model, cache, ids, args.decode)
-                rows.append(("decode", tokens, each * 1e3, each * args.decode))
-            steps = Steps(model, args.rate)
-            spent, losses[dtype] = [], []
-            last = tokens - args.span - 1
-            for step in range(args.steps):
-                loss, norm, one = steps.step(cache, ids, min(last, int(args.at * tokens) + step), args.span)
-                spent.append(one)
-                losses[dtype].append((loss, norm))
-            steps.close()
-            if dtype == torch.bfloat16:
-                rows.append(("adapt step", tokens, median(spent) * 1e3, sum(spent)))
-                random_weights.fill(model, args.seed)
-            peak = torch.cuda.max_memory_allocated() / 1e9
-            print(json.dumps({"tokens": tokens, "dtype": str(dtype), "peak_GB": round(peak, 2)}), flush=True)
-            del cache, steps, ids
-            torch.cuda.empty_cache()
-        del model
+    def ids_of(model, tokens):
+        values = mt19937_64(1, tokens)
+        return torch.tensor([[v % model.config.vocab_size for v in values]], device=DEVICE)
+
+    if args.exact:
+        return compare(args, ids_of)
+    rows = []
+    model = make(args.model, args.seed, args.layers, torch.bfloat16)
+    for tokens in args.tokens:
+        torch.cuda.reset_peak_memory_stats()
+        ids = ids_of(model, tokens)
+        cache, seconds = timed(lambda: prefill(model, ids))
+        rows.append(("prefill", tokens, seconds * 1e3 / tokens, seconds))
+        each = decode(model, cache, ids, args.decode)
+        rows.append(("decode", tokens, each * 1e3, each * args.decode))
+        steps = Steps(model, args.rate)
+        last = tokens - args.span - 1
+        try:
+            spent = [steps.step(cache, ids, min(last, int(args.at * tokens) + step), args.span)
+                     for step in range(args.steps)]
+            rows.append(("adapt step", tokens, median(spent) * 1e3, sum(spent)))
+        except torch.OutOfMemoryError as error:
+            print(f"# adaptation steps at {tokens} tokens do not fit: {str(error).splitlines()[0]}", flush=True)
+        steps.close()
+        random_weights.fill(model, args.seed)
+        print(json.dumps({"tokens": tokens, "peak_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)}), flush=True)
+        del cache, steps, ids
         torch.cuda.empty_cache()
 
     print(f"# transformers {transformers.__version__}, torch {torch.__version__}, {torch.cuda.get_device_name()}")
     print("| phase | tokens | seconds | ms a unit |\n|---|---:|---:|---:|")
     for phase, tokens, unit, seconds in rows:
         print(f"| {phase} | {tokens} | {seconds:.3f} | {unit:.3f} |")
-    if args.ours:
-        ours = json.load(open(args.ours))
-        names = {torch.bfloat16: "transformers bf16", torch.float64: "fp64"}
-        for dtype, theirs in losses.items():
-            print(f"ours against {names[dtype]}: first loss off by {abs(ours['losses'][0] - theirs[0][0]):.2e}")
-        if len(losses) == 2:
-            off = abs(losses[torch.bfloat16][0][0] - losses[torch.float64][0][0])
-            print(f"transformers bf16 against fp64: first loss off by {off:.2e}")
-        print("ours:", [round(x, 5) for x in ours["losses"][:args.steps]])
-        print("theirs:", [round(x[0], 5) for x in losses[torch.bfloat16]])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

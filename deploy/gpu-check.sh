@@ -54,6 +54,18 @@ each() { mpirun -np "$gpus" --bind-to none "$@"; }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 check rowwise_kernels "$bin/rowwise_kernels_test"
 check attention_kernels "$bin/attention_kernels_test"
+# Small shapes of every kernel under the sanitizer's tools, which cost ten to a hundred times the time.
+sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
+sanitize() { timeout 300 "$sanitizer" --tool "$1" --error-exitcode 9 "$bin/$2" --gtest_filter="$3"; }
+attention='Attention.EveryGroupSize:Attention.ExtentsAnywhereInTheShard:Attention.CombineLeavesEmptyPartsOut'
+attention+=':Attention.HopperEveryGroupSizeAndRest:Attention.HopperExtentsAnywhereInTheShard'
+for tool in memcheck synccheck; do
+  check "attention_$tool" sanitize $tool attention_kernels_test "$attention"
+  check "rowwise_$tool" sanitize $tool rowwise_kernels_test '-*OffsetsAre64Bit'
+done
+check attention_racecheck sanitize racecheck attention_kernels_test '*SmallestOfEveryPath:*CombineLeavesEmptyPartsOut'
+check rowwise_racecheck sanitize racecheck rowwise_kernels_test \
+  'NormTest.*:RotateTest.*:SwigluTest.*:LossTest.UnalignedLogits:LossTest.NonFinite*:SampleTest.GreedyTakes*'
 check weights "$bin/weights_cuda_test"
 check engine "$bin/gpu_engine_test"
 check million "$bin/gpu_million_test"
@@ -67,8 +79,13 @@ table context_one "${bench[@]}" --tokens 8192,32768,131072 --steps 12
 table batch "${bench[@]}" --tokens 131072 --synthetic-cache --steps 2 --batch 1,4,16,64 --adapters 0,1,8
 table context_million each "${bench[@]}" --tokens 1048576 --synthetic-cache --steps 12
 table transformers python3 -B "$root/bench/peer_gpu.py" "$shape" --tokens 8192,32768,131072
-check equal_ours "${bench[@]}" --layers 4 --tokens 4096 --steps 6 --results "$logs/ours.json"
-table equal python3 -B "$root/bench/peer_gpu.py" "$shape" --layers 4 --tokens 4096 --steps 6 --exact \
-  --ours "$logs/ours.json"
+# Losses of adapted steps, real shapes at reduced depth.
+for name in qwen3-4b llama3-8b; do
+  few=("$bin/context_bench" --model "$root/bench/shapes/$name" --random-weights 1 --device cuda --at 0.5 --layers 4
+       --tokens 4096 --steps 8)
+  check "equal_ours_$name" "${few[@]}" --results "$logs/$name.json"
+  table "equal_$name" python3 -B "$root/bench/peer_gpu.py" "$root/bench/shapes/$name" --layers 4 --tokens 4096 --steps 8 \
+    --exact --ours "$logs/$name.json"
+done
 echo "logs: $logs"
 exit $failed

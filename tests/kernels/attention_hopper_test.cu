@@ -27,6 +27,17 @@ void CheckAllOnHopper(const std::vector<Case>& cases, int sm_count) {
   CheckAll(cases, sm_count);
 }
 
+// Few and small enough for the race checker.
+TEST_F(Attention, HopperSmallestOfEveryPath) {
+  std::vector<Case> cases;
+  for (const int head_dim : {64, 128}) {
+    for (const int64_t rows : {40, 64}) {  // tall tiles, and not
+      cases.push_back({.rows = rows, .heads = 4, .kv_heads = 1, .head_dim = head_dim, .keys = 400, .seed = 78});
+    }
+  }
+  CheckAllOnHopper(cases, sm_count_);
+}
+
 TEST_F(Attention, HopperEveryGroupSizeAndRest) {
   std::vector<Case> cases;
   uint64_t seed = 10000;

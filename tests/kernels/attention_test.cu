@@ -49,6 +49,17 @@ TEST_F(Attention, ReferenceAgreesWithTheDefinitionOnTheHost) {
   }
 }
 
+// Few and small enough for the race checker.
+TEST_F(Attention, SmallestOfEveryPath) {
+  std::vector<Case> cases;
+  for (const int head_dim : {40, 64, 128}) {
+    for (const int64_t rows : {1, 33}) {  // split over the keys, and not
+      cases.push_back({.rows = rows, .heads = 4, .kv_heads = 2, .head_dim = head_dim, .keys = 300, .seed = 77});
+    }
+  }
+  CheckAll(cases, sm_count_);
+}
+
 TEST_F(Attention, EveryHeadDimension) {
   std::vector<Case> cases;
   uint64_t seed = 100;
