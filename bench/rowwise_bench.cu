@@ -1,6 +1,6 @@
 // Times the row-wise kernels in the shapes of Qwen3-4B and prints Markdown rows: the median time of one launch inside a
 // replayed CUDA graph, and the rate of the bytes that it must move (a gradient's second read of the logits is not
-// counted). Few rows stay in the L2 cache from launch to launch; 16384 do not.
+// counted). Few rows stay in the L2 cache from launch to launch; 16384 and weights do not.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -10,6 +10,7 @@
 #include <functional>
 #include <vector>
 
+#include "kernels/few_rows.h"
 #include "kernels/rowwise.h"
 
 namespace refocus::kernels {
@@ -183,6 +184,47 @@ void BenchSample(int64_t rows) {
   measure("Sample", state);
 }
 
+// Weights of one layer, and the output matrix; as many copies in turn as the L2 cache cannot hold.
+void BenchFewRows(int64_t rows) {
+  struct Product {
+    const char* name;
+    int64_t in, out;
+    int matrices;
+    FewRowsOutput::Kind kind;
+    bool second;
+  };
+  constexpr auto kFloat = FewRowsOutput::Kind::kFloat;
+  const Product products[] = {{"FewRows queries", kHidden, kHeads * kHeadDim, 1, kFloat, false},
+                              {"FewRows queries + delta", kHidden, kHeads * kHeadDim, 1, kFloat, true},
+                              {"FewRows keys, values", kHidden, kKvHeads * kHeadDim, 2, kFloat, false},
+                              {"FewRows output", kHeads * kHeadDim, kHidden, 1, FewRowsOutput::Kind::kBf16, false},
+                              {"FewRows gated", kHidden, kMlp, 1, FewRowsOutput::Kind::kGated, true},
+                              {"FewRows down", kMlp, kHidden, 1, FewRowsOutput::Kind::kBf16, false},
+                              {"FewRows logits", kHidden, kVocab, 1, kFloat, false}};
+  for (const Product& p : products) {
+    Memory m;
+    const int64_t matrix = p.in * p.out, count = p.matrices * (p.second ? 2 : 1);
+    const int64_t copies = std::max<int64_t>(1, (int64_t{400} << 20) / (matrix * count * 2));
+    const uint16_t* weights = m.Bf16(matrix * count * copies);
+    FewRowsParams params;
+    params.rows = rows;
+    params.in = p.in;
+    params.x = m.Bf16(rows * p.in);
+    params.outputs = p.matrices;
+    void* y = m.Float(rows * p.out * p.matrices);
+    int64_t copy = 0;
+    Measure(p.name, rows, 2.0 * static_cast<double>(matrix * count), [&](cudaStream_t s) {
+      const uint16_t* w = weights + copy++ % copies * matrix * count;
+      for (int i = 0; i < p.matrices; ++i) {
+        params.output[i] = {p.kind, p.out, w, p.second ? w + matrix : nullptr, nullptr, nullptr, 1.0f,
+                            static_cast<float*>(y) + i * rows * p.out};
+        w += matrix;
+      }
+      return FewRows(params, s);
+    });
+  }
+}
+
 int Main() {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
@@ -194,6 +236,7 @@ int Main() {
   Check(cudaGetDeviceProperties(&properties, 0), "properties");
   std::printf("%s\n\n| kernel                 |   rows | us, median |    TB/s |\n|---|---:|---:|---:|\n",
               properties.name);
+  for (const int64_t rows : {1, 4, 8}) BenchFewRows(rows);
   for (const int64_t rows : {1, 128, 16384}) {
     BenchNorm(rows);
     BenchRotate(rows);

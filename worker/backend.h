@@ -186,6 +186,8 @@ class Backend {
   // Rows of a group of a decode pass, at least `rows`: few different numbers where a pass is recorded.
   virtual int64_t PaddedRows(int64_t rows) const = 0;
 
+  // silu(x . gate^T) * (x . up^T): x [rows, in], gate and up [out, in], all dtype; both products are rounded first.
+  virtual at::Tensor GatedLinear(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up) = 0;
   // silu(gate) * up, [n, mlp] dtype.
   virtual at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) = 0;
   struct SiluGrads {

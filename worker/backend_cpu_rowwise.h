@@ -22,6 +22,9 @@ class CpuRowwise : public Backend {
   }
   void Await(int64_t) override {}
 
+  at::Tensor GatedLinear(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up) override {
+    return SiluMul(Linear(x, gate), Linear(x, up));
+  }
   at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) override;
   void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) override;
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override;

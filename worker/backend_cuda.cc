@@ -10,6 +10,7 @@
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -17,6 +18,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -26,9 +28,10 @@
 #include "base/limits.h"
 #include "base/rope.h"
 #include "kernels/attention.h"
+#include "kernels/few_rows.h"
 #include "kernels/rowwise.h"
 #include "worker/backend.h"
-#include "worker/graph_repeat.h"
+#include "worker/backend_cuda_graph.h"
 
 namespace refocus {
 namespace {
@@ -65,12 +68,20 @@ class CudaBackend : public Backend {
     at::globalContext().setAllowBF16ReductionCuBLAS(/*allow_reduced_precision=*/false);
     sm_count_ = at::cuda::getDeviceProperties(device_.index())->multiProcessorCount;
     inverse_frequencies_ = at::tensor(InverseFrequencies(config_.rope_theta, config_.head_dim, config_.rope)).to(device_);
+    // Passes run one after the other and keep nothing between two runs but what was allocated outside or is still held,
+    // so their graphs share one pool of memory: a pool of its own for each would stay reserved behind it. This graph,
+    // which is never run, keeps the pool.
+    at::Tensor word = at::zeros({1}, at::TensorOptions(device_));
+    pool_graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    word.fill_(1);
+    pool_graph_.capture_end();
+    pool_ = pool_graph_.pool();
   }
 
   void Synchronize() override { c10::cuda::getCurrentCUDAStream().synchronize(); }
 
   std::unique_ptr<Repeat> Repeated(std::function<void()> pass) override {
-    return std::make_unique<GraphRepeat>(std::move(pass));
+    return std::make_unique<GraphRepeat>(std::move(pass), pool_);
   }
 
   int64_t Aside(const std::function<void()>& work) override {
@@ -141,18 +152,42 @@ class CudaBackend : public Backend {
     return whole;
   }
 
-  at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) override { return at::linear(x, w); }
+  at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) override {
+    if (!Few(x)) return at::linear(x, w);
+    at::Tensor y = Empty({x.size(0), w.size(0)}, dtype());
+    RunFew(x, {FewOf(FewKind::kBf16, w, y)});
+    return y;
+  }
+
+  at::Tensor GatedLinear(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up) override {
+    if (!Few(x)) return SiluMul(Linear(x, gate), Linear(x, up));
+    at::Tensor y = Empty({x.size(0), gate.size(0)}, dtype());
+    RunFew(x, {FewOf(FewKind::kGated, gate, y, up)});
+    return y;
+  }
 
   at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) override {
     at::Tensor y = Empty({x.size(0), w.size(0)}, at::kFloat);
     if (x.size(0) == 0) return y;
+    if (Few(x)) {
+      RunFew(x, {FewOf(FewKind::kFloat, w, y, delta)});
+      return y;
+    }
     at::mm_out(y, x, w.t(), at::kFloat);
     if (delta.defined()) at::addmm_out(y, y, x, delta.t(), at::kFloat);
     return y;
   }
 
   void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) override {
-    if (x.size(0) > 0) at::addmm_out(y, y, x, w.t(), at::kFloat, /*beta=*/1, scale);
+    if (x.size(0) == 0) return;
+    if (!Few(x)) {
+      at::addmm_out(y, y, x, w.t(), at::kFloat, /*beta=*/1, scale);
+      return;
+    }
+    kernels::FewRowsOutput output = FewOf(FewKind::kFloat, w, y);
+    output.add = Data<float>(y);
+    output.scale = static_cast<float>(scale);
+    RunFew(x, {output});
   }
 
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override {
@@ -349,14 +384,50 @@ class CudaBackend : public Backend {
   // Where to is in `params`.
   void AppendTo(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
                 kernels::AppendParams params) {
-    const at::Tensor raw = LinearSum(h, weights.wk, at::Tensor()).view({h.size(0), config_.kv_heads, config_.head_dim});
-    // The product's epilogue adds a bias in fp32.
-    const at::Tensor value =
-        weights.v_bias.defined() ? at::linear(h, weights.wv, weights.v_bias) : Linear(h, weights.wv);
+    const auto [raw, value] = KeysAndValues(h, weights);
     params.key = RotateOf(raw, weights.k, rotation);
     params.value = Data(value);
     params.slots = Data<int64_t>(slots);
     CheckLaunch(kernels::Append(params, Stream()), "Append");
+  }
+
+  // Few rows are bound by reading the weights, which cuBLAS does at half of the memory's rate.
+  using FewKind = kernels::FewRowsOutput::Kind;
+  static bool Few(const at::Tensor& x) { return x.size(0) > 0 && kernels::FewRowsFit(x.size(0), x.size(1)); }
+  static kernels::FewRowsOutput FewOf(FewKind kind, const at::Tensor& w, const at::Tensor& y,
+                                      const at::Tensor& second = {}) {
+    kernels::FewRowsOutput output;
+    output.kind = kind;
+    output.out = w.size(0);
+    output.w = Data(w);
+    output.second = Data(second);
+    output.y = Data(y);
+    return output;
+  }
+  void RunFew(const at::Tensor& x, std::initializer_list<kernels::FewRowsOutput> outputs) const {
+    kernels::FewRowsParams params;
+    params.rows = x.size(0);
+    params.in = x.size(1);
+    params.x = Data(x);
+    for (const kernels::FewRowsOutput& output : outputs) params.output[params.outputs++] = output;
+    CheckLaunch(kernels::FewRows(params, Stream()), "FewRows");
+  }
+
+  // Keys before bias, norm and rotation, fp32 [rows, kv_heads, head_dim], and values, bf16 [rows, kv_heads * head_dim].
+  std::pair<at::Tensor, at::Tensor> KeysAndValues(const at::Tensor& h, const KeyValueWeights& weights) const {
+    const at::Tensor keys = Empty({h.size(0), config_.kv_heads, config_.head_dim}, at::kFloat);
+    if (Few(h)) {
+      const at::Tensor values = Empty({h.size(0), config_.kv_dim()}, dtype());
+      kernels::FewRowsOutput output = FewOf(FewKind::kBf16, weights.wv, values);
+      output.bias = Data(weights.v_bias);
+      RunFew(h, {FewOf(FewKind::kFloat, weights.wk, keys), output});
+      return {keys, values};
+    }
+    at::Tensor flat = keys.view({h.size(0), config_.kv_dim()});
+    at::mm_out(flat, h, weights.wk.t(), at::kFloat);
+    // The product's epilogue adds a bias in fp32.
+    const auto bias = weights.v_bias.defined() ? std::optional(weights.v_bias) : std::nullopt;
+    return {keys, at::linear(h, weights.wv, bias)};
   }
 
   // At most kMaxExtents.
@@ -447,6 +518,8 @@ class CudaBackend : public Backend {
     return h;
   }
 
+  at::cuda::CUDAGraph pool_graph_;
+  at::cuda::MempoolId_t pool_{0, 0};
   const ModelConfig config_;
   const at::Device device_;
   int sm_count_ = 0;

@@ -151,10 +151,16 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     if (input.observe && !input.observe(layer, q_all, GatherRows(rows, attention.lse))) return at::Tensor();
     const at::Tensor mixed = backend_.Linear(backend_.Rounded(attention.out).view({n, c.q_dim()}), w.wo);
     const Normed mid = backend_.AddNorm(x, mixed, w.mlp_norm);
-    const at::Tensor gate = backend_.Linear(mid.h, w.gate);
-    const at::Tensor up = backend_.Linear(mid.h, w.up);
-    if (trace != nullptr) trace->push_back({x, h, q_raw, q_all, attention.out, attention.lse, mid.sum, gate, up});
-    const at::Tensor y = backend_.Linear(backend_.SiluMul(gate, up), w.down);
+    at::Tensor act;
+    if (trace == nullptr) {
+      act = backend_.GatedLinear(mid.h, w.gate, w.up);
+    } else {
+      const at::Tensor gate = backend_.Linear(mid.h, w.gate);
+      const at::Tensor up = backend_.Linear(mid.h, w.up);
+      trace->push_back({x, h, q_raw, q_all, attention.out, attention.lse, mid.sum, gate, up});
+      act = backend_.SiluMul(gate, up);
+    }
+    const at::Tensor y = backend_.Linear(act, w.down);
     if (layer + 1 == c.layers) {
       x = backend_.Add(mid.sum, y);
     } else {

@@ -19,7 +19,7 @@ namespace refocus {
 // The first run is eager, so that libraries set up what they keep; the second is recorded, the others replay it.
 class GraphRepeat : public Repeat {
  public:
-  explicit GraphRepeat(std::function<void()> pass) : pass_(std::move(pass)) {}
+  GraphRepeat(std::function<void()> pass, at::cuda::MempoolId_t pool) : pass_(std::move(pass)), pool_(pool) {}
 
   void Run() override {
     ++runs_;
@@ -29,7 +29,7 @@ class GraphRepeat : public Repeat {
 
  private:
   bool Record() {
-    graph_.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    graph_.capture_begin(pool_, cudaStreamCaptureModeThreadLocal);
     std::string why;
     std::exception_ptr lost;
     try {
@@ -53,6 +53,7 @@ class GraphRepeat : public Repeat {
   }
 
   std::function<void()> pass_;
+  const at::cuda::MempoolId_t pool_;
   at::cuda::CUDAGraph graph_;
   int64_t runs_ = 0;
   bool recorded_ = false;
