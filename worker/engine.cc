@@ -342,7 +342,7 @@ Engine::Engine(const EngineOptions& options, std::shared_ptr<const Weights> weig
   state_ = std::make_unique<EngineState>(*this, options, std::move(weights), std::move(backend), *collective_);
 }
 
-Engine::~Engine() = default;
+Engine::~Engine() { state_.reset(); }  // recorded passes go before the collective that they use
 
 void Engine::Submit(Command command) {
   const std::lock_guard<std::mutex> lock(mutex_);
