@@ -50,6 +50,7 @@ std::string CreateKey(const api::CreateContextRequest::Header& header) { return 
 StatusOr<Coordinator::UploadTicket> Coordinator::BeginUpload(const api::CreateContextRequest::Header& header) {
   REFOCUS_RETURN_IF_ERROR(Admit());
   REFOCUS_RETURN_IF_ERROR(CheckHeader(header));
+  if (header.has_prologue()) return FieldError("prologue", "a value", "not set: this version does not support it yet");
   UploadTicket ticket;
   ticket.name = "contexts/" + (header.context_id().empty() ? RandomName(environment_.random()) : header.context_id());
   const bool repeated = !header.request_id().empty() && requests_.Contains(CreateKey(header));
@@ -333,8 +334,32 @@ StatusOr<SequencePlan> Coordinator::PlanSequence(const std::shared_ptr<Session>&
   return plan;
 }
 
+namespace {
+
+// What the API has and this version does not do yet is refused, never passed over.
+Status CheckKnown(const api::GenerateRequest& request) {
+  const std::pair<const char*, bool> fields[] = {{"chat", request.has_chat()},
+                                                 {"top_k", request.has_top_k()},
+                                                 {"top_p", request.has_top_p()},
+                                                 {"min_p", request.has_min_p()},
+                                                 {"repetition_penalty", request.has_repetition_penalty()},
+                                                 {"presence_penalty", request.has_presence_penalty()},
+                                                 {"frequency_penalty", request.has_frequency_penalty()},
+                                                 {"logit_bias", !request.logit_bias().empty()},
+                                                 {"min_tokens", request.has_min_tokens()},
+                                                 {"n", request.n() > 1},
+                                                 {"prompt_logprobs", request.prompt_logprobs()}};
+  for (const auto& [name, set] : fields) {
+    if (set) return FieldError(name, "a value", "not set: this version does not support it yet");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
 StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::GenerateRequest& request,
                                                              std::vector<int32_t> prompt, double seconds) {
+  REFOCUS_RETURN_IF_ERROR(CheckKnown(request));
   REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
   REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));

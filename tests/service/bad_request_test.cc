@@ -142,6 +142,16 @@ TEST_F(BadRequestTest, Row75Temperature) {
                     [](auto& r) { r.set_temperature(101); });
 }
 
+// Until they do something, they are refused instead of passed over.
+TEST_F(BadRequestTest, FieldsThatAreNotSupportedYet) {
+  ExpectBadGenerate([](auto& r) { r.set_top_k(5); }, [](auto& r) { r.set_top_p(0.9); },
+                    [](auto& r) { r.set_min_p(0.1); }, [](auto& r) { r.set_repetition_penalty(1.1); },
+                    [](auto& r) { r.set_presence_penalty(1); }, [](auto& r) { r.set_frequency_penalty(1); },
+                    [](auto& r) { (*r.mutable_logit_bias())[1] = 2.0f; }, [](auto& r) { r.set_min_tokens(2); },
+                    [](auto& r) { r.set_n(2); }, [](auto& r) { r.set_prompt_logprobs(true); },
+                    [](auto& r) { r.mutable_chat(); });
+}
+
 TEST_F(BadRequestTest, Row77Logprobs) {
   ExpectBadGenerate([](auto& r) { r.set_logprobs(-1); }, [](auto& r) { r.set_logprobs(21); },
                     [](auto& r) { r.set_logprobs(300); });
