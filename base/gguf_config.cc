@@ -133,9 +133,9 @@ Status ReadRope(const GgufFile& file, const Keys& keys, ModelConfig* config) {
   const int64_t window = type == "yarn" ? config->max_positions : 0;
   REFOCUS_ASSIGN_OR_RETURN(config->rope.original_positions,
                            keys.IntOr("rope.scaling.original_context_length", window));
-  if (type == "yarn") REFOCUS_RETURN_IF_ERROR(ReadYarn(keys, config));
+  if (type != "yarn") return absl::OkStatus();
   WidenWindow(config);
-  return absl::OkStatus();
+  return ReadYarn(keys, config);
 }
 
 StatusOr<int64_t> VocabOf(const GgufFile& file, const Keys& keys) {

@@ -329,7 +329,8 @@ StatusOr<ModelConfig> ReadHfConfig(const std::string& folder) {
   REFOCUS_ASSIGN_OR_RETURN(config.rms_eps, fields.FloatOr("rms_norm_eps", 1e-6));
   REFOCUS_ASSIGN_OR_RETURN(config.tied_embeddings, fields.BoolOr("tie_word_embeddings", false));
   REFOCUS_RETURN_IF_ERROR(ReadRotary(fields, &config));
-  WidenWindow(&config);
+  // Files state llama3 and linear with the window that comes of it, YaRN often with the one before.
+  if (config.rope.type == RopeType::kYarn) WidenWindow(&config);
   REFOCUS_RETURN_IF_ERROR(ReadSlidingWindow(fields, &config));
   config.qk_norm = config.family == Family::kQwen3;
   config.qkv_bias = config.family == Family::kQwen2;

@@ -61,7 +61,7 @@ def yarn(**more):
 # name: (config.json, --rope-scaling, the window that follows, the same as a config.json)
 CASES = {
     "llama-3.1-8b": (LLAMA_31, "", 131072, LLAMA_31),
-    "llama-3.2-1b": (LLAMA_32, "", 8192 * 32, LLAMA_32),
+    "llama-3.2-1b": (LLAMA_32, "", 131072, LLAMA_32),
     "llama-2-linear": (LLAMA_2_LONG, "", 32768, LLAMA_2_LONG),
     "mistral-nemo": (NEMO, "", 131072, NEMO),
     "qwen2.5-7b": (QWEN_25, "", 32768, QWEN_25),
