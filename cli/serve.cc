@@ -38,12 +38,12 @@ std::string FindProblem(const ServeFlags& flags) {
     return "--model: got '" + flags.options.model +
            "', which does not exist; allowed: a folder with config.json, or a .gguf file";
   }
+  if (const Status scaling = ParseRopeScaling(flags.rope_scaling).status(); !scaling.ok()) {
+    return std::string(scaling.message());
+  }
   for (const char* name : {"refocus-coordinator", "refocus-worker"}) {
     const std::string path = OwnFolder() + "/" + name;
     if (access(path.c_str(), X_OK) != 0) return path + ": not there; it belongs beside 'refocus'";
-  }
-  if (const Status scaling = ParseRopeScaling(flags.rope_scaling).status(); !scaling.ok()) {
-    return std::string(scaling.message());
   }
   if (!OnPath("mpirun")) return "mpirun: not on PATH; install Open MPI 4.1 (Debian, Ubuntu: openmpi-bin)";
   return "";
