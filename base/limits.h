@@ -30,6 +30,10 @@ inline constexpr int64_t kMaxSpansPerStep = 64;
 inline constexpr int64_t kMaxStepRows = 65'536;       // spans_per_step x span_tokens
 inline constexpr int64_t kMaxProbeSpans = 16;
 inline constexpr int64_t kMaxExplicitSpans = 65'536;
+inline constexpr int64_t kMaxLoraRank = 512;
+inline constexpr int64_t kLoraByDefaultParameters = 14'000'000'000;  // above, a full delta with moments takes tens of GB
+inline constexpr int64_t kDeltaPieceNumbers = 128 << 10;  // of an adapter's numbers on their way in or out
+inline constexpr int64_t kMaxAdapterHeaderBytes = 64 << 10;
 inline constexpr int64_t kMaxGeneratedTokens = 65'536;
 inline constexpr int32_t kMaxTopLogprobs = 20;
 inline constexpr int64_t kMaxStops = 16;
@@ -50,6 +54,7 @@ inline constexpr double kChunkSeconds = 0.5;
 inline constexpr double kShortPromptSeconds = 0.25;  // prompts that take longer wait for their turn as chunks do
 
 static_assert(kWorkerMessageBytes > kMaxChunkRows * 4 * 2, "a chunk's ids fit one message");
+static_assert(kWorkerMessageBytes > kDeltaPieceNumbers * 4 * 2, "a piece of a delta fits one message");
 static_assert(kWorkerMessageBytes > kMaxSpansPerStep * (kMaxSpanTokens + 1) * 4, "a step's ids fit one message");
 
 }  // namespace refocus

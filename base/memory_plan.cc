@@ -88,7 +88,9 @@ Status CheckQuestion(const MemoryQuestion& q) {
                              Range{"span rows", q.span_rows, 1, kMaxStepRows},
                              Range{"tokens", q.tokens, 0, kMaxContextTokens},
                              Range{"adapting", q.adapting, 0, INT64_MAX},
-                             Range{"committed", q.committed, 0, INT64_MAX}}) {
+                             Range{"committed", q.committed, 0, INT64_MAX},
+                             Range{"LoRA rank", q.shape.lora_rank, 0, kMaxLoraRank},
+                             Range{"moments", q.shape.moments, 0, 2}}) {
     if (range.value < range.least || range.value > range.most) {
       return FieldError(range.field, std::to_string(range.value),
                         std::to_string(range.least) + " to " + std::to_string(range.most));
@@ -113,8 +115,8 @@ StatusOr<MemoryPlan> Arithmetic(const ModelConfig& c, const MemoryQuestion& q) {
   const auto product = [](int64_t a, int64_t b) { return Bytes().Add({a, b}); };
   const Bytes kv = product(ShardPlan{q.ranks, 0}.CountBelow(q.tokens), plan.kv_per_token);
   const Bytes kv_all_ranks = product(q.tokens, plan.kv_per_token);
-  const Bytes adaptation = product(q.adapting, AdaptationBytes(c, q.device));
-  const Bytes adapters = product(q.committed, AdapterBytes(c, q.device));
+  const Bytes adaptation = product(q.adapting, AdaptationBytes(c, q.device, q.shape));
+  const Bytes adapters = product(q.committed, AdapterBytes(c, q.device, q.shape.lora_rank));
   Bytes total;
   for (const Bytes& part : {workspace, kv, adaptation, adapters}) total.Add({part.value()});
   total.Add({plan.weights}).Add({plan.runtime});
@@ -189,12 +191,18 @@ int64_t KvBytesPerToken(const ModelConfig& config, DeviceKind device) {
   return config.kv_bytes_per_token(ElementBytes(device));
 }
 
-int64_t AdapterBytes(const ModelConfig& config, DeviceKind device) {
-  return config.query_parameters() * (kFp32 + (device == DeviceKind::kCuda ? kBf16 : 0));
+int64_t DeltaNumbers(const ModelConfig& config, int64_t lora_rank) {
+  if (lora_rank == 0) return config.query_parameters();
+  return config.layers * (config.hidden + config.q_dim()) * lora_rank;
 }
 
-int64_t AdaptationBytes(const ModelConfig& config, DeviceKind device) {
-  return AdapterBytes(config, device) + config.query_parameters() * 3 * kFp32;
+int64_t AdapterBytes(const ModelConfig& config, DeviceKind device, int64_t lora_rank) {
+  return DeltaNumbers(config, lora_rank) * (kFp32 + (device == DeviceKind::kCuda ? kBf16 : 0));
+}
+
+int64_t AdaptationBytes(const ModelConfig& config, DeviceKind device, const AdaptationShape& shape) {
+  return AdapterBytes(config, device, shape.lora_rank) +
+         DeltaNumbers(config, shape.lora_rank) * (1 + shape.moments) * kFp32;
 }
 
 int64_t LargestContext(int64_t bytes, int64_t kv_bytes_per_token, int64_t ranks) {

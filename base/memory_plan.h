@@ -2,7 +2,7 @@
 // allocated. What a rank really reserves follows the same functions.
 //
 // CPU: everything fp32. CUDA: weights and K/V bf16; a delta as bf16 for the matrix products beside its fp32 master;
-// gradient and both moments fp32.
+// gradient and moments fp32.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,16 @@ std::string DeviceName(DeviceKind device);
 int64_t ElementBytes(DeviceKind device);  // of weights and K/V
 int64_t WeightBytes(const ModelConfig& config, DeviceKind device);
 int64_t KvBytesPerToken(const ModelConfig& config, DeviceKind device);  // on the rank that owns the token
-int64_t AdapterBytes(const ModelConfig& config, DeviceKind device);     // one committed delta
-int64_t AdaptationBytes(const ModelConfig& config, DeviceKind device);  // one under way: delta, gradient, two moments
+
+// What an adaptation trains and with what.
+struct AdaptationShape {
+  int64_t lora_rank = 0;  // 0: a full delta
+  int64_t moments = 2;    // that the optimizer keeps for each number: AdamW 2, SGD 0 or, with momentum, 1
+};
+int64_t DeltaNumbers(const ModelConfig& config, int64_t lora_rank);  // 0: of a full delta
+int64_t AdapterBytes(const ModelConfig& config, DeviceKind device, int64_t lora_rank = 0);  // one committed delta
+// One under way: delta, gradient, moments.
+int64_t AdaptationBytes(const ModelConfig& config, DeviceKind device, const AdaptationShape& shape = {});
 
 // Rows of an adaptation that go through the model at once.
 inline constexpr int64_t kPlannedSpanRows = 512;
@@ -38,6 +46,7 @@ struct MemoryQuestion {
   int64_t tokens = 0;        // of one context with its question and answer
   int64_t adapting = 0;      // adaptations under way at once
   int64_t committed = 0;     // adapters kept
+  AdaptationShape shape;     // of all of them
 };
 
 // Bytes of each rank, where nothing else is said.

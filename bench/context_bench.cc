@@ -179,15 +179,13 @@ class ContextBench {
   }
 
   void Adapt(Results* results) {
-    AdamWConfig optimizer;
-    optimizer.learning_rate = static_cast<float>(options_.learning_rate);
-    driver_.Run(BeginAdapt{1, 1, false, optimizer});
+    driver_.Run(BeginAdapt{1, 1});
     std::mt19937_64 random(options_.seed);
     const double k = Real(options_.span * options_.spans_per_step);
     std::vector<double> each;
     Row row{"adapt step", tokens_, options_.steps};
     for (int64_t step = 1; step <= options_.steps; ++step) {
-      AdaptStep command{1, step, {}};
+      AdaptStep command{1, step, {}, static_cast<float>(options_.learning_rate)};
       for (int64_t s = 0; s < options_.spans_per_step; ++s) {
         const int64_t last = tokens_ - options_.span - 1;
         int64_t start = static_cast<int64_t>(random() % static_cast<uint64_t>(last + 1));

@@ -17,6 +17,10 @@ struct AdaptOptions {
   std::optional<double> learning_rate, weight_decay, clip_norm, beta1, beta2, epsilon, max_probe_rise;
   std::optional<uint64_t> seed;
   std::vector<std::string> spans;
+  std::optional<std::string> kind, optimizer, schedule;
+  std::optional<int64_t> lora_rank, warmup_steps;
+  std::optional<double> lora_alpha, momentum, max_seconds;
+  std::string base_adapter;
   bool continue_adapter = false;
   bool validate_only = false;
   bool keep_going = false;
@@ -40,6 +44,19 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
   if (options.epsilon) request.set_epsilon(*options.epsilon);
   if (options.max_probe_rise) request.set_max_probe_rise(*options.max_probe_rise);
   if (options.seed) request.set_seed(*options.seed);
+  if (options.kind) request.set_kind(*options.kind == "lora" ? v1::LORA : v1::FULL);
+  if (options.lora_rank) request.set_lora_rank(*options.lora_rank);
+  if (options.lora_alpha) request.set_lora_alpha(*options.lora_alpha);
+  if (options.optimizer) request.set_optimizer(*options.optimizer == "sgd" ? v1::SGD : v1::ADAMW);
+  if (options.momentum) request.set_momentum(*options.momentum);
+  if (options.schedule) {
+    request.set_schedule(*options.schedule == "linear"   ? v1::LINEAR
+                         : *options.schedule == "cosine" ? v1::COSINE
+                                                         : v1::CONSTANT);
+  }
+  if (options.warmup_steps) request.set_warmup_steps(*options.warmup_steps);
+  if (options.max_seconds) request.set_max_seconds(*options.max_seconds);
+  request.set_base_adapter(options.base_adapter);
   request.set_continue_adapter(options.continue_adapter);
   request.set_validate_only(options.validate_only);
   for (const auto& text : options.spans) {
@@ -66,7 +83,10 @@ class AdaptView {
   void OnEvent(const v1::AdaptEvent& event) {
     EmitEvent(settings_, event);
     switch (event.event_case()) {
-      case v1::AdaptEvent::kEffective: OnEffective(event.effective()); break;
+      case v1::AdaptEvent::kEffective:
+        OnEffective(event.effective());
+        if (event.has_forecast()) OnForecast(event.forecast());
+        break;
       case v1::AdaptEvent::kProbeLossBefore:
         progress_.Line("held-out spans before: " + FormatFixed(event.probe_loss_before(), 4) + " nats per token");
         break;
@@ -77,6 +97,7 @@ class AdaptView {
       case v1::AdaptEvent::kAdapter:
         adapter_ = event.adapter();
         usage_ = event.usage();
+        if (event.out_of_time()) progress_.Line("--max-seconds passed: committed what there was");
         break;
       case v1::AdaptEvent::EVENT_NOT_SET: break;
     }
@@ -116,7 +137,24 @@ class AdaptView {
                   static_cast<long long>(effective.steps()), static_cast<long long>(effective.spans_per_step()),
                   static_cast<long long>(effective.span_tokens()), effective.learning_rate(), effective.weight_decay(),
                   effective.clip_norm(), static_cast<unsigned long long>(effective.seed()));
-    progress_.Line(text);
+    std::string line = text;
+    if (effective.kind() == v1::LORA) {
+      std::snprintf(text, sizeof(text), ", LoRA of rank %lld, alpha %g", static_cast<long long>(effective.lora_rank()),
+                    effective.lora_alpha());
+      line += text;
+    }
+    if (effective.optimizer() == v1::SGD) line += ", SGD";
+    if (effective.schedule() != v1::CONSTANT) line += effective.schedule() == v1::LINEAR ? ", linear" : ", cosine";
+    if (effective.warmup_steps() > 0) line += ", " + std::to_string(effective.warmup_steps()) + " warm-up steps";
+    progress_.Line(line);
+  }
+
+  void OnForecast(const v1::AdaptEvent::Forecast& forecast) {
+    if (settings_.json) return;
+    std::cout << "would take " << FormatBytes(forecast.adapting_bytes()) << " a rank while adapting and keep "
+              << FormatBytes(forecast.adapter_bytes()) << ", free " << FormatBytes(forecast.free_bytes());
+    if (forecast.has_seconds()) std::cout << "; about " << FormatFixed(forecast.seconds(), 1) << " s";
+    std::cout << std::endl;
   }
 
   void OnStep(const v1::AdaptEvent::Step& step) {
@@ -174,16 +212,31 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("NAME", o->name, "Context")->required();
   verb->add_option("--adapter", o->adapter, "Adapter to make or replace")->capture_default_str()->type_name("ID");
   verb->add_flag("--continue", o->continue_adapter, "Start from the adapter's present state instead of zero");
-  verb->add_flag("--validate-only", o->validate_only, "Check the settings, print the effective ones, change nothing");
+  verb->add_option("--from", o->base_adapter, "Start from another adapter's state, which stays as it is")
+      ->type_name("ID")->excludes("--continue");
+  verb->add_flag("--validate-only", o->validate_only,
+                 "Check the settings, print the effective ones, memory and time; change nothing");
+  const std::string kind = "What is learned";
+  verb->add_option("--kind", o->kind, "(full; above 14 billion parameters lora)")
+      ->check(CLI::IsMember({"full", "lora"}))->group(kind);
+  verb->add_option("--lora-rank", o->lora_rank, "(16)")->group(kind);
+  verb->add_option("--lora-alpha", o->lora_alpha, "(twice the rank)")->group(kind);
   verb->add_flag("--keep-going", o->keep_going, "Ctrl-C leaves the adaptation running on the server");
   verb->add_option(
           "--request-id", o->request_id,
           "With the other options unchanged, attaches to the call that had this id, or returns its result (new)")
       ->type_name("ID");
-  const std::string optimizer = "Optimizer (AdamW; defaults are the server's)";
+  const std::string optimizer = "Optimizer (defaults are the server's)";
   verb->add_option("--steps", o->steps, "Gradient steps (32)")->group(optimizer);
   verb->add_option("--learning-rate", o->learning_rate,
                    "(1e-5, which suits billions of parameters; about 1e-4 suits 100 million)")->group(optimizer);
+  verb->add_option("--optimizer", o->optimizer, "(adamw)")->check(CLI::IsMember({"adamw", "sgd"}))->group(optimizer);
+  verb->add_option("--momentum", o->momentum, "Of sgd (0)")->group(optimizer);
+  verb->add_option("--schedule", o->schedule, "Of the learning rate over the steps (constant)")
+      ->check(CLI::IsMember({"constant", "linear", "cosine"}))->group(optimizer);
+  verb->add_option("--warmup-steps", o->warmup_steps, "First steps with a rising rate (0)")->group(optimizer);
+  verb->add_option("--max-seconds", o->max_seconds, "End early, after the step that passes them, and commit (no limit)")
+      ->group(optimizer);
   verb->add_option("--weight-decay", o->weight_decay, "Decay of the learned change (0.01)")->group(optimizer);
   verb->add_option("--clip-norm", o->clip_norm, "Largest norm of the whole gradient (1)")->group(optimizer);
   verb->add_option("--beta1", o->beta1, "(0.9)")->group(optimizer);

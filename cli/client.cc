@@ -280,6 +280,53 @@ Status Client::DeleteAdapter(const v1::DeleteAdapterRequest& request) {
   return Explain(contexts_->DeleteAdapter(&context, request, &response));
 }
 
+StatusOr<std::vector<v1::Adapter>> Client::ListAdapters(const std::string& name) {
+  v1::ListAdaptersRequest request;
+  request.set_name(name);
+  v1::ListAdaptersResponse response;
+  REFOCUS_RETURN_IF_ERROR(
+      Read([&](grpc::ClientContext* context) { return contexts_->ListAdapters(context, request, &response); }));
+  return std::vector<v1::Adapter>(response.adapters().begin(), response.adapters().end());
+}
+
+Status Client::ExportAdapter(const v1::ExportAdapterRequest& request,
+                             const std::function<bool(const std::string&)>& on_data) {
+  grpc::ClientContext context;
+  context.set_deadline(After(options_.stream_seconds));
+  const CancelOnInterrupt cancel(&context);
+  const auto on_message = [&](const v1::ExportAdapterResponse& message) {
+    if (!on_data(message.data())) context.TryCancel();
+  };
+  return Explain(Drain(contexts_->ExportAdapter(&context, request).get(),
+                       std::function<void(const v1::ExportAdapterResponse&)>(on_message)));
+}
+
+StatusOr<v1::Adapter> Client::ImportAdapter(const v1::ImportAdapterRequest::Header& header,
+                                            const std::function<Status(std::string*)>& next) {
+  grpc::ClientContext context;
+  context.set_deadline(After(options_.stream_seconds));
+  const CancelOnInterrupt cancel(&context);
+  v1::Adapter response;
+  const auto writer = contexts_->ImportAdapter(&context, &response);
+  v1::ImportAdapterRequest message;
+  *message.mutable_header() = header;
+  bool alive = writer->Write(message);
+  while (alive) {
+    const Status status = next(message.mutable_data());
+    if (!status.ok()) {
+      context.TryCancel();
+      writer->Finish();
+      return status;
+    }
+    const bool end = message.data().empty();
+    if (end) message.mutable_finish();
+    alive = writer->Write(message) && !end;
+  }
+  writer->WritesDone();
+  REFOCUS_RETURN_IF_ERROR(Explain(writer->Finish()));
+  return response;
+}
+
 Status Client::Prefill(const v1::PrefillContextRequest& request,
                        const std::function<void(const v1::PrefillEvent&)>& on_event) {
   grpc::ClientContext context;

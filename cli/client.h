@@ -58,6 +58,12 @@ class Client {
                                       const std::function<void(int64_t, int64_t)>& on_sent);
   Status DeleteContext(const v1::DeleteContextRequest& request);
   Status DeleteAdapter(const v1::DeleteAdapterRequest& request);
+  StatusOr<std::vector<v1::Adapter>> ListAdapters(const std::string& name);
+  // The file in order; `on_data` false: give up (CANCELLED).
+  Status ExportAdapter(const v1::ExportAdapterRequest& request, const std::function<bool(const std::string&)>& on_data);
+  // `next` gives the file's next bytes, empty at its end.
+  StatusOr<v1::Adapter> ImportAdapter(const v1::ImportAdapterRequest::Header& header,
+                                      const std::function<Status(std::string*)>& next);
 
   Status Prefill(const v1::PrefillContextRequest& request,
                  const std::function<void(const v1::PrefillEvent&)>& on_event);

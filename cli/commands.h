@@ -30,6 +30,7 @@ void AddServe(CLI::App& app, Run* run);
 void AddContext(CLI::App& app, Settings* settings, Run* run);
 void AddPrefill(CLI::App& app, Settings* settings, Run* run);
 void AddAdapt(CLI::App& app, Settings* settings, Run* run);
+void AddAdapter(CLI::App& app, Settings* settings, Run* run);
 void AddAsk(CLI::App& app, Settings* settings, Run* run);
 void AddScore(CLI::App& app, Settings* settings, Run* run);
 void AddProbe(CLI::App& app, Settings* settings, Run* run);

@@ -101,6 +101,7 @@ int Main(int argc, char** argv) {
   AddContext(app, &settings, &run);
   AddPrefill(app, &settings, &run);
   AddAdapt(app, &settings, &run);
+  AddAdapter(app, &settings, &run);
   AddAsk(app, &settings, &run);
   AddScore(app, &settings, &run);
   AddProbe(app, &settings, &run);

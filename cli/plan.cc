@@ -21,6 +21,7 @@ struct PlanOptions {
   int64_t tokens = 0;
   std::optional<int64_t> memory;
   std::optional<int64_t> adapters;
+  int64_t lora_rank = 0;
   bool adapt = false;
   bool json = false;
 };
@@ -35,6 +36,7 @@ StatusOr<MemoryQuestion> QuestionOf(const PlanOptions& options) {
   question.ranks = options.ranks;
   question.memory_bytes = options.memory.value_or(kDefaultGpuMemory);
   question.tokens = options.tokens;
+  question.shape.lora_rank = options.lora_rank;
   question.adapting = options.adapt ? 1 : 0;
   // The service sets aside room for the finished delta before it starts.
   question.committed = options.adapters.value_or(options.adapt ? 1 : 0);
@@ -120,6 +122,8 @@ void AddPlan(CLI::App& app, Run* run) {
   verb->add_flag("--adapt", o->adapt, "Room for one adaptation under way")->group("Model");
   verb->add_option("--adapters", o->adapters, "Adapters kept (1 with --adapt, else 0)")
       ->check(CLI::Range(0, 65536))->group("Model");
+  verb->add_option("--lora-rank", o->lora_rank, "Adapters are LoRAs of this rank (full)")
+      ->check(CLI::Range(int64_t{1}, kMaxLoraRank))->group("Model");
   const std::string memory = "Devices";
   verb->add_option("--device", o->device, "Where to compute")
       ->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str()->group(memory);

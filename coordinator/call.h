@@ -270,4 +270,37 @@ using WriteCall = Running<WithWrites<Call<grpc::ServerWriteReactor<Response>>, R
 template <typename Request, typename Response>
 using BidiCall = Running<WithWrites<WithReads<Call<grpc::ServerBidiReactor<Request, Response>>, Request>, Response>>;
 
+inline constexpr double kCallPollSeconds = 0.05;
+
+// The next message of an upload. OUT_OF_RANGE: the caller half-closed.
+template <typename Call, typename Message>
+Status NextMessage(Call& call, double stall_seconds, Message* message) {
+  const double waiting_since = call.age_seconds();
+  while (!call.Take(message)) {
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
+    if (call.read_closed()) return absl::OutOfRangeError("half-closed");
+    if (call.age_seconds() - waiting_since > stall_seconds) {
+      return Error(StatusCode::kDeadlineExceeded, "UPLOAD_STALLED",
+                   "no message for " + std::to_string(static_cast<int>(stall_seconds)) + " s; upload again",
+                   {{"limit_seconds", std::to_string(static_cast<int>(stall_seconds))}});
+    }
+    call.Wait(kCallPollSeconds * 10);
+  }
+  return absl::OkStatus();
+}
+
+inline bool HalfClosed(const Status& status) {
+  return status.code() == StatusCode::kOutOfRange && DetailOf(status).reason.empty();
+}
+
+// Until the transport took the last message, or the caller is gone.
+template <typename Call>
+Status Flush(Call& call) {
+  while (!call.CanWrite()) {
+    REFOCUS_RETURN_IF_ERROR(call.Gone());
+    call.Wait(kCallPollSeconds);
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace refocus

@@ -13,7 +13,6 @@ namespace refocus {
 namespace {
 
 constexpr int64_t kMaxUploadBytes = int64_t{1} << 30;  // of all uploads under way
-constexpr double kPollSeconds = 0.05;
 
 using CreateCall = ReadCall<api::CreateContextRequest>;
 
@@ -41,26 +40,6 @@ class UploadHold {
   int64_t held_ = 0;
 };
 
-// The next message of an upload. OUT_OF_RANGE: the caller half-closed.
-Status NextMessage(CreateCall& call, double stall_seconds, api::CreateContextRequest* message) {
-  const double waiting_since = call.age_seconds();
-  while (!call.Take(message)) {
-    REFOCUS_RETURN_IF_ERROR(call.Gone());
-    if (call.read_closed()) return absl::OutOfRangeError("half-closed");
-    if (call.age_seconds() - waiting_since > stall_seconds) {
-      return Error(StatusCode::kDeadlineExceeded, "UPLOAD_STALLED",
-                   "no message for " + std::to_string(static_cast<int>(stall_seconds)) + " s; upload again",
-                   {{"limit_seconds", std::to_string(static_cast<int>(stall_seconds))}});
-    }
-    call.Wait(kPollSeconds * 10);
-  }
-  return absl::OkStatus();
-}
-
-bool HalfClosed(const Status& status) {
-  return status.code() == StatusCode::kOutOfRange && DetailOf(status).reason.empty();
-}
-
 // A caller's part in work that others may share. Left on every path; as one who went away unless Finished() was called.
 template <typename SharedJob>
 class Attached {
@@ -81,16 +60,6 @@ class Attached {
   const Watching watching_;
   bool gone_ = true;
 };
-
-// Until the transport took the last event, or the caller is gone.
-template <typename Call>
-Status Flush(Call& call) {
-  while (!call.CanWrite()) {
-    REFOCUS_RETURN_IF_ERROR(call.Gone());
-    call.Wait(kPollSeconds);
-  }
-  return absl::OkStatus();
-}
 
 }  // namespace
 
@@ -174,7 +143,7 @@ Status ContextService::Prefill(WriteCall<api::PrefillEvent>& call, const api::Pr
     if (fresh) {
       call.Write(std::move(event));
     } else {
-      call.Wait(kPollSeconds);
+      call.Wait(kCallPollSeconds);
     }
   }
   return absl::OkStatus();
@@ -223,7 +192,7 @@ Status ContextService::Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptC
     if (fresh) {
       call.Write(std::move(event));
     } else {
-      call.Wait(kPollSeconds);
+      call.Wait(kCallPollSeconds);
     }
   }
 }
@@ -278,9 +247,25 @@ grpc::Status ContextService::DeleteContext(grpc::ServerContext* context, const a
                               " s; the context is hidden and goes as soon as it has",
                           {{"name", request->name()}, {"limit_seconds", seconds}}));
     }
-    nobody.Wait(kPollSeconds / 5);
+    nobody.Wait(kCallPollSeconds / 5);
   }
   return status;
+}
+
+grpc::Status ContextService::ListAdapters(grpc::ServerContext*, const api::ListAdaptersRequest* request,
+                                          api::ListAdaptersResponse* response) {
+  return Ask(hub_, [&](Coordinator& core) -> Status {
+    REFOCUS_ASSIGN_OR_RETURN(*response, core.ListAdapters(*request));
+    return absl::OkStatus();
+  });
+}
+
+grpc::Status ContextService::GetAdapter(grpc::ServerContext*, const api::GetAdapterRequest* request,
+                                        api::Adapter* response) {
+  return Ask(hub_, [&](Coordinator& core) -> Status {
+    REFOCUS_ASSIGN_OR_RETURN(*response, core.GetAdapter(*request));
+    return absl::OkStatus();
+  });
 }
 
 grpc::Status ContextService::DeleteAdapter(grpc::ServerContext*, const api::DeleteAdapterRequest* request,

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "coordinator/core/adapter_file.h"
 #include "coordinator/hub.h"
 #include "refocus/v1/context.grpc.pb.h"
 
@@ -12,7 +13,8 @@ namespace refocus {
 
 using ContextServiceBase =
     api::ContextService::WithCallbackMethod_CreateContext<api::ContextService::WithCallbackMethod_PrefillContext<
-        api::ContextService::WithCallbackMethod_AdaptContext<api::ContextService::Service>>>;
+        api::ContextService::WithCallbackMethod_AdaptContext<api::ContextService::WithCallbackMethod_ExportAdapter<
+            api::ContextService::WithCallbackMethod_ImportAdapter<api::ContextService::Service>>>>>;
 
 class ContextService : public ContextServiceBase {
  public:
@@ -31,6 +33,13 @@ class ContextService : public ContextServiceBase {
                             api::ListContextsResponse* response) override;
   grpc::Status DeleteContext(grpc::ServerContext* context, const api::DeleteContextRequest* request,
                              api::DeleteContextResponse*) override;
+  grpc::ServerWriteReactor<api::ExportAdapterResponse>* ExportAdapter(
+      grpc::CallbackServerContext*, const api::ExportAdapterRequest* request) override;
+  grpc::ServerReadReactor<api::ImportAdapterRequest>* ImportAdapter(grpc::CallbackServerContext*,
+                                                                    api::Adapter* response) override;
+  grpc::Status ListAdapters(grpc::ServerContext*, const api::ListAdaptersRequest* request,
+                            api::ListAdaptersResponse* response) override;
+  grpc::Status GetAdapter(grpc::ServerContext*, const api::GetAdapterRequest* request, api::Adapter* response) override;
   grpc::Status DeleteAdapter(grpc::ServerContext*, const api::DeleteAdapterRequest* request,
                              api::DeleteAdapterResponse*) override;
 
@@ -38,6 +47,13 @@ class ContextService : public ContextServiceBase {
   Status Create(ReadCall<api::CreateContextRequest>& call, api::Context* response);
   Status Prefill(WriteCall<api::PrefillEvent>& call, const api::PrefillContextRequest& request);
   Status Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptContextRequest& request);
+
+  using ExportCall = WriteCall<api::ExportAdapterResponse>;
+  using ImportCall = ReadCall<api::ImportAdapterRequest>;
+  Status Export(ExportCall& call, const api::ExportAdapterRequest& request);
+  Status Import(ImportCall& call, api::Adapter* response);
+  Status TakeFile(ImportCall& call, std::shared_ptr<ImportJob>* job);
+  Status PassNumbers(ImportCall& call, AdapterFileReader& file, ImportJob& job);
 
   Hub& hub_;
   const double upload_stall_seconds_;

@@ -1,18 +1,24 @@
 #include "worker/adapt.h"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/tensor.h>
+#include <ATen/ops/uniform.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "base/check.h"
 
 namespace refocus {
 namespace {
+
+static_assert(std::endian::native == std::endian::little, "deltas travel as they lie in memory");
 
 // Rows are put through the output matrix in slices: [slice, vocab] is the largest tensor of a step.
 constexpr int64_t kLogitRows = 128;
@@ -68,6 +74,14 @@ void EnqueueLoss(Model& model, const StepRows& rows, at::Tensor loss, at::Tensor
 double OnHost(Model& model, const at::Tensor& loss) {
   model.collective().Check();
   return loss.cpu().item<double>();
+}
+
+// See Adapter::Begin. One stream of numbers over all layers, always from the CPU's generator.
+void DrawLora(const ModelConfig& model, const DeltaConfig& config, uint64_t seed, const at::Tensor& numbers) {
+  const double bound = 1.0 / std::sqrt(static_cast<double>(model.hidden));
+  at::Tensor drawn = at::empty({model.layers, config.lora_rank, model.hidden}, at::kFloat);
+  drawn.uniform_(-bound, bound, at::make_generator<at::CPUGeneratorImpl>(seed));
+  DeltaOver(model, config, numbers).a.copy_(drawn);
 }
 
 void Refill(const SpanRows& from, SpanRows& to) {
@@ -132,27 +146,49 @@ double SpanGradient(Model& model, const KvChain& context, const QueryDelta& delt
   return OnHost(model, loss);
 }
 
-int64_t Adapter::CommittedBytes(const ModelConfig& config, at::ScalarType dtype) {
-  return config.query_parameters() * (4 + (dtype == at::kFloat ? 0 : 2));
-}
-
-int64_t Adapter::AdaptingBytes(const ModelConfig& config, at::ScalarType dtype) {
-  return CommittedBytes(config, dtype) + config.query_parameters() * 12;  // gradient and two moments
-}
-
-void Adapter::Begin(Model& model, const AdamWConfig& optimizer, bool from_committed) {
-  const ModelConfig& config = model.config();
-  Backend& backend = model.backend();
-  const auto options = at::TensorOptions(backend.device()).dtype(at::kFloat);
-  const std::vector<int64_t> shape = {config.layers, config.q_dim(), config.hidden};
+Adapter::Delta Adapter::MakeDelta(Model& model, const DeltaConfig& config, at::Tensor master) {
   Delta delta;
-  delta.master = from_committed && committed_.master.defined() ? committed_.master.clone() : at::zeros(shape, options);
-  delta.rounded = backend.Rounded(delta.master);
-  at::Tensor grad = at::empty(shape, options);
-  AdamW adamw(optimizer, delta.master, grad);
+  delta.config = config;
+  delta.rounded = model.backend().Rounded(master);
+  delta.master = std::move(master);
+  delta.view = DeltaOver(model.config(), config, delta.rounded);
+  return delta;
+}
+
+int64_t Adapter::BytesOf(const Delta& delta) {
+  if (!delta.master.defined()) return 0;
+  const bool shared = delta.rounded.is_same(delta.master);
+  return static_cast<int64_t>(delta.master.nbytes() + (shared ? 0 : delta.rounded.nbytes()));
+}
+
+int64_t Adapter::bytes() const {
+  int64_t bytes = BytesOf(committed_);
+  if (work_ == nullptr) return bytes;
+  bytes += BytesOf(work_->delta);
+  if (work_->grad.defined()) bytes += (1 + work_->moments) * static_cast<int64_t>(work_->grad.nbytes());
+  return bytes;
+}
+
+void Adapter::Begin(Model& model, const DeltaConfig& config, const OptimizerConfig& optimizer, uint64_t seed,
+                    const Adapter* from) {
+  const auto options = at::TensorOptions(model.backend().device()).dtype(at::kFloat);
+  const std::vector<int64_t> sizes = DeltaSizes(model.config(), config);
+  at::Tensor master;
+  if (from != nullptr) {
+    REFOCUS_CHECK(from->committed_.config == config);
+    master = from->committed_.master.clone();
+  } else {
+    master = at::zeros(sizes, options);
+    if (config.lora_rank > 0) DrawLora(model.config(), config, seed, master);
+  }
+  auto work = std::make_unique<Work>();
+  work->delta = MakeDelta(model, config, std::move(master));
+  work->grad = at::empty(sizes, options);
+  work->stats = at::zeros({2}, options.dtype(at::kDouble));
+  work->optimizer = std::make_unique<Optimizer>(optimizer, work->delta.master, work->grad);
+  work->moments = optimizer.moments();
   steps_ = 0;
-  work_ = std::make_unique<Work>(
-      Work{std::move(delta), std::move(grad), at::zeros({2}, options.dtype(at::kDouble)), std::move(adamw), {}, {}});
+  work_ = std::move(work);
 }
 
 void Adapter::EnqueueStep(Model& model) {
@@ -161,14 +197,15 @@ void Adapter::EnqueueStep(Model& model) {
   work.stats.select(0, 1).copy_(at::linalg_vector_norm(work.grad, 2));
   // Rank 0's word counts, so that all ranks clip and skip by the same bits.
   model.collective().Broadcast(work.stats, 0);
-  work.optimizer.Step(work.stats);
+  work.optimizer->Step(work.stats);
   if (!work.delta.rounded.is_same(work.delta.master)) work.delta.rounded.copy_(work.delta.master);
 }
 
-Adapter::StepResult Adapter::Step(Model& model, const KvChain& context, const std::vector<Span>& spans) {
+Adapter::StepResult Adapter::Step(Model& model, const KvChain& context, const std::vector<Span>& spans,
+                                  float learning_rate) {
   ++steps_;
   Work& work = *work_;
-  StepRows rows = MakeStepRows(model, context, work.delta.rounded, spans);
+  StepRows rows = MakeStepRows(model, context, work.delta.view, spans);
   if (work.repeat != nullptr && work.rows.total == rows.total) {
     for (size_t i = 0; i < rows.batches.size(); ++i) Refill(*rows.batches[i], *work.rows.batches[i]);
   } else {
@@ -176,11 +213,52 @@ Adapter::StepResult Adapter::Step(Model& model, const KvChain& context, const st
     work.rows = std::move(rows);
     work.repeat = model.backend().Repeated([this, &model] { EnqueueStep(model); });
   }
+  work.optimizer->SetRate(learning_rate);
   model.collective().BeforeReplay();
   work.repeat->Run();
   model.collective().Check();
   const at::Tensor stats = work.stats.cpu();
   return {stats.const_data_ptr<double>()[0], stats.const_data_ptr<double>()[1]};
+}
+
+void Adapter::BeginImport(Model& model, const DeltaConfig& config) {
+  const auto options = at::TensorOptions(model.backend().device()).dtype(at::kFloat);
+  auto work = std::make_unique<Work>();
+  work->delta = MakeDelta(model, config, at::zeros(DeltaSizes(model.config(), config), options));
+  written_ = 0;
+  work_ = std::move(work);
+}
+
+Status Adapter::Write(int64_t offset, const std::string& data) {
+  const int64_t count = static_cast<int64_t>(data.size() / sizeof(float));
+  Delta& delta = work_->delta;
+  if (offset != written_ || count > delta.master.numel() - written_) {
+    return FieldError("offset", std::to_string(offset) + " + " + std::to_string(count),
+                      std::to_string(written_) + ", and at most " + std::to_string(delta.master.numel()) + " in all");
+  }
+  const at::Tensor piece = at::empty({count}, at::kFloat);
+  std::memcpy(piece.data_ptr(), data.data(), data.size());
+  for (int64_t i = 0; i < count; ++i) {
+    if (std::isfinite(piece.const_data_ptr<float>()[i])) continue;
+    return Error(StatusCode::kInvalidArgument, "ADAPTER_FILE_INVALID",
+                 "number " + std::to_string(offset + i) + " of the delta: got NaN or infinity, allowed finite values",
+                 {{"index", std::to_string(offset + i)}});
+  }
+  delta.master.view({-1}).narrow(0, offset, count).copy_(piece);
+  if (!delta.rounded.is_same(delta.master)) delta.rounded.view({-1}).narrow(0, offset, count).copy_(piece);
+  written_ += count;
+  return absl::OkStatus();
+}
+
+Status Adapter::Read(int64_t offset, int64_t count, std::string* data) const {
+  const at::Tensor numbers = committed_.master.view({-1});
+  if (offset > numbers.numel() || count > numbers.numel() - offset) {
+    return FieldError("offset", std::to_string(offset) + " + " + std::to_string(count),
+                      "at most " + std::to_string(numbers.numel()));
+  }
+  const at::Tensor piece = numbers.narrow(0, offset, count).cpu();
+  data->assign(static_cast<const char*>(piece.const_data_ptr()), piece.nbytes());
+  return absl::OkStatus();
 }
 
 void Adapter::Commit(int64_t revision) {

@@ -1,6 +1,6 @@
 // Query-only test-time training (Bansal et al., arXiv 2512.13898) of one context against its frozen, sharded K/V.
 //
-// An adapter is a delta [layers, heads * head_dim, hidden] fp32 of every W_Q, with a revision. Gradient steps work on a
+// An adapter is a delta of every W_Q (worker/query_delta.h) with an fp32 master and a revision. Gradient steps work on a
 // copy that becomes the next revision on commit; until then, and after a rollback, answers see the committed one. The
 // loss of a span is the mean next-token cross-entropy of its rows, each attending to the cached K/V of the whole prefix
 // and of the span itself.
@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "worker/command.h"
@@ -44,8 +45,8 @@ int64_t TotalRows(const std::vector<Span>& spans);
 // Mean loss over all ranks' rows, nats. The same double on every rank. `delta` as queries read it (dtype).
 double SpanLoss(Model& model, const KvChain& context, const QueryDelta& delta, const std::vector<Span>& spans);
 
-// The same, and the gradient with respect to the delta summed over ranks: `grad`, fp32, laid out by DeltaSizes (of a full
-// delta where `delta` is none), is overwritten with the same bits on every rank.
+// The same, and the gradient with respect to the delta summed over ranks: `grad`, fp32, laid out by DeltaSizes (of a
+// full delta where `delta` is none), is overwritten with the same bits on every rank.
 double SpanGradient(Model& model, const KvChain& context, const QueryDelta& delta, const std::vector<Span>& spans,
                     at::Tensor& grad);
 
@@ -56,48 +57,66 @@ class Adapter {
   uint64_t context() const { return context_; }
   int64_t revision() const { return revision_; }
   int64_t steps() const { return steps_; }  // of the adaptation under way
-  bool adapting() const { return work_ != nullptr; }
+  bool adapting() const { return work_ != nullptr; }  // or importing
+  bool importing() const { return adapting() && work_->optimizer == nullptr; }
   // Committed delta as queries read it (dtype); none before the first commit. Never written again: a request keeps
   // the one it was opened with.
-  QueryDelta committed() const { return committed_.rounded; }
-  // The delta under adaptation, [layers, heads * head_dim, hidden]: fp32, and as queries read it.
+  const QueryDelta& committed() const { return committed_.view; }
+  const DeltaConfig& committed_config() const { return committed_.config; }
+  // The delta under adaptation: all its numbers (fp32, laid out by DeltaSizes), and as queries read it.
   const at::Tensor& working() const { return work_->delta.master; }
-  QueryDelta working_rounded() const { return work_->delta.rounded; }
+  const QueryDelta& working_rounded() const { return work_->delta.view; }
+  // Bytes of both, with gradient and moments: AdapterBytes and AdaptationBytes of base/memory_plan.h.
+  int64_t bytes() const;
   // Global norm of the last gradient before clipping, loss of the last step.
   struct StepResult {
     double loss = 0.0;
     double grad_norm = 0.0;
   };
 
-  void Begin(Model& model, const AdamWConfig& optimizer, bool from_committed);
+  // From the committed delta of `from` (which may be this adapter, and has this `config`), or from nothing where that
+  // is null: a full delta begins at zero; a LoRA with B = 0 and A uniform within +-1 / sqrt(hidden), drawn by `seed`,
+  // as PEFT does it: the same on every rank, device and number of ranks.
+  void Begin(Model& model, const DeltaConfig& config, const OptimizerConfig& optimizer, uint64_t seed = 0,
+             const Adapter* from = nullptr);
   // One gradient step. A loss or norm that is not finite leaves the delta as it was. `model` and `context` are the
   // same in all steps between Begin and Commit or Rollback; the model outlives them: a step is recorded and repeated.
-  StepResult Step(Model& model, const KvChain& context, const std::vector<Span>& spans);
+  StepResult Step(Model& model, const KvChain& context, const std::vector<Span>& spans, float learning_rate);
 
-  // Bytes that a delta takes: committed, and under adaptation with gradient and moments.
-  static int64_t CommittedBytes(const ModelConfig& config, at::ScalarType dtype);
-  static int64_t AdaptingBytes(const ModelConfig& config, at::ScalarType dtype);
+  // A delta whose numbers come from outside: in order, whole fp32 numbers, little-endian. Not OK changes nothing.
+  void BeginImport(Model& model, const DeltaConfig& config);
+  Status Write(int64_t offset, const std::string& data);
+  bool complete() const { return written_ == work_->delta.master.numel(); }
+  // `count` committed numbers from `offset`.
+  Status Read(int64_t offset, int64_t count, std::string* data) const;
+
   void Commit(int64_t revision);
   void Rollback();
 
  private:
   struct Delta {
+    DeltaConfig config;
     at::Tensor master;   // fp32
     at::Tensor rounded;  // dtype; the same tensor where that is fp32
+    QueryDelta view;     // of rounded
   };
   struct Work {
     Delta delta;
     at::Tensor grad;   // fp32
     at::Tensor stats;  // [2] fp64: loss, gradient norm
-    AdamW optimizer;
+    std::unique_ptr<Optimizer> optimizer;  // null: an import
+    int64_t moments = 0;
     StepRows rows;                   // what `step` reads
     std::unique_ptr<Repeat> repeat;  // a step over `rows`
   };
+  static Delta MakeDelta(Model& model, const DeltaConfig& config, at::Tensor master);
+  static int64_t BytesOf(const Delta& delta);
   void EnqueueStep(Model& model);
 
   uint64_t context_;
   int64_t revision_ = 0;
   int64_t steps_ = 0;
+  int64_t written_ = 0;  // numbers of an import
   Delta committed_;
   std::unique_ptr<Work> work_;
 };

@@ -30,21 +30,42 @@ struct PrefillChunk {
 struct DeltaConfig {
   int64_t lora_rank = 0;
   float lora_alpha = 0.0f;  // the product of both matrices counts alpha / rank
+  bool operator==(const DeltaConfig&) const = default;
 };
 
-struct AdamWConfig {
-  float learning_rate = 1e-5f;
+struct OptimizerConfig {
   float weight_decay = 0.01f;
   float clip_norm = 1.0f;
   float beta1 = 0.9f;
   float beta2 = 0.999f;
   float epsilon = 1e-8f;
+  bool sgd = false;       // else AdamW
+  float momentum = 0.0f;  // of SGD
+  int64_t moments() const { return !sgd ? 2 : momentum != 0.0f ? 1 : 0; }
 };
 struct BeginAdapt {
   uint64_t context = 0;
   uint64_t adapter = 0;
-  bool from_committed = false;
-  AdamWConfig optimizer;
+  uint64_t from_adapter = 0;
+  OptimizerConfig optimizer;
+  DeltaConfig delta;
+  uint64_t seed = 0;
+};
+struct BeginImport {
+  uint64_t context = 0;
+  uint64_t adapter = 0;
+  DeltaConfig delta;
+};
+struct WriteDelta {
+  uint64_t adapter = 0;
+  int64_t offset = 0;
+  std::string data;
+};
+struct ReadDelta {
+  uint64_t adapter = 0;
+  int64_t revision = 0;
+  int64_t offset = 0;
+  int64_t count = 0;
 };
 struct Span {
   int64_t start = 0;
@@ -55,6 +76,7 @@ struct AdaptStep {
   uint64_t adapter = 0;
   int64_t step = 0;
   std::vector<Span> spans;
+  float learning_rate = 1e-5f;
 };
 struct ProbeLoss {
   uint64_t adapter = 0;
@@ -128,7 +150,8 @@ struct Command {
   int64_t seq = 0;
   uint64_t job = 0;
   std::variant<OpenContext, CloseContext, PrefillChunk, BeginAdapt, AdaptStep, ProbeLoss, EndAdapt, DropAdapter,
-               OpenSequence, ExtendSequence, DecodeSteps, CloseSequence, ProbeAttention>
+               OpenSequence, ExtendSequence, DecodeSteps, CloseSequence, BeginImport, WriteDelta, ReadDelta,
+               ProbeAttention>
       body;
 };
 
@@ -163,6 +186,7 @@ struct Result {
   std::vector<float> score_logprobs;
   std::vector<bool> score_greedy;
   std::vector<float> masses;
+  std::string data;
 };
 
 }  // namespace refocus

@@ -6,11 +6,13 @@
 #include <c10/core/InferenceMode.h>
 
 #include <chrono>
+#include <functional>
 #include <map>
 #include <optional>
 
 #include "base/check.h"
 #include "base/limits.h"
+#include "base/memory_plan.h"
 #include "worker/adapt.h"
 #include "worker/agreement.h"
 #include "worker/hash.h"
@@ -62,6 +64,7 @@ class EngineState {
       result.ended.clear();
       result.score_logprobs.clear();
       result.score_greedy.clear();
+      result.data.clear();
     }
     return result;
   }
@@ -82,11 +85,7 @@ class EngineState {
 
   // What K/V, deltas and their optimizer state may still take on this rank.
   int64_t FreeBytes() const { return options_.kv_capacity_bytes - memory_.used_bytes() - adapter_bytes_; }
-  // What an adapter holds: its committed delta, and one under adaptation.
-  int64_t Held(const Adapter& adapter) const {
-    return (adapter.revision() > 0 ? Adapter::CommittedBytes(model_.config(), backend_->dtype()) : 0) +
-           (adapter.adapting() ? Adapter::AdaptingBytes(model_.config(), backend_->dtype()) : 0);
-  }
+  DeviceKind device_kind() const { return backend_->device().is_cpu() ? DeviceKind::kCpu : DeviceKind::kCuda; }
   Status CheckSpans(const std::vector<Span>& spans, int64_t tokens) const {
     for (const Span& span : spans) {
       if (span.rows() < 1 || span.start < 0 || span.start >= tokens - span.rows()) {
@@ -160,7 +159,7 @@ class EngineState {
     sequences_.CloseContext(close.context);
     std::erase_if(adapters_, [&](const auto& entry) {
       if (entry.second.context() != close.context) return false;
-      adapter_bytes_ -= Held(entry.second);
+      adapter_bytes_ -= entry.second.bytes();
       return true;
     });
     contexts_.erase(found);
@@ -185,32 +184,22 @@ class EngineState {
     return {};
   }
 
-  Status Do(const BeginAdapt& begin, Result&) {
-    Context* context = nullptr;
-    REFOCUS_RETURN_IF_ERROR(FindReady(begin.context, &context));
-    const auto found = adapters_.find(begin.adapter);
-    if (found != adapters_.end() && found->second.context() != begin.context) {
-      return FieldError("adapter", std::to_string(begin.adapter),
-                        "an adapter of context " + std::to_string(begin.context));
-    }
-    if (found != adapters_.end() && found->second.adapting()) {
-      return Precondition("adapter " + std::to_string(begin.adapter), "an adaptation under way", "none");
-    }
-    const int64_t need = Adapter::AdaptingBytes(model_.config(), backend_->dtype());
+  // Makes room for `need` bytes in an adapter of this context, on every rank or on none; `start` allocates them.
+  Status BeginWork(uint64_t context_uid, uint64_t uid, int64_t need, const std::function<void(Adapter&)>& start) {
     const int64_t free = FreeBytes();
-    Adapter& adapter = adapters_.try_emplace(begin.adapter, begin.context).first->second;
+    Adapter& adapter = adapters_.try_emplace(uid, context_uid).first->second;
     Status status;
     const auto refuse = [&](const std::string& why) {
       return Error(StatusCode::kResourceExhausted, "ADAPT_OUT_OF_MEMORY",
-                   "delta, gradient and moments on rank " + std::to_string(collective_.rank()) + ": need " +
-                       std::to_string(need) + " bytes, free " + std::to_string(free) + why +
+                   "adapter memory of rank " + std::to_string(collective_.rank()) + ": need " + std::to_string(need) +
+                       " bytes, free " + std::to_string(free) + why +
                        "; delete an adapter or a context, or raise --kv-memory",
                    {{"need_bytes", std::to_string(need)}, {"free_bytes", std::to_string(free)}});
     };
     if (need > free) status = refuse("");
     if (status.ok()) {
       try {
-        adapter.Begin(model_, begin.optimizer, begin.from_committed);
+        start(adapter);
       } catch (const std::exception& error) {
         status = refuse(" but the allocation failed");
       }
@@ -220,9 +209,75 @@ class EngineState {
       adapter_bytes_ += need;
     } else {
       adapter.Rollback();
-      if (adapter.revision() == 0) adapters_.erase(begin.adapter);
+      if (adapter.revision() == 0) adapters_.erase(uid);
     }
     return status;
+  }
+
+  // The adapter may take up work: it is new, or of this context and idle.
+  Status CheckIdle(uint64_t context_uid, uint64_t uid) {
+    Context* context = nullptr;
+    REFOCUS_RETURN_IF_ERROR(FindReady(context_uid, &context));
+    const auto found = adapters_.find(uid);
+    if (found != adapters_.end() && found->second.context() != context_uid) {
+      return FieldError("adapter", std::to_string(uid), "an adapter of context " + std::to_string(context_uid));
+    }
+    if (found != adapters_.end() && found->second.adapting()) {
+      return Precondition("adapter " + std::to_string(uid), "an adaptation under way", "none");
+    }
+    return {};
+  }
+
+  Status CheckDelta(const DeltaConfig& delta) const {
+    if (delta.lora_rank >= 0 && delta.lora_rank <= kMaxLoraRank) return {};
+    return FieldError("lora_rank", std::to_string(delta.lora_rank), "0 to " + std::to_string(kMaxLoraRank));
+  }
+
+  Status Do(const BeginAdapt& begin, Result&) {
+    REFOCUS_RETURN_IF_ERROR(CheckIdle(begin.context, begin.adapter));
+    REFOCUS_RETURN_IF_ERROR(CheckDelta(begin.delta));
+    const Adapter* from = nullptr;
+    if (begin.from_adapter != 0) {
+      const auto source = adapters_.find(begin.from_adapter);
+      if (source == adapters_.end()) return Absent("adapter", begin.from_adapter);
+      from = &source->second;
+      if (from->context() != begin.context || from->revision() < 1 || !(from->committed_config() == begin.delta)) {
+        return FieldError("from_adapter", std::to_string(begin.from_adapter),
+                          "a committed adapter of this context, of the same kind, rank and alpha");
+      }
+    }
+    const AdaptationShape shape{begin.delta.lora_rank, begin.optimizer.moments()};
+    return BeginWork(begin.context, begin.adapter, AdaptationBytes(model_.config(), device_kind(), shape),
+                     [&](Adapter& a) { a.Begin(model_, begin.delta, begin.optimizer, begin.seed, from); });
+  }
+
+  Status Do(const BeginImport& begin, Result&) {
+    REFOCUS_RETURN_IF_ERROR(CheckIdle(begin.context, begin.adapter));
+    REFOCUS_RETURN_IF_ERROR(CheckDelta(begin.delta));
+    return BeginWork(begin.context, begin.adapter,
+                     AdapterBytes(model_.config(), device_kind(), begin.delta.lora_rank),
+                     [&](Adapter& a) { a.BeginImport(model_, begin.delta); });
+  }
+
+  Status Do(const WriteDelta& write, Result&) {
+    const auto found = adapters_.find(write.adapter);
+    if (found == adapters_.end()) return Absent("adapter", write.adapter);
+    if (!found->second.importing())
+      return Precondition("adapter " + std::to_string(write.adapter), "no import begun", "one begun");
+    return found->second.Write(write.offset, write.data);
+  }
+
+  Status Do(const ReadDelta& read, Result& result) {
+    const auto found = adapters_.find(read.adapter);
+    if (found == adapters_.end()) return Absent("adapter", read.adapter);
+    const int64_t revision = found->second.revision();
+    if (revision != read.revision || revision < 1) {
+      return Error(StatusCode::kAborted, "ADAPTER_CHANGED",
+                   "the adapter got revision " + std::to_string(revision) + " while revision " +
+                       std::to_string(read.revision) + " was read; export it again",
+                   {{"revision", std::to_string(revision)}});
+    }
+    return found->second.Read(read.offset, read.count, &result.data);
   }
 
   Status Do(const AdaptStep& step, Result& result) {
@@ -234,7 +289,9 @@ class EngineState {
     }
     if (step.spans.empty()) return FieldError("spans", "0", "at least 1");
     REFOCUS_RETURN_IF_ERROR(CheckSpans(step.spans, context->capacity));
-    const Adapter::StepResult done = adapter->Step(model_, context->All(), step.spans);
+    if (adapter->importing())
+      return Precondition("adapter " + std::to_string(step.adapter), "an import", "an adaptation");
+    const Adapter::StepResult done = adapter->Step(model_, context->All(), step.spans, step.learning_rate);
     result.loss = done.loss;
     result.grad_norm = done.grad_norm;
     return {};
@@ -259,11 +316,14 @@ class EngineState {
     if (end.commit && end.revision != adapter.revision() + 1) {
       return Precondition("revision", std::to_string(end.revision), std::to_string(adapter.revision() + 1));
     }
-    adapter_bytes_ -= Held(adapter);
+    if (end.commit && adapter.importing() && !adapter.complete()) {
+      return Precondition("adapter " + std::to_string(end.adapter), "a part of its numbers", "all");
+    }
+    adapter_bytes_ -= adapter.bytes();
     const QueryDelta before = adapter.committed();
     end.commit ? adapter.Commit(end.revision) : adapter.Rollback();
     if (end.commit) sequences_.Retire(before);
-    adapter_bytes_ += Held(adapter);
+    adapter_bytes_ += adapter.bytes();
     if (adapter.revision() == 0) adapters_.erase(found);
     return {};
   }
@@ -271,7 +331,7 @@ class EngineState {
   Status Do(const DropAdapter& drop, Result&) {
     const auto found = adapters_.find(drop.adapter);
     if (found == adapters_.end()) return Absent("adapter", drop.adapter);
-    adapter_bytes_ -= Held(found->second);
+    adapter_bytes_ -= found->second.bytes();
     const QueryDelta delta = found->second.committed();
     adapters_.erase(found);
     sequences_.Retire(delta);

@@ -130,29 +130,62 @@ PrefillChunk Read(const pb::PrefillChunk& in, Checker& check) {
   return {in.context(), in.first_pos(), check.TokenIds("ids", in.ids(), 1, kMaxChunkRows)};
 }
 
+// Of BeginAdapt and BeginImport.
+template <typename Message>
+DeltaConfig ReadDeltaConfig(const Message& in, Checker& check) {
+  check.InRange("lora_rank", in.lora_rank(), 0, kMaxLoraRank);
+  if (in.lora_rank() > 0) check.Real("lora_alpha", in.lora_alpha(), 0.0, 1e30, true);
+  return {in.lora_rank(), in.lora_alpha()};
+}
+
 BeginAdapt Read(const pb::BeginAdapt& in, Checker& check) {
   constexpr double kHuge = 1e30;
   check.Uid("context", in.context());
   check.Uid("adapter", in.adapter());
-  check.Real("learning_rate", in.learning_rate(), 0.0, kHuge, false);
   check.Real("weight_decay", in.weight_decay(), 0.0, kHuge, false);
   check.Real("clip_norm", in.clip_norm(), 0.0, kHuge, true);
   check.Real("beta1", in.beta1(), 0.0, 1.0, false);
   check.Real("beta2", in.beta2(), 0.0, 1.0, false);
   check.Real("epsilon", in.epsilon(), 0.0, kHuge, true);
-  const AdamWConfig optimizer{.learning_rate = in.learning_rate(),
-                              .weight_decay = in.weight_decay(),
-                              .clip_norm = in.clip_norm(),
-                              .beta1 = in.beta1(),
-                              .beta2 = in.beta2(),
-                              .epsilon = in.epsilon()};
-  return {in.context(), in.adapter(), in.from_committed(), optimizer};
+  check.Real("momentum", in.momentum(), 0.0, 1.0, false);
+  const OptimizerConfig optimizer{.weight_decay = in.weight_decay(),
+                                  .clip_norm = in.clip_norm(),
+                                  .beta1 = in.beta1(),
+                                  .beta2 = in.beta2(),
+                                  .epsilon = in.epsilon(),
+                                  .sgd = in.sgd(),
+                                  .momentum = in.momentum()};
+  return {in.context(), in.adapter(), in.from_adapter(), optimizer, ReadDeltaConfig(in, check), in.seed()};
+}
+
+BeginImport Read(const pb::BeginImport& in, Checker& check) {
+  check.Uid("context", in.context());
+  check.Uid("adapter", in.adapter());
+  return {in.context(), in.adapter(), ReadDeltaConfig(in, check)};
+}
+
+WriteDelta Read(const pb::WriteDelta& in, Checker& check) {
+  check.Uid("adapter", in.adapter());
+  check.InRange("offset", in.offset(), 0, INT64_MAX / 8);
+  const auto bytes = static_cast<int64_t>(in.data().size());
+  check.InRange("data (bytes)", bytes, 4, 4 * kDeltaPieceNumbers);
+  check.InRange("data (bytes beyond whole numbers)", bytes % 4, 0, 0);
+  return {in.adapter(), in.offset(), in.data()};
+}
+
+ReadDelta Read(const pb::ReadDelta& in, Checker& check) {
+  check.Uid("adapter", in.adapter());
+  check.InRange("revision", in.revision(), 1, INT64_MAX);
+  check.InRange("offset", in.offset(), 0, INT64_MAX / 8);
+  check.InRange("count", in.count(), 1, kDeltaPieceNumbers);
+  return {in.adapter(), in.revision(), in.offset(), in.count()};
 }
 
 AdaptStep Read(const pb::AdaptStep& in, Checker& check) {
   check.Uid("adapter", in.adapter());
   check.InRange("step", in.step(), 1, kMaxAdaptSteps);
-  return {in.adapter(), in.step(), check.ReadSpans(in.spans(), 1, kMaxSpansPerStep)};
+  check.Real("learning_rate", in.learning_rate(), 0.0, 1e30, false);
+  return {in.adapter(), in.step(), check.ReadSpans(in.spans(), 1, kMaxSpansPerStep), in.learning_rate()};
 }
 
 ProbeLoss Read(const pb::ProbeLoss& in, Checker& check) {
@@ -267,6 +300,9 @@ bool ReadBody(const pb::Command& message, Checker& check, Command* command) {
     case pb::Command::kDecodeSteps: command->body = Read(message.decode_steps(), check); return true;
     case pb::Command::kCloseSequence: command->body = Read(message.close_sequence(), check); return true;
     case pb::Command::kProbeAttention: command->body = Read(message.probe_attention(), check); return true;
+    case pb::Command::kBeginImport: command->body = Read(message.begin_import(), check); return true;
+    case pb::Command::kWriteDelta: command->body = Read(message.write_delta(), check); return true;
+    case pb::Command::kReadDelta: command->body = Read(message.read_delta(), check); return true;
     case pb::Command::COMMAND_NOT_SET: return false;
   }
   return false;
@@ -325,6 +361,7 @@ pb::Result WriteResult(const Result& result) {
   for (const float logprob : result.score_logprobs) message.add_score_logprobs(logprob);
   for (const bool greedy : result.score_greedy) message.add_score_greedy(greedy);
   message.mutable_masses()->Add(result.masses.begin(), result.masses.end());
+  message.set_data(result.data);
   return message;
 }
 

@@ -1,5 +1,6 @@
 #include "coordinator/core/adapt.h"
 
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
@@ -8,7 +9,6 @@
 #include "base/check.h"
 
 namespace refocus {
-namespace {
 
 std::string Hex(uint64_t value) {
   char text[17];
@@ -16,23 +16,66 @@ std::string Hex(uint64_t value) {
   return text;
 }
 
-}  // namespace
+void FillTarget(const AdapterTarget& target, double unix_now, api::Adapter* adapter) {
+  adapter->set_id(target.id);
+  adapter->set_uid(target.public_uid);
+  adapter->set_revision(target.kept_revision + 1);
+  SetTimestamp(unix_now, adapter->mutable_update_time());
+  *adapter->mutable_create_time() = target.kept_revision > 0 ? target.create_time : adapter->update_time();
+}
 
-AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, AdaptPlan plan, JobTools* tools)
-    : Job(id, now), session_(std::move(session)), plan_(std::move(plan)), tools_(tools) {
+double ScheduledRate(const api::AdaptEvent::Effective& effective, int64_t step) {
+  const auto t = static_cast<double>(step - 1), warmup = static_cast<double>(effective.warmup_steps());
+  if (t < warmup) return effective.learning_rate() * (t + 1) / (warmup + 1);
+  const double x = (t - warmup) / (static_cast<double>(effective.steps()) - warmup);
+  if (effective.schedule() == api::LINEAR) return effective.learning_rate() * (1 - x);
+  if (effective.schedule() == api::COSINE) return effective.learning_rate() * (1 + std::cos(M_PI * x)) / 2;
+  return effective.learning_rate();
+}
+
+AdaptationShape ShapeOf(const api::AdaptEvent::Effective& effective) {
+  const bool sgd = effective.optimizer() == api::SGD;
+  return {effective.lora_rank(), !sgd ? 2 : effective.momentum() != 0 ? 1 : 0};
+}
+
+double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token_count) {
+  double rows = 0, row_keys = 0, flops = 0;
+  for (const SpanRange& span : plan.explicit_spans) {
+    rows += static_cast<double>(span.rows);
+    row_keys += static_cast<double>(span.rows) * static_cast<double>(span.start + span.rows / 2);
+  }
+  const auto& e = plan.effective;
+  const auto spans = static_cast<double>(e.steps() * e.spans_per_step());
+  const double keys = rows > 0 ? row_keys / rows : static_cast<double>(token_count) / 2;
+  const double span_rows =
+      rows > 0 ? rows / static_cast<double>(plan.explicit_spans.size()) : static_cast<double>(e.span_tokens());
+  flops += spans * span_rows * StepRowFlops(model, keys);
+  for (const SpanRange& probe : plan.probes) {  // before and after
+    flops += 2 * static_cast<double>(probe.rows) * ForwardRowFlops(model, static_cast<double>(probe.start));
+  }
+  return flops;
+}
+
+AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, AdaptPlan plan, const ModelConfig& model,
+                   JobTools* tools)
+    : Job(id, now), session_(std::move(session)), plan_(std::move(plan)), model_(model), tools_(tools) {
   const auto& effective = plan_.effective;
   spans_ = plan_.explicit_spans.empty()
                ? MakeUniformSpans(session_->token_count(), effective.span_tokens(), plan_.probes, effective.seed())
                : MakeExplicitSpans(plan_.explicit_spans);
-  adapter_.set_id(plan_.adapter_id);
-  adapter_.set_uid(plan_.public_uid);
-  adapter_.set_revision(plan_.kept_revision + 1);
-  adapter_.set_steps(plan_.earlier_steps + effective.steps());
+  adapter_.set_id(plan_.target.id);
+  adapter_.set_revision(plan_.target.kept_revision + 1);
+  adapter_.set_kind(effective.kind());
+  adapter_.set_lora_rank(effective.lora_rank());
+  adapter_.set_lora_alpha(effective.lora_alpha());
+  adapter_.set_base_adapter(effective.base_adapter());
+  adapter_.set_memory_bytes(plan_.adapter_bytes);
   *events_.emplace_back().mutable_effective() = effective;
 }
 
 bool AdaptJob::NextCommand(wire::Command* command, double) {
   if (phase_ == Phase::kProbeBefore && plan_.probes.empty()) phase_ = Phase::kSteps;
+  if (phase_ == Phase::kSteps && out_of_time_) phase_ = Phase::kProbeAfter;
   switch (phase_) {
     case Phase::kBegin:
       FillBegin(command->mutable_begin_adapt());
@@ -43,6 +86,7 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       phase_ = Phase::kSteps;
       break;
     case Phase::kSteps:
+      if (StepMayWait()) return false;
       FillStep(command->mutable_adapt_step());
       if (steps_sent_ == plan_.effective.steps()) phase_ = Phase::kProbeAfter;
       break;
@@ -53,10 +97,10 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
     case Phase::kCommit: {
       if (!measured_after_) return false;  // commit or not is decided by what comes back
       wire::EndAdapt* end = command->mutable_end_adapt();
-      end->set_adapter(plan_.adapter_uid);
+      end->set_adapter(plan_.target.uid);
       end->set_commit(true);
       end->set_revision(adapter_.revision());
-      session_->StartCommit(plan_.adapter_id);
+      session_->StartCommit(plan_.target.id);
       phase_ = Phase::kAllSent;
       return true;
     }
@@ -90,25 +134,37 @@ double AdaptJob::SecondsLeft() const {
 void AdaptJob::FillBegin(wire::BeginAdapt* begin) const {
   const auto& effective = plan_.effective;
   begin->set_context(session_->cache_uid());
-  begin->set_adapter(plan_.adapter_uid);
-  begin->set_from_committed(plan_.from_committed);
-  begin->set_learning_rate(static_cast<float>(effective.learning_rate()));
+  begin->set_adapter(plan_.target.uid);
+  begin->set_from_adapter(plan_.from_uid);
   begin->set_weight_decay(static_cast<float>(effective.weight_decay()));
   begin->set_clip_norm(static_cast<float>(effective.clip_norm()));
   begin->set_beta1(static_cast<float>(effective.beta1()));
   begin->set_beta2(static_cast<float>(effective.beta2()));
   begin->set_epsilon(static_cast<float>(effective.epsilon()));
+  begin->set_sgd(effective.optimizer() == api::SGD);
+  begin->set_momentum(static_cast<float>(effective.momentum()));
+  begin->set_lora_rank(effective.lora_rank());
+  begin->set_lora_alpha(static_cast<float>(effective.lora_alpha()));
+  begin->set_seed(effective.seed());
 }
 
 void AdaptJob::FillProbe(wire::ProbeLoss* probe) const {
-  probe->set_adapter(plan_.adapter_uid);
+  probe->set_adapter(plan_.target.uid);
   for (const SpanRange& range : plan_.probes) FillSpan(range, probe->add_spans());
 }
 
 void AdaptJob::FillStep(wire::AdaptStep* step) {
-  step->set_adapter(plan_.adapter_uid);
+  step->set_adapter(plan_.target.uid);
   step->set_step(++steps_sent_);
+  step->set_learning_rate(static_cast<float>(ScheduledRate(plan_.effective, steps_sent_)));
   for (int64_t i = 0; i < plan_.effective.spans_per_step(); ++i) FillSpan(spans_->Next(), step->add_spans());
+}
+
+// With a limit of time a step is not sent ahead once the one before it may be the last.
+bool AdaptJob::StepMayWait() const {
+  const double limit = plan_.effective.max_seconds();
+  if (limit == 0 || steps_sent_ == steps_done_) return false;
+  return steps_done_ == 0 || run_seconds() + 3 * slowest_step_ >= limit;
 }
 
 void AdaptJob::FillSpan(const SpanRange& range, wire::Span* span) const {
@@ -135,7 +191,7 @@ void AdaptJob::OnResult(const wire::Command& command, const wire::Result& result
 void AdaptJob::OnProbe(const wire::Result& result, double now) {
   const bool before = !plan_.probes.empty() && !adapter_.has_probe_loss_before();
   if (!plan_.probes.empty() && !std::isfinite(result.loss())) {
-    RollBack("NON_FINITE_LOSS", "the probe loss is not finite", before ? 0 : plan_.effective.steps(), now);
+    RollBack("NON_FINITE_LOSS", "the probe loss is not finite", steps_done_, now);
     return;
   }
   if (before) {
@@ -155,7 +211,7 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
     RollBack("LOSS_DIVERGED",
              "probe loss rose by " + std::to_string(rise) + " nats, allowed " +
                  std::to_string(plan_.effective.max_probe_rise()) + "; lower learning_rate or steps",
-             plan_.effective.steps(), now);
+             steps_done_, now);
   }
 }
 
@@ -172,37 +228,49 @@ void AdaptJob::OnStep(const wire::AdaptStep& step, const wire::Result& result, d
   event->set_loss(result.loss());
   event->set_grad_norm(result.grad_norm());
   event->set_step_seconds(result.seconds());
+  event->set_learning_rate(ScheduledRate(plan_.effective, step.step()));
+  double flops = 0;
   for (const wire::Span& span : step.spans()) {
+    const int64_t rows = span.ids_size() - 1;
     event->add_span_starts(span.start());
-    rows_done_ += span.ids_size() - 1;
+    rows_done_ += rows;
+    flops += static_cast<double>(rows) * StepRowFlops(model_, static_cast<double>(span.start() + rows / 2));
   }
+  if (step.step() > 1) tools_->steps.Measured(flops, result.seconds());  // the first sets up what the others find
+  steps_done_ = step.step();
+  adapter_.set_steps(plan_.earlier_steps + steps_done_);
+  slowest_step_ = std::max(slowest_step_, result.seconds());
+  const double limit = plan_.effective.max_seconds();
+  if (limit > 0 && steps_done_ < plan_.effective.steps()) out_of_time_ |= run_seconds() >= limit;
   Changed();
 }
 
 // The ranks have committed: from here on nothing can take the revision back.
 void AdaptJob::OnCommitted(double now) {
+  FillTarget(plan_.target, tools_->unix_now(), &adapter_);
   committed_ = adapter_;
   api::AdaptEvent& last = events_.emplace_back();
+  last.set_out_of_time(out_of_time_ && steps_done_ < plan_.effective.steps());
   *last.mutable_adapter() = adapter_;
   *last.mutable_usage() = UsageOf(*this, rows_done_, now, *tools_);
   Stop(absl::OkStatus(), now);
 }
 
 void AdaptJob::RollBack(const char* reason, const std::string& message, int64_t step, double now) {
-  const std::string kept = std::to_string(plan_.kept_revision);
+  const std::string kept = std::to_string(plan_.target.kept_revision);
   Stop(Error(StatusCode::kAborted, reason, message + "; the adapter stays at revision " + kept,
              {{"step", std::to_string(step)}, {"kept_revision", kept}}),
        now);
 }
 
 void AdaptJob::NextCleanup(wire::Command* command) {
-  command->mutable_end_adapt()->set_adapter(plan_.adapter_uid);
+  command->mutable_end_adapt()->set_adapter(plan_.target.uid);
   begun_ = false;
 }
 
 void AdaptJob::OnEnd(double now) {
   plan_.work_memory.reset();
-  session_->FinishAdapt(plan_.adapter_uid, committed_, std::move(plan_.delta_memory));
+  session_->FinishAdapt(plan_.target.uid, committed_, std::move(plan_.delta_memory), plan_.effective);
   session_->Touch(now);
 }
 

@@ -1,6 +1,6 @@
-// Adaptation: BeginAdapt, probe loss before, gradient steps with two on the way, probe loss after (and the delta's
-// hash), then commit, or roll back when something was not finite, diverged, failed, or was cancelled. The adapter is at
-// its old revision or at the next one, on all ranks, whatever happens.
+// Adaptation: BeginAdapt, probe loss before, gradient steps with two on the way (one, near the end of max_seconds),
+// probe loss after (and the delta's hash), then commit, or roll back when something was not finite, diverged, failed, or
+// was cancelled. The adapter is at its old revision or at the next one, on all ranks, whatever happens.
 #pragma once
 
 #include <memory>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "base/memory_plan.h"
 #include "base/model_config.h"
 #include "coordinator/core/job.h"
 #include "coordinator/core/prefill.h"
@@ -16,24 +17,45 @@
 
 namespace refocus {
 
+// The adapter that work makes or replaces.
+struct AdapterTarget {
+  std::string id;
+  uint64_t uid = 0;  // on the ranks
+  std::string public_uid;
+  int64_t kept_revision = 0;  // of the adapter now; 0: a new one
+  google::protobuf::Timestamp create_time;  // unset for a new one
+};
+
+std::string Hex(uint64_t value);  // 16 digits
+
+// Identity, next revision and times in `adapter`.
+void FillTarget(const AdapterTarget& target, double unix_now, api::Adapter* adapter);
+
 struct AdaptPlan {
-  std::string adapter_id;
+  AdapterTarget target;
   api::AdaptEvent::Effective effective;  // checked, with defaults filled in
   std::vector<SpanRange> probes;
   std::vector<SpanRange> explicit_spans;  // empty: uniform
-  bool from_committed = false;
-  uint64_t adapter_uid = 0;
-  int64_t kept_revision = 0;  // of the adapter now; 0: a new one
-  int64_t earlier_steps = 0;  // behind the delta that it starts from
-  std::string public_uid;
+  uint64_t from_uid = 0;      // on the ranks: whose committed delta it starts from; 0: from nothing
+  int64_t earlier_steps = 0;  // behind that delta
+  int64_t adapter_bytes = 0;  // of the committed delta on each rank
   std::shared_ptr<KvReservation> work_memory;   // AdaptationBytes on every rank
   std::shared_ptr<KvReservation> delta_memory;  // AdapterBytes: the delta once committed
 };
 
+// Learning rate of step 1, 2, ...: warm-up, then the schedule, as proto/refocus/v1/context.proto defines them.
+double ScheduledRate(const api::AdaptEvent::Effective& effective, int64_t step);
+
+AdaptationShape ShapeOf(const api::AdaptEvent::Effective& effective);
+
+// Of all steps and probes, with uniform spans in the middle of the context.
+double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token_count);
+
 class AdaptJob : public Job {
  public:
   // `session` was just moved to ADAPTING.
-  AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, AdaptPlan plan, JobTools* tools);
+  AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, AdaptPlan plan, const ModelConfig& model,
+           JobTools* tools);
 
   bool answered() const override { return ended(); }
   const std::vector<api::AdaptEvent>& events() const { return events_; }
@@ -56,6 +78,7 @@ class AdaptJob : public Job {
   void FillBegin(wire::BeginAdapt* begin) const;
   void FillProbe(wire::ProbeLoss* probe) const;
   void FillStep(wire::AdaptStep* step);
+  bool StepMayWait() const;
   void FillSpan(const SpanRange& range, wire::Span* span) const;
   void OnProbe(const wire::Result& result, double now);
   void OnStep(const wire::AdaptStep& step, const wire::Result& result, double now);
@@ -64,11 +87,15 @@ class AdaptJob : public Job {
 
   const std::shared_ptr<Session> session_;
   AdaptPlan plan_;
+  const ModelConfig& model_;
   JobTools* const tools_;
   std::unique_ptr<SpanPolicy> spans_;
   Phase phase_ = Phase::kBegin;
   bool begun_ = false;  // the ranks hold a delta under adaptation
   int64_t steps_sent_ = 0;
+  int64_t steps_done_ = 0;
+  double slowest_step_ = 0;     // seconds
+  bool out_of_time_ = false;
   int64_t rows_done_ = 0;
   bool measured_after_ = false;
   api::Adapter adapter_;  // as it will be

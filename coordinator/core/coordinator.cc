@@ -50,6 +50,7 @@ Coordinator::Coordinator(CoordinatorOptions options, std::shared_ptr<const Token
       group_(options_.group),
       catalog_(environment_.random()) {
   tools_.ledger = &ledger_;
+  tools_.unix_now = environment_.unix_now;
   tools_.rank_memory = [this] {
     std::vector<int64_t> bytes;
     for (const auto& [index, rank] : group_.ranks()) bytes.push_back(rank.heartbeat.resident_bytes());
@@ -151,6 +152,7 @@ void Coordinator::Handle(const Group::Events& events) {
   }
   ledger_.Reset(std::move(capacity), group_.ranks().begin()->second.hello.kv_bytes_per_token());
   tools_.chunks = ChunkClock();
+  tools_.steps = StepClock();
   tools_.ranks = group_.size();
   scheduler_.Start(group_.epoch(), group_.size());
   LogInfo("group formed: epoch " + std::to_string(group_.epoch()) + ", " + std::to_string(group_.size()) + " ranks");

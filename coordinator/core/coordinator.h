@@ -14,6 +14,7 @@
 #include "base/model_config.h"
 #include "base/status.h"
 #include "coordinator/core/adapt.h"
+#include "coordinator/core/adapter_transfer.h"
 #include "coordinator/core/catalog.h"
 #include "coordinator/core/environment.h"
 #include "coordinator/core/generate.h"
@@ -74,7 +75,19 @@ class Coordinator {
   // fine.
   StatusOr<std::shared_ptr<Session>> DeleteContext(const api::DeleteContextRequest& request);
   bool Exists(const std::shared_ptr<Session>& session) const { return catalog_.Find(session->name()) == session; }
+
+  // ---- Adapters.
+  StatusOr<api::ListAdaptersResponse> ListAdapters(const api::ListAdaptersRequest& request);
+  StatusOr<api::Adapter> GetAdapter(const api::GetAdapterRequest& request);
   Status DeleteAdapter(const api::DeleteAdapterRequest& request);
+  // Header and numbers of an adapter's file go through the job; the caller forms and checks the checksum, and must stop
+  // a job that it gives up.
+  StatusOr<std::shared_ptr<ExportJob>> Export(const api::ExportAdapterRequest& request);
+  std::string TakeExported(ExportJob& job);  // empty: nothing now
+  StatusOr<std::shared_ptr<ImportJob>> Import(const api::ImportAdapterRequest::Header& request,
+                                              const api::AdapterFileHeader& file);
+  void PushImported(ImportJob& job, std::string piece);
+  void FinishImport(ImportJob& job);  // the checksum was right: commit
 
   // ---- Work. Callers follow job->version(), read, and Detach when they leave.
   struct PrefillStart {
@@ -139,6 +152,12 @@ class Coordinator {
   StatusOr<SequencePlan> PlanSequence(const std::shared_ptr<Session>& session, const std::string& adapter_id,
                                       std::vector<int32_t> prompt, int64_t answer_tokens);
   StatusOr<AdaptPlan> PlanAdaptJob(const api::AdaptContextRequest& request, Session& session);
+  // The context, when it has this adapter.
+  StatusOr<std::shared_ptr<Session>> SessionOf(const std::string& name, const std::string& adapter_id);
+  AdapterTarget TargetOf(Session& session, const std::string& adapter_id);
+  Status CheckAdapterCount(Session& session, const std::string& adapter_id) const;
+  Status CheckCanAdapt(const Session& session) const;
+  api::AdaptEvent::Forecast ForecastOf(const AdaptPlan& plan, const Session& session, int64_t work) const;
   void Track(std::shared_ptr<Job> job, std::shared_ptr<Session> session);
   void Handle(const Group::Events& events);
   void LoseGroup(const std::string& cause, bool planned);

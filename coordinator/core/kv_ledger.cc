@@ -1,5 +1,6 @@
 #include "coordinator/core/kv_ledger.h"
 
+#include <algorithm>
 #include <numeric>
 #include <utility>
 
@@ -70,6 +71,13 @@ StatusOr<std::shared_ptr<KvReservation>> KvLedger::Reserve(int64_t first_pos, in
 
 int64_t KvLedger::capacity_bytes() const { return Sum(book_->capacity); }
 int64_t KvLedger::used_bytes() const { return Sum(book_->used); }
+int64_t KvLedger::least_free_bytes() const {
+  int64_t least = INT64_MAX;
+  for (size_t rank = 0; rank < book_->capacity.size(); ++rank) {
+    least = std::min(least, book_->capacity[rank] - book_->used[rank]);
+  }
+  return least;
+}
 int64_t KvLedger::bytes_per_token() const { return book_->bytes_per_token; }
 
 KvReservation::KvReservation(std::shared_ptr<KvLedger::Book> book, std::vector<int64_t> bytes)

@@ -31,6 +31,7 @@ class KvLedger {
 
   int64_t capacity_bytes() const;  // all ranks
   int64_t used_bytes() const;
+  int64_t least_free_bytes() const;  // on the rank that has least
   int64_t bytes_per_token() const;
 
  private:

@@ -10,15 +10,18 @@
 #include "coordinator/core/job.h"
 #include "coordinator/core/prefix.h"
 #include "coordinator/core/session.h"
+#include "coordinator/core/step_clock.h"
 
 namespace refocus {
 
 // What jobs share; lives as long as the coordinator.
 struct JobTools {
   ChunkClock chunks;
+  StepClock steps;
   int32_t ranks = 0;
   KvLedger* ledger = nullptr;
   std::function<std::vector<int64_t>()> rank_memory;  // resident bytes, per rank
+  std::function<double()> unix_now;
 };
 
 api::PhaseUsage UsageOf(const Job& job, int64_t tokens, double now, const JobTools& tools);

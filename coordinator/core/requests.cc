@@ -1,15 +1,14 @@
-// What Coordinator does for each RPC: admission, then a job or an answer.
+// What Coordinator does for each RPC: admission, then a job or an answer. Adapters' are in adapter_requests.cc.
 #include <algorithm>
-#include <cstdio>
 #include <utility>
 
 #include "base/check.h"
 #include "base/limits.h"
-#include "base/memory_plan.h"
 #include "base/shard_plan.h"
 #include "coordinator/core/coordinator.h"
 #include "coordinator/core/digest.h"
 #include "coordinator/core/prefix.h"
+#include "coordinator/core/refusals.h"
 #include "coordinator/core/validate.h"
 
 namespace refocus {
@@ -18,28 +17,6 @@ namespace {
 constexpr int32_t kDefaultPage = 50;
 constexpr int32_t kMaxPage = 1000;
 constexpr size_t kMaxPageBytes = 512 << 10;  // an answer must fit what clients receive by default
-
-std::string RandomName(uint64_t random) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%016llx", static_cast<unsigned long long>(random));
-  return text;
-}
-
-Status NotReady(const Session& session) {
-  return Error(StatusCode::kFailedPrecondition, "CONTEXT_NOT_READY",
-               session.name() + ": got state " + api::Context::State_Name(session.state()) +
-                   ", allowed READY; call PrefillContext first",
-               {{"name", session.name()}, {"state", api::Context::State_Name(session.state())}});
-}
-
-Status AdapterNotFound(const Session& session, const std::string& id) {
-  return Error(StatusCode::kNotFound, "ADAPTER_NOT_FOUND", session.name() + " has no adapter \"" + id + "\"",
-               {{"name", session.name()}, {"adapter_id", id}});
-}
-
-Status Busy(StatusCode code, const std::string& name, const std::string& what) {
-  return Error(code, "CONTEXT_BUSY", name + ": " + what, {{"name", name}});
-}
 
 std::string CreateKey(const api::CreateContextRequest::Header& header) { return "create/" + header.request_id(); }
 
@@ -163,23 +140,6 @@ StatusOr<std::shared_ptr<Session>> Coordinator::DeleteContext(const api::DeleteC
   return session;
 }
 
-Status Coordinator::DeleteAdapter(const api::DeleteAdapterRequest& request) {
-  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
-  REFOCUS_RETURN_IF_ERROR(CheckAdapterId(request.adapter_id()));
-  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
-  Session::Adapter* adapter = session->FindAdapter(request.adapter_id());
-  if (adapter == nullptr) return AdapterNotFound(*session, request.adapter_id());
-  if (session->adapting() || adapter->users > 0) {
-    return Busy(StatusCode::kFailedPrecondition, request.name(), "the adapter is in use; wait");
-  }
-  wire::Command command;
-  command.mutable_drop_adapter()->set_adapter(adapter->uid);
-  session->EraseAdapter(request.adapter_id());
-  SendFirst(std::move(command));
-  Settle();
-  return absl::OkStatus();
-}
-
 // ---- Work.
 
 StatusOr<Coordinator::PrefillStart> Coordinator::Prefill(const api::PrefillContextRequest& request) {
@@ -215,87 +175,6 @@ api::PrefillEvent Coordinator::PrefillResult(const Session& session) const {
   api::PrefillEvent event = session.last_prefill();
   *event.mutable_context() = session.ToProto(now(), environment_.unix_now());
   return event;
-}
-
-// What a repeated request id may answer with: the adapter is the one that the first call made.
-bool Coordinator::StillThere(const AdaptOutcome& outcome, Session& session) const {
-  const Session::Adapter* adapter = session.FindAdapter(outcome.last.adapter().id());
-  return adapter != nullptr && adapter->info.uid() == outcome.last.adapter().uid();
-}
-
-StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& request, Session& session) {
-  // A request id without a seed gets the same one again: a repeated call repeats the work.
-  uint64_t seed = environment_.random();
-  if (!request.request_id().empty())
-    seed = std::stoull(Digest("seed/" + request.request_id()).substr(0, 16), nullptr, 16);
-  REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, session.token_count(), seed));
-  const Session::Adapter* adapter = session.FindAdapter(plan.adapter_id);
-  if (adapter == nullptr && plan.from_committed) return AdapterNotFound(session, plan.adapter_id);
-  if (adapter == nullptr && session.adapter_count() >= kMaxAdaptersPerContext) {
-    const std::string limit = std::to_string(kMaxAdaptersPerContext);
-    return Error(StatusCode::kResourceExhausted, "TOO_MANY_ADAPTERS",
-                 session.name() + ": got one adapter more than " + limit + "; delete one", {{"limit", limit}});
-  }
-  plan.adapter_uid = adapter != nullptr ? adapter->uid : NextId();
-  plan.public_uid = adapter != nullptr ? adapter->info.uid() : RandomName(environment_.random());
-  plan.kept_revision = adapter != nullptr ? adapter->info.revision() : 0;
-  plan.earlier_steps = plan.from_committed ? adapter->info.steps() : 0;
-  return plan;
-}
-
-StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequest& request) {
-  REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
-  REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
-  REFOCUS_RETURN_IF_ERROR(CheckOnDisconnect(request.on_disconnect()));
-  REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
-  const std::string key = "adapt/" + request.request_id();
-  api::AdaptContextRequest body = request;
-  body.clear_request_id();
-  body.clear_on_disconnect();
-  const std::string body_hash = MessageDigest(body);
-  if (!request.request_id().empty() && !request.validate_only()) {
-    REFOCUS_ASSIGN_OR_RETURN(const RequestOutcome* outcome, requests_.Find(key, body_hash));
-    if (outcome != nullptr && std::holds_alternative<AdaptOutcome>(*outcome)) {
-      const auto& done = std::get<AdaptOutcome>(*outcome);
-      if (StillThere(done, *session)) return AdaptStart{nullptr, {done.effective, done.last}};
-    } else if (outcome != nullptr) {
-      AdaptStart start{std::get<std::shared_ptr<AdaptJob>>(*outcome), {}};
-      if (start.job->stopping()) {
-        return Busy(StatusCode::kAborted, request.name(), "the adaptation of this request_id is stopping; retry");
-      }
-      ++start.job->watchers;
-      start.job->keep |= request.on_disconnect() != api::CANCEL;
-      return start;
-    }
-  }
-  REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdaptJob(request, *session));
-  if (!session->has_cache()) {
-    REFOCUS_RETURN_IF_ERROR(CheckServing());
-    return NotReady(*session);
-  }
-  if (session->adapting())
-    return Busy(StatusCode::kAborted, request.name(), "another adaptation runs; wait for its end");
-  const int64_t work = AdaptationBytes(options_.model, group_.device());
-  const int64_t delta = AdapterBytes(options_.model, group_.device());
-  REFOCUS_RETURN_IF_ERROR(ledger_.CheckEach(work + delta));
-  if (request.validate_only()) {
-    AdaptStart start;
-    *start.events.emplace_back().mutable_effective() = plan.effective;
-    return start;
-  }
-  REFOCUS_RETURN_IF_ERROR(CheckQueue());
-  plan.work_memory = ledger_.TakeEach(work);
-  plan.delta_memory = ledger_.TakeEach(delta);
-  session->StartAdapt();
-  auto job = std::make_shared<AdaptJob>(NextId(), now(), session, std::move(plan), &tools_);
-  ++job->watchers;
-  job->keep = request.on_disconnect() != api::CANCEL;
-  if (!request.request_id().empty()) {
-    requests_.Put(key, body_hash, job);
-    adapt_keys_[job.get()] = {key, body_hash};
-  }
-  Track(job, session);
-  return AdaptStart{job, {}};
 }
 
 // Refused for now, or for good: what running answers hold comes back soon.

@@ -6,15 +6,12 @@
 #include "base/check.h"
 
 namespace refocus {
-namespace {
 
 void SetTimestamp(double unix_seconds, google::protobuf::Timestamp* out) {
   const double whole = std::floor(unix_seconds);
   out->set_seconds(static_cast<int64_t>(whole));
   out->set_nanos(static_cast<int32_t>((unix_seconds - whole) * 1e9));
 }
-
-}  // namespace
 
 Session::Session(Setup setup, double now, double unix_now)
     : setup_(std::move(setup)), created_unix_(unix_now), last_used_(now) {
@@ -63,7 +60,8 @@ void Session::StartAdapt() {
 }
 
 void Session::FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter>& committed,
-                          std::shared_ptr<KvReservation> memory) {
+                          std::shared_ptr<KvReservation> memory,
+                          std::optional<api::AdaptEvent::Effective> training) {
   REFOCUS_CHECK_EQ(state_, api::Context::ADAPTING);
   state_ = api::Context::READY;
   committing_.clear();
@@ -73,6 +71,7 @@ void Session::FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter
   adapter.uid = adapter_uid;
   adapter.info = *committed;
   adapter.memory = std::move(memory);
+  adapter.training = std::move(training);
 }
 
 Session::Adapter* Session::FindAdapter(const std::string& id) {

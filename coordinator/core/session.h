@@ -27,6 +27,8 @@ struct ContextExtent {
   std::shared_ptr<KvReservation> memory;
 };
 
+void SetTimestamp(double unix_seconds, google::protobuf::Timestamp* out);
+
 using TokenIds = std::shared_ptr<const std::vector<int32_t>>;
 
 class Session {
@@ -36,7 +38,8 @@ class Session {
     uint64_t uid = 0;  // on the ranks
     api::Adapter info;
     std::shared_ptr<KvReservation> memory;  // of the committed delta
-    int users = 0;                          // answers being made with it
+    int users = 0;                          // answers being made with it, exports
+    std::optional<api::AdaptEvent::Effective> training;  // settings behind this revision, where known
   };
   struct Setup {
     std::string name;  // "contexts/{id}"
@@ -73,11 +76,11 @@ class Session {
   // K/V and adapters are gone or going; the tokens stay. `why`: one sentence.
   void DropCache(const std::string& why);
 
-  // Adaptation: one at a time. `committed` is the adapter's new revision; none: it stays at the old one, and `memory`,
-  // which is the new delta's, is given back.
+  // Adaptation or import: one at a time. `committed` is the adapter's new revision; none: it stays at the old one, and
+  // `memory`, which is the new delta's, is given back.
   void StartAdapt();
   void FinishAdapt(uint64_t adapter_uid, const std::optional<api::Adapter>& committed,
-                   std::shared_ptr<KvReservation> memory);
+                   std::shared_ptr<KvReservation> memory, std::optional<api::AdaptEvent::Effective> training);
   // While a commit of that adapter is on its way nobody can say which revision the next command will find.
   void StartCommit(const std::string& adapter_id) { committing_ = adapter_id; }
   void EndCommit() { committing_.clear(); }

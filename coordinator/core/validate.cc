@@ -168,16 +168,84 @@ Status CheckEffective(const api::AdaptEvent::Effective& e) {
   REFOCUS_RETURN_IF_ERROR(CheckReal("beta1", e.beta1(), 0, 0.9999999));  // still below 1 as a float
   REFOCUS_RETURN_IF_ERROR(CheckReal("beta2", e.beta2(), 0, 0.9999999));
   REFOCUS_RETURN_IF_ERROR(CheckReal("epsilon", e.epsilon(), 1e-20, 1));
+  REFOCUS_RETURN_IF_ERROR(CheckReal("momentum", e.momentum(), 0, 0.9999999));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("warmup_steps", e.warmup_steps(), 0, e.steps() - 1));
+  REFOCUS_RETURN_IF_ERROR(CheckRealOrZero("max_seconds", e.max_seconds(), 1e-3, 1e6));
   return CheckReal("max_probe_rise", e.max_probe_rise(), 0, 1e6);
+}
+
+Status CheckEnum(const char* field, int value, bool known, const char* allowed) {
+  if (known) return absl::OkStatus();
+  return FieldError(field, std::to_string(value), allowed);
+}
+
+// Full or LoRA: as asked for, as the delta that it starts from, or by the model's size.
+Status PlanKind(const api::AdaptContextRequest& r, const ModelConfig& model, const api::Adapter* start,
+                api::AdaptEvent::Effective* e) {
+  REFOCUS_RETURN_IF_ERROR(CheckEnum("kind", r.kind(), api::AdapterKind_IsValid(r.kind()), "FULL or LORA"));
+  const bool large = model.parameters() > kLoraByDefaultParameters;
+  const api::AdapterKind kind = r.kind() != api::ADAPTER_KIND_UNSPECIFIED ? r.kind()
+                                : start != nullptr                        ? start->kind()
+                                : large || r.has_lora_rank() || r.has_lora_alpha() ? api::LORA
+                                                                                   : api::FULL;
+  e->set_kind(kind);
+  if (kind == api::LORA) {
+    const bool kept = start != nullptr && start->kind() == api::LORA;
+    e->set_lora_rank(r.has_lora_rank() ? r.lora_rank()
+                     : kept            ? start->lora_rank()
+                                       : std::min<int64_t>(16, model.hidden));
+    REFOCUS_RETURN_IF_ERROR(CheckInt("lora_rank", e->lora_rank(), 1, std::min(kMaxLoraRank, model.hidden)));
+    e->set_lora_alpha(r.has_lora_alpha() ? r.lora_alpha()
+                      : kept             ? start->lora_alpha()
+                                         : 2 * static_cast<double>(e->lora_rank()));
+    REFOCUS_RETURN_IF_ERROR(CheckReal("lora_alpha", e->lora_alpha(), 1e-3, 1e6));
+  } else if (r.has_lora_rank() || r.has_lora_alpha()) {
+    return FieldError(r.has_lora_rank() ? "lora_rank" : "lora_alpha", "a value", "none with kind FULL");
+  }
+  if (start == nullptr) return absl::OkStatus();
+  if (kind != start->kind() || e->lora_rank() != start->lora_rank() || e->lora_alpha() != start->lora_alpha()) {
+    const auto text = [](api::AdapterKind kind_of, int64_t rank, double alpha) {
+      if (kind_of == api::FULL) return std::string("FULL");
+      return "LORA of rank " + std::to_string(rank) + ", alpha " + Number(alpha);
+    };
+    return FieldError("kind, lora_rank, lora_alpha", text(kind, e->lora_rank(), e->lora_alpha()),
+                      text(start->kind(), start->lora_rank(), start->lora_alpha()) +
+                          ", which adapter \"" + start->id() + "\" is");
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
 
-StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, int64_t token_count, uint64_t seed) {
+std::string AdapterIdOf(const api::AdaptContextRequest& request) {
+  return request.adapter_id().empty() ? "default" : request.adapter_id();
+}
+
+StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConfig& model, const api::Adapter* start,
+                              int64_t token_count, uint64_t seed) {
   AdaptPlan plan;
-  plan.adapter_id = r.adapter_id().empty() ? "default" : r.adapter_id();
-  REFOCUS_RETURN_IF_ERROR(CheckAdapterId(plan.adapter_id));
+  REFOCUS_RETURN_IF_ERROR(CheckAdapterId(AdapterIdOf(r)));
   auto& e = plan.effective;
+  if (!r.base_adapter().empty()) {
+    REFOCUS_RETURN_IF_ERROR(CheckAdapterId(r.base_adapter()));
+    if (r.continue_adapter() || r.base_adapter() == AdapterIdOf(r)) {
+      return FieldError("base_adapter", Shown(r.base_adapter()),
+                        "another adapter than adapter_id, without continue_adapter");
+    }
+    e.set_base_adapter(r.base_adapter());
+  }
+  REFOCUS_RETURN_IF_ERROR(PlanKind(r, model, start, &e));
+  REFOCUS_RETURN_IF_ERROR(
+      CheckEnum("optimizer", r.optimizer(), api::Optimizer_IsValid(r.optimizer()), "ADAMW or SGD"));
+  REFOCUS_RETURN_IF_ERROR(
+      CheckEnum("schedule", r.schedule(), api::Schedule_IsValid(r.schedule()), "CONSTANT, LINEAR or COSINE"));
+  e.set_optimizer(r.optimizer() == api::OPTIMIZER_UNSPECIFIED ? api::ADAMW : r.optimizer());
+  e.set_schedule(r.schedule() == api::SCHEDULE_UNSPECIFIED ? api::CONSTANT : r.schedule());
+  if (r.has_momentum() && e.optimizer() != api::SGD)
+    return FieldError("momentum", Number(r.momentum()), "none with ADAMW");
+  e.set_momentum(r.momentum());
+  e.set_warmup_steps(r.warmup_steps());
+  e.set_max_seconds(r.max_seconds());
   e.set_steps(r.has_steps() ? r.steps() : 32);
   e.set_span_tokens(r.has_span_tokens() ? r.span_tokens() : 128);
   e.set_spans_per_step(r.has_spans_per_step() ? r.spans_per_step() : 1);
@@ -210,7 +278,6 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, int64_t token_c
     });
   });
   e.set_probe_spans(static_cast<int64_t>(plan.probes.size()));
-  plan.from_committed = r.continue_adapter();
   return plan;
 }
 

@@ -36,8 +36,13 @@ StatusOr<std::vector<int32_t>> PromptIds(const char* field, const api::Prompt& p
 // INVALID_ARGUMENT CONTEXT_TOO_LONG when context + prompt + answer exceed the model's window.
 Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t window);
 
+// The request's, or the default one.
+std::string AdapterIdOf(const api::AdaptContextRequest& request);
+
 // `token_count` of the context. Fills effective, probes, explicit_spans; `seed` is used when the request has none.
-StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, int64_t token_count, uint64_t seed);
+// `start`: the adapter whose delta the request wants to start from, as far as there is one; else null.
+StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, const ModelConfig& model,
+                              const api::Adapter* start, int64_t token_count, uint64_t seed);
 
 // Everything but the sequence.
 StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& request, const ModelConfig& model,

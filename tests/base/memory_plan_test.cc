@@ -58,6 +58,13 @@ TEST(MemoryPlanTest, PublishedModels) {
   EXPECT_EQ(KvBytesPerToken(qwen, DeviceKind::kCuda), 147'456);
   EXPECT_EQ(AdapterBytes(qwen, DeviceKind::kCuda), 6 * int64_t{377'487'360});
   EXPECT_EQ(AdaptationBytes(qwen, DeviceKind::kCuda), 18 * int64_t{377'487'360});
+  // A LoRA of rank 16: 36 layers of 16 x (2560 + 4096) numbers; SGD keeps no moments, with momentum one.
+  const int64_t numbers = 36 * 16 * (2560 + 4096);
+  EXPECT_EQ(DeltaNumbers(qwen, 16), numbers);
+  EXPECT_EQ(AdapterBytes(qwen, DeviceKind::kCuda, 16), 6 * numbers);
+  EXPECT_EQ(AdaptationBytes(qwen, DeviceKind::kCuda, {16, 2}), 18 * numbers);
+  EXPECT_EQ(AdaptationBytes(qwen, DeviceKind::kCuda, {16, 1}), 14 * numbers);
+  EXPECT_EQ(AdaptationBytes(qwen, DeviceKind::kCpu, {16, 0}), 8 * numbers);
   const MemoryPlan million = Planned(qwen, Gpus(2, 150 * kGb, int64_t{1} << 20));
   EXPECT_EQ(million.kv_all_ranks, int64_t{154'618'822'656});
   EXPECT_EQ(million.kv, int64_t{77'309'411'328});

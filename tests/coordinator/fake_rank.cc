@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "base/limits.h"
+#include "base/memory_plan.h"
 
 namespace refocus {
 namespace {
@@ -84,6 +85,13 @@ ModelConfig FakeModel(int64_t max_positions) {
   model.max_positions = max_positions;
   model.eos_tokens = {kFakeEos};
   return model;
+}
+
+std::string FakeNumbers(size_t bytes, int64_t steps) {
+  std::string numbers(bytes, '\0');
+  for (size_t i = 0; i < bytes; ++i)
+    numbers[i] = static_cast<char>(i % 4 == 3 ? 0x3f : (i + static_cast<size_t>(steps)) & 0x7f);
+  return numbers;
 }
 
 std::unique_ptr<Tokenizer> FakeTokenizer(bool adds_bos) { return std::make_unique<ByteTokenizer>(adds_bos); }
@@ -224,9 +232,28 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
     Adapter& adapter = adapters[begin.adapter()];
     if (adapter.work) return OutOfPlace("adaptation under way", result);
     adapter.context = begin.context();
-    adapter.work = begin.from_committed() ? adapter.steps : 0;
+    const auto from = adapters.find(begin.from_adapter());
+    if (begin.from_adapter() != 0 && (from == adapters.end() || from->second.revision < 1 ||
+                                      from->second.lora_rank != begin.lora_rank())) {
+      return OutOfPlace("from_adapter", result);
+    }
+    adapter.work = begin.from_adapter() != 0 ? from->second.steps : 0;
+    adapter.work_rank = begin.lora_rank();
+    adapter.incoming.reset();
     return;
   }
+  if (command.has_begin_import()) {
+    const auto& begin = command.begin_import();
+    if (contexts.count(begin.context()) == 0) return OutOfPlace("no such context", result);
+    Adapter& adapter = adapters[begin.adapter()];
+    if (adapter.work) return OutOfPlace("adaptation under way", result);
+    adapter.context = begin.context();
+    adapter.work = 0;
+    adapter.work_rank = begin.lora_rank();
+    adapter.incoming = std::string();
+    return;
+  }
+  if (command.has_write_delta() || command.has_read_delta()) return DoDelta(command, result);
   const uint64_t uid = command.has_adapt_step()   ? command.adapt_step().adapter()
                        : command.has_probe_loss() ? command.probe_loss().adapter()
                        : command.has_end_adapt()  ? command.end_adapt().adapter()
@@ -253,12 +280,43 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
   } else {
     const auto& end = command.end_adapt();
     if (end.commit() && end.revision() != adapter.revision + 1) return OutOfPlace("revision", result);
+    const auto bytes = static_cast<size_t>(4 * DeltaNumbers(FakeModel(1), adapter.work_rank));
+    if (end.commit() && adapter.incoming && adapter.incoming->size() != bytes) return OutOfPlace("numbers", result);
     if (end.commit()) {
       adapter.revision = end.revision();
       adapter.steps = *adapter.work;
+      adapter.lora_rank = adapter.work_rank;
+      adapter.numbers = adapter.incoming ? *adapter.incoming : FakeNumbers(bytes, adapter.steps);
     }
     adapter.work.reset();
+    adapter.incoming.reset();
     if (adapter.revision == 0) adapters.erase(found);
+  }
+}
+
+void FakeRank::DoDelta(const wire::Command& command, wire::Result* result) {
+  const auto found = adapters.find(command.has_write_delta() ? command.write_delta().adapter()
+                                                             : command.read_delta().adapter());
+  if (found == adapters.end()) return OutOfPlace("no such adapter", result);
+  Adapter& adapter = found->second;
+  if (command.has_write_delta()) {
+    const auto& write = command.write_delta();
+    if (!adapter.incoming || 4 * write.offset() != static_cast<int64_t>(adapter.incoming->size())) {
+      return OutOfPlace("numbers", result);
+    }
+    *adapter.incoming += write.data();
+    return;
+  }
+  const auto& read = command.read_delta();
+  if (adapter.revision != read.revision()) {
+    return Fail(StatusCode::kAborted, "ADAPTER_CHANGED", "another revision", result);
+  }
+  if (4 * (read.offset() + read.count()) > static_cast<int64_t>(adapter.numbers.size())) {
+    return OutOfPlace("numbers", result);
+  }
+  if (rank_ == 0) {
+    result->set_data(
+        adapter.numbers.substr(static_cast<size_t>(4 * read.offset()), static_cast<size_t>(4 * read.count())));
   }
 }
 

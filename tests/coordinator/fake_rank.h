@@ -34,6 +34,8 @@ inline constexpr int64_t kFakeKvBytesPerToken = 64;
 float FakeMass(int32_t layer, int64_t position, int64_t begin, int64_t end, int32_t head, int64_t revision);
 
 ModelConfig FakeModel(int64_t max_positions);
+// What an adapter's numbers are after so many steps: finite floats.
+std::string FakeNumbers(size_t bytes, int64_t steps);
 // One token a byte; "<|im_start|>" with allow_special. Byte 0xff is refused, 0xfe throws bad_alloc, 0xfd runtime_error.
 // Puts a begin token first when `adds_bos`.
 std::unique_ptr<Tokenizer> FakeTokenizer(bool adds_bos = false);
@@ -90,7 +92,11 @@ class FakeRank {
     uint64_t context = 0;
     int64_t revision = 0;
     int64_t steps = 0;
+    int64_t lora_rank = 0;
+    std::string numbers;  // committed
     std::optional<int64_t> work;  // steps under adaptation
+    int64_t work_rank = 0;
+    std::optional<std::string> incoming;  // numbers of an import
   };
   struct Sequence {
     uint64_t context = 0;
@@ -131,6 +137,7 @@ class FakeRank {
  private:
   void Do(const wire::Command& command, std::vector<wire::Result>* out);
   void DoSequence(const wire::Command& command, std::vector<wire::Result>* out);
+  void DoDelta(const wire::Command& command, wire::Result* result);
   void DoAdapt(const wire::Command& command, wire::Result* result);
   void Extend(const wire::ExtendSequence& extend, wire::Result* result);
   void Probe(const wire::ProbeAttention& probe, std::vector<wire::Result>* out);

@@ -234,18 +234,18 @@ TEST(PlanTest, RowsOfAStepAreBounded) {
   api::AdaptContextRequest request;
   request.set_spans_per_step(9);
   request.set_span_tokens(8192);
-  const Status status = PlanAdapt(request, 100'000, 1).status();
+  const Status status = PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).status();
   EXPECT_EQ(ReasonOf(status), "FIELD_OUT_OF_RANGE");
   EXPECT_NE(std::string(status.message()).find("73728"), std::string::npos) << status;
-  EXPECT_TRUE(PlanAdapt(request, 1000, 1).ok());  // spans shrink to the context
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 1000, 1).ok());  // spans shrink to the context
   auto* span = request.mutable_explicit_spans()->add_spans();
   span->set_length(8192);
-  EXPECT_FALSE(PlanAdapt(request, 100'000, 1).ok());
+  EXPECT_FALSE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
   span->set_length(7000);
-  EXPECT_TRUE(PlanAdapt(request, 100'000, 1).ok());
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
   request.set_spans_per_step(8);
   span->set_length(8192);
-  EXPECT_TRUE(PlanAdapt(request, 100'000, 1).ok());
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
 }
 
 TEST(UploadTest, BeginToken) {

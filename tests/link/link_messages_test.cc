@@ -52,8 +52,12 @@ void FillBegin(pb::Command& c) {
   pb::BeginAdapt& begin = *c.mutable_begin_adapt();
   begin.set_context(3);
   begin.set_adapter(4);
-  begin.set_from_committed(true);
-  begin.set_learning_rate(0.5f);
+  begin.set_from_adapter(4);
+  begin.set_momentum(0.5f);
+  begin.set_sgd(true);
+  begin.set_lora_rank(8);
+  begin.set_lora_alpha(16.0f);
+  begin.set_seed(77);
   begin.set_weight_decay(0.25f);
   begin.set_clip_norm(2.0f);
   begin.set_beta1(0.75f);
@@ -69,6 +73,23 @@ void FillStep(pb::Command& c) {
     span.set_start(start);
     for (const uint32_t id : {1, 2, 3}) span.add_ids(id);
   }
+}
+void FillImport(pb::Command& c) {
+  c.mutable_begin_import()->set_context(3);
+  c.mutable_begin_import()->set_adapter(4);
+  c.mutable_begin_import()->set_lora_rank(2);
+  c.mutable_begin_import()->set_lora_alpha(4.0f);
+}
+void FillWrite(pb::Command& c) {
+  c.mutable_write_delta()->set_adapter(4);
+  c.mutable_write_delta()->set_offset(12);
+  c.mutable_write_delta()->set_data("12345678");
+}
+void FillRead(pb::Command& c) {
+  c.mutable_read_delta()->set_adapter(4);
+  c.mutable_read_delta()->set_revision(2);
+  c.mutable_read_delta()->set_offset(12);
+  c.mutable_read_delta()->set_count(100);
 }
 void FillOpenSequence(pb::Command& c) {
   pb::OpenSequence& open = *c.mutable_open_sequence();
@@ -148,13 +169,30 @@ TEST(LinkMessagesTest, AdaptCommands) {
   const auto begin = Good<BeginAdapt>(FillBegin);
   EXPECT_EQ(begin.context, 3U);
   EXPECT_EQ(begin.adapter, 4U);
-  EXPECT_TRUE(begin.from_committed);
-  EXPECT_EQ(begin.optimizer.learning_rate, 0.5f);
+  EXPECT_EQ(begin.from_adapter, 4U);
+  EXPECT_EQ(begin.optimizer.momentum, 0.5f);
+  EXPECT_TRUE(begin.optimizer.sgd);
+  EXPECT_EQ(begin.delta.lora_rank, 8);
+  EXPECT_EQ(begin.delta.lora_alpha, 16.0f);
+  EXPECT_EQ(begin.seed, 77U);
   EXPECT_EQ(begin.optimizer.weight_decay, 0.25f);
   EXPECT_EQ(begin.optimizer.clip_norm, 2.0f);
   EXPECT_EQ(begin.optimizer.beta1, 0.75f);
   EXPECT_EQ(begin.optimizer.beta2, 0.875f);
   EXPECT_EQ(begin.optimizer.epsilon, 1e-6f);
+  const auto import = Good<BeginImport>(FillImport);
+  EXPECT_EQ(import.context, 3U);
+  EXPECT_EQ(import.adapter, 4U);
+  EXPECT_EQ(import.delta, (DeltaConfig{2, 4.0f}));
+  const auto write = Good<WriteDelta>(FillWrite);
+  EXPECT_EQ(write.adapter, 4U);
+  EXPECT_EQ(write.offset, 12);
+  EXPECT_EQ(write.data, "12345678");
+  const auto read = Good<ReadDelta>(FillRead);
+  EXPECT_EQ(read.adapter, 4U);
+  EXPECT_EQ(read.revision, 2);
+  EXPECT_EQ(read.offset, 12);
+  EXPECT_EQ(read.count, 100);
   const auto step = Good<AdaptStep>(FillStep);
   EXPECT_EQ(step.adapter, 4U);
   EXPECT_EQ(step.step, 1);
@@ -229,9 +267,24 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
        [](pb::Command& c) { c.mutable_prefill_chunk()->mutable_ids()->Resize(kMaxChunkRows + 1, 1); }},
       {"ids[2]", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->set_ids(2, kVocab); }},
       {"ids[0]", FillPrefill, [](pb::Command& c) { c.mutable_prefill_chunk()->set_ids(0, 0xffff'ffff); }},
-      {"learning_rate", FillBegin, begin([nan](auto& b) { b.set_learning_rate(nan); })},
-      {"learning_rate", FillBegin, begin([](auto& b) { b.set_learning_rate(-1.0f); })},
-      {"learning_rate", FillBegin, begin([](auto& b) { b.set_learning_rate(1e38f); })},
+      {"learning_rate", FillStep, [nan](pb::Command& c) { c.mutable_adapt_step()->set_learning_rate(nan); }},
+      {"learning_rate", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->set_learning_rate(-1.0f); }},
+      {"learning_rate", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->set_learning_rate(1e38f); }},
+      {"momentum", FillBegin, begin([](auto& b) { b.set_momentum(1.0f); })},
+      {"lora_rank", FillBegin, begin([](auto& b) { b.set_lora_rank(-1); })},
+      {"lora_rank", FillBegin, begin([](auto& b) { b.set_lora_rank(kMaxLoraRank + 1); })},
+      {"lora_alpha", FillBegin, begin([](auto& b) { b.set_lora_alpha(0.0f); })},
+      {"lora_alpha", FillBegin, begin([nan](auto& b) { b.set_lora_alpha(nan); })},
+      {"context", FillImport, [](pb::Command& c) { c.mutable_begin_import()->set_context(0); }},
+      {"lora_rank", FillImport, [](pb::Command& c) { c.mutable_begin_import()->set_lora_rank(INT64_MAX); }},
+      {"offset", FillWrite, [](pb::Command& c) { c.mutable_write_delta()->set_offset(-1); }},
+      {"data (bytes)", FillWrite, [](pb::Command& c) { c.mutable_write_delta()->clear_data(); }},
+      {"data (bytes)", FillWrite,
+       [](pb::Command& c) { c.mutable_write_delta()->set_data(std::string(4 * kDeltaPieceNumbers + 4, '\0')); }},
+      {"data (bytes beyond whole numbers)", FillWrite, [](pb::Command& c) { c.mutable_write_delta()->set_data("12345"); }},
+      {"revision", FillRead, [](pb::Command& c) { c.mutable_read_delta()->set_revision(0); }},
+      {"count", FillRead, [](pb::Command& c) { c.mutable_read_delta()->set_count(kDeltaPieceNumbers + 1); }},
+      {"offset", FillRead, [](pb::Command& c) { c.mutable_read_delta()->set_offset(INT64_MAX); }},
       {"weight_decay", FillBegin, begin([inf](auto& b) { b.set_weight_decay(inf); })},
       {"clip_norm", FillBegin, begin([](auto& b) { b.set_clip_norm(0.0f); })},
       {"beta1", FillBegin, begin([](auto& b) { b.set_beta1(1.0f); })},

@@ -266,7 +266,6 @@ void Adapt(Group& group, Served* served) {
     pb::BeginAdapt* begin = c.mutable_begin_adapt();
     begin->set_context(1);
     begin->set_adapter(9);
-    begin->set_learning_rate(0.01F);
     begin->set_clip_norm(1.0F);
     begin->set_beta1(0.9F);
     begin->set_beta2(0.999F);
@@ -277,6 +276,7 @@ void Adapt(Group& group, Served* served) {
     group.Send([&](pb::Command& c) {
       c.mutable_adapt_step()->set_adapter(9);
       c.mutable_adapt_step()->set_step(step);
+      c.mutable_adapt_step()->set_learning_rate(0.01F);
       add_span(c.mutable_adapt_step(), 500, 37);
       add_span(c.mutable_adapt_step(), 100, 300);
     });

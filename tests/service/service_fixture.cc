@@ -228,7 +228,8 @@ void ServiceTest::ExpectUnharmed() {
       if (!session->has_cache()) continue;
       ++cached;
       bytes += session->token_count() * kFakeKvBytesPerToken;
-      bytes += session->adapter_count() * core.group().size() * AdapterBytes(core.model(), core.group().device());
+      const api::Context shown = session->ToProto(0, 0);
+      for (const api::Adapter& a : shown.adapters()) bytes += core.group().size() * a.memory_bytes();
     }
     EXPECT_EQ(core.kv_used_bytes(), bytes);
   });

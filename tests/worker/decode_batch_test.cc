@@ -65,12 +65,10 @@ class DecodeBatchTest : public ::testing::TestWithParam<int> {
     group_.Prefill(context, ids);
   }
   void Adapt(uint64_t context, uint64_t adapter, float rate, int64_t start) {
-    AdamWConfig config;
-    config.learning_rate = rate;
     BeginAdapt begin{context, adapter};
-    begin.optimizer = config;
+    if (adapter == kAdapter + 10) begin.delta = {.lora_rank = 4, .lora_alpha = 32.0f};  // full deltas and one LoRA
     group_.Do(begin);
-    group_.Do(AdaptStep{adapter, 1, {Span{start, Ids(start, 20)}}});
+    group_.Do(AdaptStep{adapter, 1, {Span{start, Ids(start, 20)}}, rate});
     group_.Do(EndAdapt{adapter, true, 1});
   }
 

@@ -91,7 +91,7 @@ TEST_P(FamiliesTest, Logits) {
 
 TEST_P(FamiliesTest, LossGradientAndAnswer) {
   group_->Prefill(kContext, context_);
-  group_->Do(BeginAdapt{kContext, kAdapter, false, AdamWConfig{}});
+  group_->Do(BeginAdapt{kContext, kAdapter});
   const int64_t start = golden_.at("span").at(0), rows = golden_.at("span").at(1);
   const Span span{start, {context_.begin() + start, context_.begin() + start + rows + 1}};
   const Result step = group_->Do(AdaptStep{kAdapter, 1, {span}}).result();

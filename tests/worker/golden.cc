@@ -66,10 +66,9 @@ std::vector<Span> Golden::spans(const nlohmann::json& pairs) const {
   return spans;
 }
 
-AdamWConfig Golden::optimizer() const {
+OptimizerConfig Golden::optimizer() const {
   const nlohmann::json& o = json.at("adapt").at("optimizer");
-  AdamWConfig config;
-  config.learning_rate = o.at("lr");
+  OptimizerConfig config;
   config.weight_decay = o.at("weight_decay");
   config.clip_norm = o.at("clip_norm");
   return config;

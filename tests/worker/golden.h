@@ -24,7 +24,8 @@ struct Golden {
   at::Tensor layers(const std::string& prefix) const;
   // [[start, rows], ...] with the context's ids.
   std::vector<Span> spans(const nlohmann::json& pairs) const;
-  AdamWConfig optimizer() const;
+  OptimizerConfig optimizer() const;
+  float learning_rate() const { return json.at("adapt").at("optimizer").at("lr"); }
 };
 
 // Aborts the test program when a file is missing. "llama", "qwen3".

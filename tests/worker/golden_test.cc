@@ -142,10 +142,11 @@ TEST_P(GoldenTest, BaseAnswersAndScores) {
 TEST_P(GoldenTest, EightStepsThenAdaptedAnswers) {
   const json& adapt = golden_.json.at("adapt");
   group_.Prefill(kContext, golden_.context());
-  group_.Do(BeginAdapt{kContext, kAdapter, false, golden_.optimizer()});
+  group_.Do(BeginAdapt{kContext, kAdapter, 0, golden_.optimizer()});
   for (size_t step = 0; step < adapt.at("spans").size(); ++step) {
     const std::vector<Span> spans = golden_.spans(adapt.at("spans").at(step));
-    const Result result = group_.Do(AdaptStep{kAdapter, static_cast<int64_t>(step) + 1, spans}).result();
+    const Result result =
+        group_.Do(AdaptStep{kAdapter, static_cast<int64_t>(step) + 1, spans, golden_.learning_rate()}).result();
     EXPECT_NEAR(result.loss, adapt.at("losses").at(step).get<double>(), kLossBound) << "step " << step + 1;
     const double norm = adapt.at("grad_norms").at(step);
     EXPECT_NEAR(result.grad_norm, norm, 1e-4 * norm) << "step " << step + 1;

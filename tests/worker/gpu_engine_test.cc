@@ -1,7 +1,11 @@
 // Whole groups on GPUs, one thread and one GPU a rank, against the fp64 oracle: our error is at most twice that of plain
 // torch in bf16 on the same GPU. One GPU against two, two runs against each other. Needs a GPU.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/randn.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,11 +13,13 @@
 #include <cstdio>
 #include <map>
 
+#include "base/limits.h"
 #include "tests/worker/engine_harness.h"
 #include "tests/worker/golden.h"
 #include "tests/worker/softmax_oracle.h"
 #include "tests/worker/torch_oracle.h"
 #include "worker/device.h"
+#include "worker/query_delta.h"
 #include "worker/random_weights.h"
 
 namespace refocus {
@@ -166,9 +172,9 @@ TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
   CompareScores(*group, at::Tensor(), 0, 0);
 
   // Eight AdamW steps; the oracles take theirs from the same start with autograd.
-  AdamWConfig adamw;
-  adamw.learning_rate = 1e-3f;
-  group->Do(BeginAdapt{kContext, kAdapter, false, adamw});
+  constexpr float kRate = 1e-3f;
+  const OptimizerConfig adamw;
+  group->Do(BeginAdapt{kContext, kAdapter, 0, adamw});
   const std::vector<int64_t> shape = {config_.layers, config_.q_dim(), config_.hidden};
   struct Descent {
     TorchOracle* model;
@@ -185,7 +191,7 @@ TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
     std::vector<Span> spans = {SpanAt(ids_, 300 + 40 * step, 97)};
     if (step % 2 == 0) spans.push_back(SpanAt(ids_, 1000, 130));
     if (step == 8) spans.push_back(SpanAt(ids_, 10, 700));
-    const Result result = group->Do(AdaptStep{kAdapter, step, spans}).result();
+    const Result result = group->Do(AdaptStep{kAdapter, step, spans, kRate}).result();
     for (Descent& d : both) {
       const TorchOracle::Gradient g = d.model->SpanGradient(spans, d.delta);
       d.loss = g.loss;
@@ -194,8 +200,8 @@ TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
       d.m = 0.9 * d.m + 0.1 * grad;
       d.v = 0.999 * d.v + 0.001 * grad.square();
       const double t = static_cast<double>(step);
-      d.delta = d.delta * (1.0 - static_cast<double>(adamw.learning_rate) * adamw.weight_decay) -
-                static_cast<double>(adamw.learning_rate) * (d.m / (1.0 - std::pow(0.9, t))) /
+      d.delta = d.delta * (1.0 - static_cast<double>(kRate) * adamw.weight_decay) -
+                static_cast<double>(kRate) * (d.m / (1.0 - std::pow(0.9, t))) /
                     ((d.v / (1.0 - std::pow(0.999, t))).sqrt() + 1e-8);
     }
     ours = std::max(ours, std::abs(result.loss - both[0].loss));
@@ -209,6 +215,106 @@ TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
   group->Do(EndAdapt{kAdapter, true, 1});
   CompareScores(*group, both[0].delta, kAdapter, 1);
   CompareScores(*group, at::Tensor(), 0, 0);
+}
+
+// A LoRA that comes in as an import, trained on by both optimizers with a rate that changes every step, recorded steps
+// included. The oracles step A and B by the chain rule from the gradient G of the dense delta: dB = s G A^T, dA = s B^T
+// G.
+TEST_P(GpuEngineTest, LoraStepsUnderASchedule) {
+  MakeOracles();
+  const DeltaConfig lora{.lora_rank = 8, .lora_alpha = 16.0f};
+  const double s = 2.0;
+  const at::Tensor first =
+      at::randn(DeltaSizes(config_, lora), at::make_generator<at::CPUGeneratorImpl>(uint64_t{9}), at::kFloat)
+          .mul_(0.02);
+  const std::string bytes(static_cast<const char*>(first.const_data_ptr()), first.nbytes());
+  for (const bool sgd : {false, true}) {
+    const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
+    group->Prefill(kContext, ids_, 2560);
+    group->Do(BeginImport{kContext, kAdapter, lora});
+    for (size_t at = 0; at < bytes.size(); at += 4 * kDeltaPieceNumbers) {
+      group->Do(WriteDelta{kAdapter, static_cast<int64_t>(at / 4), bytes.substr(at, 4 * kDeltaPieceNumbers)});
+    }
+    group->Do(EndAdapt{kAdapter, true, 1});
+    std::string back;
+    for (int64_t at = 0; at < first.numel(); at += kDeltaPieceNumbers) {
+      back += group->Do(ReadDelta{kAdapter, 1, at, std::min(kDeltaPieceNumbers, first.numel() - at)}).result().data;
+    }
+    EXPECT_EQ(back, bytes) << "out as it came in";
+    BeginAdapt begin{kContext, kAdapter, kAdapter};
+    begin.delta = lora;
+    begin.optimizer.sgd = sgd;
+    begin.optimizer.momentum = sgd ? 0.9f : 0.0f;
+    group->Do(begin);
+    struct Descent {
+      TorchOracle* model;
+      at::Tensor p, m, v;  // numbers of the delta and moments, fp64
+      double loss = 0.0, norm = 0.0;
+    };
+    std::vector<Descent> both;
+    for (TorchOracle* model : {oracle_.get(), plain_.get()}) {
+      const at::Tensor p = first.to(at::kDouble);
+      both.push_back({model, p, at::zeros_like(p), at::zeros_like(p)});
+    }
+    const auto dense = [&](const at::Tensor& p) {
+      const QueryDelta view = DeltaOver(config_, lora, p);
+      return at::matmul(view.b, view.a) * s;
+    };
+    double ours = 0.0, theirs = 0.0;
+    for (int64_t step = 1; step <= 6; ++step) {
+      const double rate = (sgd ? 2e-2 : 1e-3) * (1.0 - static_cast<double>(step - 1) / 6);
+      const std::vector<Span> spans = {SpanAt(ids_, 300 + 40 * step, step == 6 ? 400 : 97)};
+      const Result result = group->Do(AdaptStep{kAdapter, step, spans, static_cast<float>(rate)}).result();
+      for (Descent& d : both) {
+        const TorchOracle::Gradient g = d.model->SpanGradient(spans, dense(d.p));
+        const QueryDelta view = DeltaOver(config_, lora, d.p);
+        at::Tensor grad = at::zeros_like(d.p);
+        DeltaOver(config_, lora, grad).a.copy_(at::matmul(view.b.transpose(1, 2), g.grad) * s);
+        DeltaOver(config_, lora, grad).b.copy_(at::matmul(g.grad, view.a.transpose(1, 2)) * s);
+        d.loss = g.loss;
+        d.norm = std::sqrt(grad.square().sum().item<double>());
+        grad = grad * std::min(1.0, 1.0 / (d.norm + 1e-6));
+        const double t = static_cast<double>(step);
+        if (sgd) {
+          d.m = 0.9 * d.m + grad + 0.01 * d.p;
+          d.p = d.p - rate * d.m;
+        } else {
+          d.m = 0.9 * d.m + 0.1 * grad;
+          d.v = 0.999 * d.v + 0.001 * grad.square();
+          d.p = d.p * (1.0 - rate * 0.01) - rate * (d.m / (1.0 - std::pow(0.9, t))) /
+                                                ((d.v / (1.0 - std::pow(0.999, t))).sqrt() + 1e-8);
+        }
+      }
+      ours = std::max(ours, std::abs(result.loss - both[0].loss));
+      theirs = std::max(theirs, std::abs(both[1].loss - both[0].loss));
+      EXPECT_NEAR(result.grad_norm, both[0].norm, 0.05 * both[0].norm) << "step " << step;
+    }
+    std::printf("%s, %d ranks, LoRA with %s: largest error of 6 losses %.2e, torch bf16 %.2e\n",
+                Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, sgd ? "SGD" : "AdamW", ours, theirs);
+    EXPECT_LE(ours, 2.0 * theirs + 1e-3);
+    group->Do(ProbeLoss{kAdapter, {SpanAt(ids_, 700, 64)}});  // ranks are compared here
+    group->Do(EndAdapt{kAdapter, true, 2});
+    CompareScores(*group, dense(both[0].p), kAdapter, 2);
+    CompareScores(*group, at::Tensor(), 0, 0);
+  }
+}
+
+// A LoRA on which nothing was learned is the base, to the bit.
+TEST_P(GpuEngineTest, UntrainedLoraIsTheBase) {
+  const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
+  group->Prefill(kContext, ids_);
+  BeginAdapt begin{kContext, kAdapter};
+  begin.delta = {.lora_rank = 5, .lora_alpha = 7.0f};
+  group->Do(begin);
+  group->Do(EndAdapt{kAdapter, true, 1});
+  std::vector<std::vector<std::pair<int32_t, float>>> answers;
+  for (const int64_t revision : {0, 1}) {
+    auto& bits = answers.emplace_back();
+    for (const Token& t : group->Ask(kContext, tokens_, {1, 2, 3}, 0, 20, revision == 0 ? 0 : kAdapter, revision)) {
+      bits.emplace_back(t.id, t.logprob);
+    }
+  }
+  EXPECT_EQ(answers[0], answers[1]);
 }
 
 // Decoding is recorded as a graph from the second step on: every token must be what scoring says of it.
@@ -247,12 +353,12 @@ TEST_P(GpuEngineTest, BatchedTokensAreWhatScoringExpects) {
   for (const int32_t id : Ids(shorter - shared, config_.vocab, 21)) other.push_back(id);
   group->Do(OpenContext{kShorter, shorter, kContext, shared});
   group->Do(PrefillChunk{kShorter, shared, {other.begin() + shared, other.end()}});
-  AdamWConfig adamw;
-  adamw.learning_rate = 1e-3f;
   for (const uint64_t adapter : {uint64_t{2}, uint64_t{3}}) {
-    group->Do(BeginAdapt{.context = kContext, .adapter = adapter, .optimizer = adamw});
+    BeginAdapt begin{kContext, adapter};
+    if (adapter == 3) begin.delta = {.lora_rank = 8, .lora_alpha = 64.0f};  // a full delta and a LoRA in one batch
+    group->Do(begin);
     for (int64_t step = 1; step <= 2; ++step) {
-      group->Do(AdaptStep{adapter, step, {SpanAt(ids_, 200 * static_cast<int64_t>(adapter) + step, 64)}});
+      group->Do(AdaptStep{adapter, step, {SpanAt(ids_, 200 * static_cast<int64_t>(adapter) + step, 64)}, 1e-3f});
     }
     group->Do(EndAdapt{adapter, true, 1});
   }
@@ -400,7 +506,7 @@ TEST_P(GpuEngineTest, TheSameBitsTwice) {
   for (int run = 0; run < 2; ++run) {
     const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
     group->Prefill(kContext, ids_, 400);
-    group->Do(BeginAdapt{kContext, kAdapter, false, AdamWConfig{}});
+    group->Do(BeginAdapt{kContext, kAdapter});
     std::vector<double> seen;
     for (int64_t step = 1; step <= 5; ++step) {
       const Result r = group->Do(AdaptStep{kAdapter, step, {SpanAt(ids_, 100 * step, 128)}}).result();

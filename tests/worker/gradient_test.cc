@@ -3,6 +3,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
 #include <string>
 #include <thread>
@@ -24,6 +25,7 @@
 #include <c10/core/InferenceMode.h>
 #include <gtest/gtest.h>
 
+#include "base/memory_plan.h"
 #include "tests/worker/engine_harness.h"
 #include "tests/worker/golden.h"
 #include "worker/adapt.h"
@@ -199,12 +201,115 @@ TEST_P(GradientTest, LoraGradientFollowsFromTheDenseOne) {
     const at::Tensor expected_b = at::matmul(dense, lora.a.transpose(1, 2)).mul_(lora.scale);
     const at::Tensor expected_a = at::matmul(lora.b.transpose(1, 2), dense).mul_(lora.scale);
     for (int64_t layer = 0; layer < dense.size(0); ++layer) {
-      EXPECT_LE(RelativeError(grad.a.select(0, layer), expected_a.select(0, layer)), kTensorBound) << "A, layer " << layer;
-      EXPECT_LE(RelativeError(grad.b.select(0, layer), expected_b.select(0, layer)), kTensorBound) << "B, layer " << layer;
+      EXPECT_LE(RelativeError(grad.a.select(0, layer), expected_a.select(0, layer)), kTensorBound)
+          << "A, layer " << layer;
+      EXPECT_LE(RelativeError(grad.b.select(0, layer), expected_b.select(0, layer)), kTensorBound)
+          << "B, layer " << layer;
     }
     hashes[rank.index] = HashTensor(numbers);
   });
   for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << "every rank holds the same bits";
+}
+
+// The numbers of a LoRA in the layout of a delta, from A and B [layers, ...].
+at::Tensor LoraNumbers(const ModelConfig& model, const DeltaConfig& config, const at::Tensor& a, const at::Tensor& b) {
+  at::Tensor numbers = at::empty(DeltaSizes(model, config), at::kFloat);
+  const QueryDelta view = DeltaOver(model, config, numbers);
+  view.a.copy_(a);
+  view.b.copy_(b);
+  return numbers;
+}
+
+TEST_P(GradientTest, LoraEqualsAutograd) {
+  const Golden& golden = LoadGolden(std::get<0>(GetParam()) + ".adapter");
+  const DeltaConfig config{.lora_rank = golden.json.at("rank"), .lora_alpha = golden.json.at("alpha")};
+  const at::Tensor numbers = LoraNumbers(weights_->config, config, golden.layers("a"), golden.layers("b"));
+  OnRanks(golden.context(), [&](const Rank& rank) {
+    const QueryDelta lora = DeltaOver(weights_->config, config, numbers);
+    at::Tensor gradient = at::full_like(numbers, std::numeric_limits<float>::quiet_NaN());
+    const double loss =
+        SpanGradient(rank.model, rank.context, lora, golden.spans(golden.json.at("spans")), gradient);
+    EXPECT_NEAR(loss, golden.json.at("loss").get<double>(), kLossBound);
+    const QueryDelta grad = lora.Over(gradient);
+    for (int64_t layer = 0; layer < weights_->config.layers; ++layer) {
+      EXPECT_LE(RelativeError(grad.a.select(0, layer), golden.layers("gradient.a").select(0, layer)), kTensorBound);
+      EXPECT_LE(RelativeError(grad.b.select(0, layer), golden.layers("gradient.b").select(0, layer)), kTensorBound);
+    }
+  });
+}
+
+std::string BytesOf(const at::Tensor& t) { return {static_cast<const char*>(t.const_data_ptr()), t.nbytes()}; }
+
+// Six steps each of torch.optim.AdamW and torch.optim.SGD under torch's schedulers; the first delta comes in as an
+// import.
+TEST_P(GradientTest, OptimizersAndSchedulesEqualTorch) {
+  const Golden& golden = LoadGolden(std::get<0>(GetParam()) + ".adapter");
+  const DeltaConfig lora{.lora_rank = golden.json.at("rank"), .lora_alpha = golden.json.at("alpha")};
+  for (const auto& [name, run] : golden.json.at("runs").items()) {
+    const DeltaConfig config = name.starts_with("full") ? DeltaConfig{} : lora;
+    OptimizerConfig optimizer{.weight_decay = run.at("weight_decay"), .clip_norm = run.at("clip_norm")};
+    optimizer.sgd = run.at("optimizer") == "sgd";
+    if (optimizer.sgd) optimizer.momentum = run.at("momentum");
+    const at::Tensor first = config.lora_rank == 0 ? NewDelta()
+                                                   : LoraNumbers(weights_->config, config, golden.layers("a"),
+                                                                 golden.layers("b"));
+    std::vector<uint64_t> hashes(ranks_);
+    OnRanks(golden.context(), [&, &name = name, &run = run](const Rank& rank) {
+      Adapter start(1), adapter(1);
+      start.BeginImport(rank.model, config);
+      ASSERT_TRUE(start.Write(0, BytesOf(first)).ok());
+      ASSERT_TRUE(start.complete());
+      start.Commit(1);
+      adapter.Begin(rank.model, config, optimizer, 0, &start);
+      for (size_t step = 0; step < run.at("rates").size(); ++step) {
+        const std::vector<Span> spans = golden.spans(golden.json.at("step_spans").at(step));
+        const float rate = run.at("rates").at(step);
+        const Adapter::StepResult result = adapter.Step(rank.model, rank.context, spans, rate);
+        EXPECT_NEAR(result.loss, run.at("losses").at(step).get<double>(), 3 * kLossBound) << name << " " << step;
+        const double norm = run.at("grad_norms").at(step);
+        EXPECT_NEAR(result.grad_norm, norm, 1e-3 * norm) << name << " " << step;
+      }
+      if (config.lora_rank > 0) {
+        const at::Tensor expected =
+            LoraNumbers(weights_->config, config, golden.layers(name + ".a"), golden.layers(name + ".b"));
+        // What the steps changed, not what they started from.
+        EXPECT_LE(RelativeError(adapter.working() - first, expected - first), 1e-3) << name;
+      }
+      EXPECT_LE(RelativeError(LogitsAt(rank, golden.json.at("probe_rows"), adapter.working_rounded()),
+                              golden.tensor(name + ".probe")),
+                kTensorBound)
+          << name;
+      EXPECT_EQ(adapter.bytes(), AdaptationBytes(weights_->config, DeviceKind::kCpu,
+                                                 {config.lora_rank, optimizer.moments()}));
+      hashes[rank.index] = HashTensor(adapter.working());
+      adapter.Commit(1);
+      EXPECT_EQ(adapter.bytes(), AdapterBytes(weights_->config, DeviceKind::kCpu, config.lora_rank));
+    });
+    for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << name << ": every rank holds the same bits";
+  }
+}
+
+// A begins as PEFT draws it, B at zero: the queries are the base ones to the bit, and the seed decides.
+TEST_P(GradientTest, LoraBeginsAsTheBase) {
+  const DeltaConfig config{.lora_rank = 4, .lora_alpha = 8.0f};
+  const double bound = 1.0 / std::sqrt(static_cast<double>(weights_->config.hidden));
+  std::vector<uint64_t> hashes(ranks_);
+  const json rows = golden_.json.at("rows");
+  OnRanks(golden_.context(), [&](const Rank& rank) {
+    Adapter adapter(1), other(1);
+    adapter.Begin(rank.model, config, {}, 77);
+    other.Begin(rank.model, config, {}, 78);
+    const QueryDelta& lora = adapter.working_rounded();
+    EXPECT_EQ(lora.b.abs().max().item<float>(), 0.0f);
+    EXPECT_LE(lora.a.abs().max().item<double>(), bound);
+    EXPECT_NEAR(lora.a.to(at::kDouble).square().mean().item<double>(), bound * bound / 3, 0.2 * bound * bound / 3);
+    EXPECT_FALSE(at::equal(lora.a, other.working_rounded().a));
+    EXPECT_TRUE(at::equal(LogitsAt(rank, rows, lora), LogitsAt(rank, rows, QueryDelta())));
+    hashes[rank.index] = HashTensor(adapter.working());
+  });
+  static std::map<std::string, uint64_t> seen;  // over the numbers of ranks
+  const uint64_t first = seen.try_emplace(std::get<0>(GetParam()), hashes[0]).first->second;
+  for (const uint64_t hash : hashes) EXPECT_EQ(hash, first) << "the same on every rank and number of ranks";
 }
 
 // One pass over rows of several adapters, and rows of none, gives each row what a pass with its own adapter gives.
@@ -235,10 +340,10 @@ TEST_P(GradientTest, EightStepsEqualTheReference) {
   OnRanks(golden_.context(), [&](const Rank& rank) {
     const uint64_t before = rank.context.shares()[0].extent->Hash();
     Adapter adapter(1);
-    adapter.Begin(rank.model, golden_.optimizer(), /*from_committed=*/false);
+    adapter.Begin(rank.model, {}, golden_.optimizer());
     for (size_t step = 0; step < adapt.at("spans").size(); ++step) {
       const std::vector<Span> spans = golden_.spans(adapt.at("spans").at(step));
-      const Adapter::StepResult result = adapter.Step(rank.model, rank.context, spans);
+      const Adapter::StepResult result = adapter.Step(rank.model, rank.context, spans, golden_.learning_rate());
       EXPECT_NEAR(result.loss, adapt.at("losses").at(step).get<double>(), kLossBound) << "step " << step + 1;
     }
     for (int64_t layer = 0; layer < expected.size(0); ++layer) {
@@ -254,8 +359,9 @@ TEST_P(GradientTest, BaseWeightsAreNeverWritten) {
   const uint64_t before = HashWeights(*weights_);
   OnRanks(golden_.context(), [&](const Rank& rank) {
     Adapter adapter(1);
-    adapter.Begin(rank.model, golden_.optimizer(), false);
-    adapter.Step(rank.model, rank.context, golden_.spans(golden_.json.at("gradients").at("one_span").at("spans")));
+    adapter.Begin(rank.model, {}, golden_.optimizer());
+    adapter.Step(rank.model, rank.context, golden_.spans(golden_.json.at("gradients").at("one_span").at("spans")),
+                 1e-2f);
     adapter.Commit(1);
     LogitsAt(rank, json::array({5, 699}), adapter.committed().full);
   });
@@ -282,17 +388,14 @@ TEST_P(GradientTest, LaterTokensDoNotMatter) {
 TEST_P(GradientTest, RateSetsTheSizeOfAStep) {
   const std::vector<Span> spans = golden_.spans(golden_.json.at("gradients").at("one_span").at("spans"));
   OnRanks(golden_.context(), [&](const Rank& rank) {
-    AdamWConfig config;
-    config.learning_rate = 0.0f;
     Adapter zero(1);
-    zero.Begin(rank.model, config, false);
-    for (int step = 0; step < 2; ++step) zero.Step(rank.model, rank.context, spans);
+    zero.Begin(rank.model, {}, {});
+    for (int step = 0; step < 2; ++step) zero.Step(rank.model, rank.context, spans, 0.0f);
     EXPECT_EQ(HashTensor(zero.working()), HashTensor(NewDelta())) << "a zero rate changes nothing";
 
-    config.learning_rate = 1e-5f;  // fp32 deltas do not swallow it
     Adapter small(1);
-    small.Begin(rank.model, config, false);
-    small.Step(rank.model, rank.context, spans);
+    small.Begin(rank.model, {}, {});
+    small.Step(rank.model, rank.context, spans, 1e-5f);  // fp32 deltas do not swallow it
     EXPECT_NEAR(small.working().abs().median().item<double>(), 1e-5, 1e-7);
   });
 }
@@ -300,14 +403,12 @@ TEST_P(GradientTest, RateSetsTheSizeOfAStep) {
 TEST_P(GradientTest, NonFiniteStepLeavesTheDelta) {
   const std::vector<Span> spans = golden_.spans(golden_.json.at("gradients").at("one_span").at("spans"));
   OnRanks(golden_.context(), [&](const Rank& rank) {
-    AdamWConfig config;
-    config.learning_rate = std::numeric_limits<float>::infinity();
-    config.weight_decay = 0.0f;
+    constexpr float kEndless = std::numeric_limits<float>::infinity();
     Adapter adapter(1);
-    adapter.Begin(rank.model, config, false);
-    EXPECT_TRUE(std::isfinite(adapter.Step(rank.model, rank.context, spans).loss));
+    adapter.Begin(rank.model, {}, {.weight_decay = 0.0f});
+    EXPECT_TRUE(std::isfinite(adapter.Step(rank.model, rank.context, spans, kEndless).loss));
     const uint64_t broken = HashTensor(adapter.working());
-    EXPECT_FALSE(std::isfinite(adapter.Step(rank.model, rank.context, spans).loss));
+    EXPECT_FALSE(std::isfinite(adapter.Step(rank.model, rank.context, spans, kEndless).loss));
     EXPECT_EQ(HashTensor(adapter.working()), broken);
     adapter.Rollback();
     EXPECT_FALSE(adapter.committed().defined());
@@ -315,11 +416,12 @@ TEST_P(GradientTest, NonFiniteStepLeavesTheDelta) {
 }
 
 // The delta [1, n] after one step per (gradient, its norm).
-at::Tensor AfterSteps(const AdamWConfig& config, const std::vector<float>& delta,
+at::Tensor AfterSteps(float rate, const OptimizerConfig& config, const std::vector<float>& delta,
                       const std::vector<std::pair<std::vector<float>, double>>& steps) {
   const at::Tensor parameter = at::tensor(delta).unsqueeze(0);
   const at::Tensor grad = at::empty(parameter.sizes(), at::kFloat);
-  AdamW adamw(config, parameter, grad);
+  Optimizer adamw(config, parameter, grad);
+  adamw.SetRate(rate);
   for (const auto& [values, norm] : steps) {
     grad.copy_(at::tensor(values).unsqueeze(0));
     adamw.Step(at::tensor({1.0, norm}, at::kDouble));
@@ -328,21 +430,17 @@ at::Tensor AfterSteps(const AdamWConfig& config, const std::vector<float>& delta
 }
 
 TEST(AdamWTest, DecayPullsTheDeltaTowardsZero) {
-  AdamWConfig config;
-  config.learning_rate = 0.1f;
-  config.weight_decay = 0.5f;
-  const at::Tensor delta = AfterSteps(config, {4.0f, -2.0f, 0.0f}, {{{0.0f, 0.0f, 0.0f}, 0.0}});
+  const at::Tensor delta = AfterSteps(0.1f, {.weight_decay = 0.5f}, {4.0f, -2.0f, 0.0f}, {{{0.0f, 0.0f, 0.0f}, 0.0}});
   EXPECT_LE(RelativeError(delta.squeeze(0), at::tensor({3.8f, -1.9f, 0.0f})), 1e-6);
 }
 
 TEST(AdamWTest, ClipsByTheNormGiven) {
-  AdamWConfig config;
-  config.clip_norm = 1.0f;
+  const OptimizerConfig config{.clip_norm = 1.0f};
   const std::pair<std::vector<float>, double> small = {{0.01f, -0.5f}, 0.5};
   // The norm is of all layers, not of these two entries.
-  const at::Tensor clipped = AfterSteps(config, {0.0f, 0.0f}, {{{3.0f, 4.0f}, 10.0}, small});
-  const at::Tensor divided = AfterSteps(config, {0.0f, 0.0f}, {{{0.3f, 0.4f}, 0.5}, small});
-  const at::Tensor whole = AfterSteps(config, {0.0f, 0.0f}, {{{3.0f, 4.0f}, 0.5}, small});
+  const at::Tensor clipped = AfterSteps(1e-5f, config, {0.0f, 0.0f}, {{{3.0f, 4.0f}, 10.0}, small});
+  const at::Tensor divided = AfterSteps(1e-5f, config, {0.0f, 0.0f}, {{{0.3f, 0.4f}, 0.5}, small});
+  const at::Tensor whole = AfterSteps(1e-5f, config, {0.0f, 0.0f}, {{{3.0f, 4.0f}, 0.5}, small});
   EXPECT_LE(RelativeError(clipped, divided), 1e-5);
   EXPECT_GE(RelativeError(whole, divided), 1e-2);
 }
@@ -350,8 +448,8 @@ TEST(AdamWTest, ClipsByTheNormGiven) {
 TEST(AdamWTest, NothingChangesWhenTheNormIsNotFinite) {
   const float nan = std::numeric_limits<float>::quiet_NaN();
   const std::pair<std::vector<float>, double> good = {{0.3f, 0.4f}, 0.5};
-  const at::Tensor expected = AfterSteps({}, {0.5f, 1.0f}, {good, good});
-  const at::Tensor actual = AfterSteps({}, {0.5f, 1.0f}, {good, {{nan, 1.0f}, static_cast<double>(nan)}, good});
+  const at::Tensor expected = AfterSteps(1e-5f, {}, {0.5f, 1.0f}, {good, good});
+  const at::Tensor actual = AfterSteps(1e-5f, {}, {0.5f, 1.0f}, {good, {{nan, 1.0f}, static_cast<double>(nan)}, good});
   EXPECT_TRUE(at::equal(actual, expected));
 }
 

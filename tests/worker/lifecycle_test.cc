@@ -39,10 +39,10 @@ class LifecycleTest : public ::testing::TestWithParam<int> {
 
   // Steps on one span each and commits.
   void Adapt(uint64_t context, uint64_t adapter, int64_t revision, const std::vector<Span>& spans, float rate = 1e-2f) {
-    AdamWConfig config;
-    config.learning_rate = rate;
-    group_.Do(BeginAdapt{context, adapter, revision > 1, config});
-    for (size_t i = 0; i < spans.size(); ++i) group_.Do(AdaptStep{adapter, static_cast<int64_t>(i) + 1, {spans[i]}});
+    group_.Do(BeginAdapt{context, adapter, revision > 1 ? adapter : 0});
+    for (size_t i = 0; i < spans.size(); ++i) {
+      group_.Do(AdaptStep{adapter, static_cast<int64_t>(i) + 1, {spans[i]}, rate});
+    }
     group_.Do(EndAdapt{adapter, true, revision});
   }
 
@@ -111,7 +111,7 @@ TEST_P(LifecycleTest, DroppedAdapterLeavesNothing) {
   EXPECT_EQ(Ask(kContext, 700), base) << "base answers beside an adapter";
   EXPECT_EQ(Ask(kContext, 700, kAdapter, 1), adapted) << "the same question twice";
 
-  group_.Do(BeginAdapt{kContext, kAdapter, true});  // a second adaptation, rolled back
+  group_.Do(BeginAdapt{kContext, kAdapter, kAdapter});  // a second adaptation, rolled back
   group_.Do(AdaptStep{kAdapter, 1, {span}});
   EXPECT_EQ(Ask(kContext, 700, kAdapter, 1), adapted) << "answers see the committed revision";
   group_.Do(EndAdapt{kAdapter, false});
@@ -153,15 +153,13 @@ TEST_P(LifecycleTest, ContextsAndAdaptersSideBySide) {
   group_.Do(PrefillChunk{kContext, 0, Ids(0, 300)});
   group_.Do(PrefillChunk{kOther, 0, {other.begin(), other.begin() + 257}});
   group_.Do(OpenSequence{5, kContext, 0, 0, 11});
-  AdamWConfig config;
-  config.learning_rate = 1e-2f;
-  group_.Do(BeginAdapt{kContext, kAdapter, false, config});
-  group_.Do(BeginAdapt{kOther, kOtherAdapter, false, config});
-  group_.Do(AdaptStep{kAdapter, 1, {span}});
-  group_.Do(AdaptStep{kOtherAdapter, 1, {other_span}});
+  group_.Do(BeginAdapt{kContext, kAdapter});
+  group_.Do(BeginAdapt{kOther, kOtherAdapter});
+  group_.Do(AdaptStep{kAdapter, 1, {span}, 1e-2f});
+  group_.Do(AdaptStep{kOtherAdapter, 1, {other_span}, 1e-2f});
   ExtendSequence extend{5, 300, {7, 8, 9}, true};
   std::vector<Token> slow = group_.Do(extend).tokens;
-  group_.Do(AdaptStep{kAdapter, 2, {span}});
+  group_.Do(AdaptStep{kAdapter, 2, {span}, 1e-2f});
   group_.Do(EndAdapt{kOtherAdapter, true, 1});
   group_.Do(EndAdapt{kAdapter, true, 1});
   for (int i = 0; i < 7; ++i) {
@@ -309,7 +307,7 @@ TEST_P(LifecycleTest, AdaptersCountAsMemory) {
   small.Do(DropAdapter{2});
   small.Do(BeginAdapt{1, 3});
   small.Do(EndAdapt{3, false});
-  small.Do(BeginAdapt{1, 1, true});
+  small.Do(BeginAdapt{1, 1, 1});
   small.Do(AdaptStep{1, 1, {Span{3, Ids(3, 9)}}});
   small.Do(EndAdapt{1, true, 2});
   small.Do(CloseContext{1});

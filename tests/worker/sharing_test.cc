@@ -124,8 +124,9 @@ class SharingTest : public ::testing::TestWithParam<std::tuple<int, int>> {
     const uint64_t adapter = again ? PickKey(context.adapters) : ++last_uid_;
     const int64_t start = Pick(static_cast<int64_t>(context.ids.size()) - 10);
     BeginAdapt begin{uid, adapter};
-    begin.optimizer.learning_rate = 1e-3f;
-    const AdaptStep step{adapter, 1, {Span{start, {context.ids.begin() + start, context.ids.begin() + start + 10}}}};
+    if (Pick(2) == 0) begin.delta = {.lora_rank = 3, .lora_alpha = 6.0f};
+    const Span span{start, {context.ids.begin() + start, context.ids.begin() + start + 10}};
+    const AdaptStep step{adapter, 1, {span}, 1e-3f};
     const EndAdapt end{adapter, true, ++context.adapters[adapter]};
     for (const Body& body : {Body(begin), Body(step), Body(end)}) {
       Do(body);

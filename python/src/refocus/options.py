@@ -51,6 +51,15 @@ class AdaptOptions(TypedDict, total=False):
     probe_spans: int
     max_probe_rise: float
     continue_adapter: bool
+    base_adapter: str
+    kind: context_pb2.AdapterKind
+    lora_rank: int
+    lora_alpha: float
+    optimizer: context_pb2.Optimizer
+    momentum: float
+    schedule: context_pb2.Schedule
+    warmup_steps: int
+    max_seconds: float
     validate_only: bool
 
 

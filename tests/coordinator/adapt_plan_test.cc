@@ -1,0 +1,116 @@
+// The settings of an adaptation: kinds, defaults, schedules, and what is refused.
+#include <cmath>
+#include <functional>
+
+#include "coordinator/core/validate.h"
+#include "tests/coordinator/simulation.h"
+
+namespace refocus {
+namespace {
+
+api::AdaptEvent::Effective Schedule(api::Schedule schedule, int64_t steps, int64_t warmup) {
+  api::AdaptEvent::Effective effective;
+  effective.set_learning_rate(2e-3);
+  effective.set_steps(steps);
+  effective.set_schedule(schedule);
+  effective.set_warmup_steps(warmup);
+  return effective;
+}
+
+std::vector<double> Rates(const api::AdaptEvent::Effective& effective) {
+  std::vector<double> rates;
+  for (int64_t step = 1; step <= effective.steps(); ++step) rates.push_back(ScheduledRate(effective, step));
+  return rates;
+}
+
+void ExpectNear(const std::vector<double>& actual, const std::vector<double>& expected) {
+  ASSERT_EQ(actual.size(), expected.size());
+  for (size_t i = 0; i < actual.size(); ++i) EXPECT_NEAR(actual[i], expected[i], 1e-9) << i;
+}
+
+// torch 2.11: SequentialLR of LinearLR(1 / 4, 1, total_iters=3) and, from step 3 on, LinearLR(1, 0, 5) or
+// CosineAnnealingLR(T_max=5), at lr 2e-3.
+TEST(ScheduleTest, AsTorchComputesThem) {
+  ExpectNear(Rates(Schedule(api::CONSTANT, 3, 0)), {2e-3, 2e-3, 2e-3});
+  ExpectNear(Rates(Schedule(api::CONSTANT, 5, 3)), {5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3});
+  ExpectNear(Rates(Schedule(api::LINEAR, 8, 3)), {5e-4, 1e-3, 1.5e-3, 2e-3, 1.6e-3, 1.2e-3, 8e-4, 4e-4});
+  ExpectNear(Rates(Schedule(api::COSINE, 8, 3)),
+             {5e-4, 1e-3, 1.5e-3, 2e-3, 1.8090169943749475e-3, 1.3090169943749475e-3, 6.909830056250527e-4,
+              1.9098300562505266e-4});
+  ExpectNear(Rates(Schedule(api::COSINE, 1, 0)), {2e-3});
+}
+
+StatusOr<AdaptPlan> Plan(const std::function<void(api::AdaptContextRequest&)>& set, const api::Adapter* start = nullptr,
+                         const ModelConfig& model = FakeModel(1000)) {
+  api::AdaptContextRequest request;
+  set(request);
+  return PlanAdapt(request, model, start, 500, 1);
+}
+
+TEST(AdaptPlanTest, KindsAndDefaults) {
+  EXPECT_EQ(Plan([](auto&) {})->effective.kind(), api::FULL);
+  EXPECT_EQ(Plan([](auto&) {})->effective.lora_rank(), 0);
+  const auto lora = Plan([](auto& r) { r.set_kind(api::LORA); })->effective;
+  EXPECT_EQ(lora.lora_rank(), 8) << "16, but the hidden size is 8";
+  EXPECT_EQ(lora.lora_alpha(), 16);
+  EXPECT_EQ(Plan([](auto& r) { r.set_lora_rank(3); })->effective.kind(), api::LORA);
+  ModelConfig large = FakeModel(1000);
+  large.hidden = 8192;
+  large.mlp = 30'000;
+  large.layers = 80;
+  EXPECT_EQ(Plan([](auto&) {}, nullptr, large)->effective.lora_rank(), 16);
+  EXPECT_EQ(Plan([](auto& r) { r.set_kind(api::FULL); }, nullptr, large)->effective.kind(), api::FULL);
+  api::Adapter start;
+  start.set_kind(api::LORA);
+  start.set_lora_rank(5);
+  start.set_lora_alpha(7);
+  EXPECT_EQ(Plan([](auto&) {}, &start)->effective.lora_rank(), 5);
+  EXPECT_EQ(Plan([](auto&) {}, &start)->effective.lora_alpha(), 7);
+  EXPECT_TRUE(Plan([](auto& r) { r.set_lora_rank(5); }, &start).ok());
+}
+
+TEST(AdaptPlanTest, BadSettingsAreNamed) {
+  api::Adapter lora, full;
+  lora.set_kind(api::LORA);
+  lora.set_lora_rank(5);
+  lora.set_lora_alpha(7);
+  full.set_kind(api::FULL);
+  struct Case {
+    std::string field;
+    std::function<void(api::AdaptContextRequest&)> set;
+    const api::Adapter* start = nullptr;
+  };
+  const std::vector<Case> cases = {
+      {"kind", [](auto& r) { r.set_kind(static_cast<api::AdapterKind>(9)); }},
+      {"lora_rank", [](auto& r) { r.set_kind(api::FULL), r.set_lora_rank(4); }},
+      {"lora_alpha", [](auto& r) { r.set_kind(api::FULL), r.set_lora_alpha(4); }},
+      {"lora_rank", [](auto& r) { r.set_lora_rank(0); }},
+      {"lora_rank", [](auto& r) { r.set_lora_rank(-1); }},
+      {"lora_rank", [](auto& r) { r.set_lora_rank(9); }},  // hidden is 8
+      {"lora_alpha", [](auto& r) { r.set_lora_alpha(std::nan("")); }},
+      {"lora_alpha", [](auto& r) { r.set_lora_alpha(0); }},
+      {"kind, lora_rank, lora_alpha", [](auto& r) { r.set_kind(api::FULL); }, &lora},
+      {"kind, lora_rank, lora_alpha", [](auto& r) { r.set_lora_rank(4); }, &lora},
+      {"kind, lora_rank, lora_alpha", [](auto& r) { r.set_kind(api::LORA); }, &full},
+      {"optimizer", [](auto& r) { r.set_optimizer(static_cast<api::Optimizer>(-3)); }},
+      {"schedule", [](auto& r) { r.set_schedule(static_cast<api::Schedule>(7)); }},
+      {"momentum", [](auto& r) { r.set_momentum(0.5); }},
+      {"momentum", [](auto& r) { r.set_optimizer(api::SGD), r.set_momentum(1.0); }},
+      {"momentum", [](auto& r) { r.set_optimizer(api::SGD), r.set_momentum(std::nan("")); }},
+      {"warmup_steps", [](auto& r) { r.set_warmup_steps(-1); }},
+      {"warmup_steps", [](auto& r) { r.set_steps(4), r.set_warmup_steps(4); }},
+      {"max_seconds", [](auto& r) { r.set_max_seconds(-1); }},
+      {"max_seconds", [](auto& r) { r.set_max_seconds(std::nan("")); }},
+      {"max_seconds", [](auto& r) { r.set_max_seconds(1e9); }},
+      {"base_adapter", [](auto& r) { r.set_base_adapter("default"); }},
+      {"base_adapter", [](auto& r) { r.set_base_adapter("b"), r.set_continue_adapter(true); }},
+      {"adapter_id", [](auto& r) { r.set_base_adapter("../b"); }}};
+  for (const Case& c : cases) {
+    const Status status = Plan(c.set, c.start).status();
+    EXPECT_EQ(ReasonOf(status), "FIELD_OUT_OF_RANGE") << c.field << ": " << status;
+    EXPECT_NE(std::string(status.message()).find(c.field), std::string::npos) << c.field << ": " << status;
+  }
+}
+
+}  // namespace
+}  // namespace refocus
