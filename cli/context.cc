@@ -49,7 +49,9 @@ void PrintContext(const v1::Context& context) {
   line("name", context.name());
   line("state", StateName(context) + (context.state_reason().empty() ? "" : ": " + context.state_reason()));
   line("tokens", FormatCount(context.token_count()) + ", " + FormatCount(context.prefilled_tokens()) + " prefilled");
-  line("K/V", FormatBytes(context.kv_bytes()));
+  const int64_t shared = context.shared_tokens();
+  line("K/V", FormatBytes(context.kv_bytes()) +
+                  (shared > 0 ? ", and " + FormatCount(shared) + " tokens shared with another context" : ""));
   line("age", Age(context.create_time(), Now()));
   line("expires in", Age(Now(), context.expire_time()) + " unless used");
   for (const auto& [key, value] : context.labels()) line("label", key + "=" + value);

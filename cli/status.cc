@@ -73,7 +73,9 @@ Status PrintStatus(Client& client, const Settings& settings) {
             << FormatBytes(cluster.kv_capacity_bytes()) << '\n'
             << "work        " << FormatCount(cluster.contexts())
             << (cluster.contexts() == 1 ? " context, " : " contexts, ") << cluster.running() << " running, "
-            << cluster.waiting() << " waiting\n";
+            << cluster.waiting() << " waiting";
+  if (cluster.work_seconds() >= 0.05) std::cout << ", about " << FormatSeconds(cluster.work_seconds()) << " of work";
+  std::cout << '\n';
   if (!cluster.last_incident().empty()) std::cout << "incident    " << cluster.last_incident() << '\n';
   Table table({"rank", "host", "pid", "device", "memory", "weights", "K/V capacity", "heartbeat"});
   for (const auto& rank : cluster.ranks()) {

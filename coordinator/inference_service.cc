@@ -1,7 +1,9 @@
 #include "coordinator/inference_service.h"
 
+#include <algorithm>
 #include <chrono>
 #include <deque>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
@@ -47,10 +49,13 @@ double SecondsLeft(const grpc::CallbackServerContext& context) {
   return std::chrono::duration<double>(deadline - std::chrono::system_clock::now()).count();
 }
 
-// Writes the job's events as they come, and ends with its status.
+template <typename OwnedJob>
+using OwnedJobs = std::deque<Owned<OwnedJob>>;
+
+// Writes the jobs' events as they come, and ends with the first failure among them, or when all are answered.
 template <typename StreamCall, typename EventJob>
-Status StreamEvents(StreamCall& call, Hub& hub, const Owned<EventJob>& job) {
-  auto pending = hub.With([&](Coordinator&) { return job->TakeEvents(); });
+Status StreamEvents(StreamCall& call, Hub& hub, const OwnedJobs<EventJob>& jobs) {
+  decltype(jobs.front()->TakeEvents()) pending;
   size_t written = 0;
   while (true) {
     REFOCUS_RETURN_IF_ERROR(call.Gone());
@@ -58,12 +63,18 @@ Status StreamEvents(StreamCall& call, Hub& hub, const Owned<EventJob>& job) {
     bool over = false;
     Status status;
     hub.With([&](Coordinator&) {
-      if (can_write && written == pending.size()) {
-        pending = job->TakeEvents();
+      const bool take = can_write && written == pending.size();
+      if (take) {
+        pending.clear();
         written = 0;
       }
-      over = job->answered();
-      if (over) status = job->status();
+      over = true;
+      for (const Owned<EventJob>& job : jobs) {
+        if (take) std::ranges::move(job->TakeEvents(), std::back_inserter(pending));
+        over = over && job->answered();
+        if (job->answered()) status.Update(job->status());
+      }
+      over = over || !status.ok();
     });
     if (can_write && written < pending.size()) {
       call.Write(std::move(pending[written++]));
@@ -83,7 +94,10 @@ Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& re
     return admitted.ok() ? core.Generate(request, std::move(prompt), seconds)
                          : StatusOr<std::shared_ptr<GenerateJob>>(admitted);
   }));
-  return StreamEvents(call, hub, Owned<GenerateJob>(hub, std::move(job), call.wakeup()));
+  OwnedJobs<GenerateJob> samples;
+  samples.emplace_back(hub, job, call.wakeup());
+  for (const std::shared_ptr<GenerateJob>& fork : job->forks()) samples.emplace_back(hub, fork, call.wakeup());
+  return StreamEvents(call, hub, samples);
 }
 
 Status StreamMasses(ProbeCall& call, Hub& hub, const api::ProbeAttentionRequest& request, double seconds) {
@@ -93,7 +107,9 @@ Status StreamMasses(ProbeCall& call, Hub& hub, const api::ProbeAttentionRequest&
     return admitted.ok() ? core.Probe(request, std::move(prompt), seconds)
                          : StatusOr<std::shared_ptr<ProbeJob>>(admitted);
   }));
-  return StreamEvents(call, hub, Owned<ProbeJob>(hub, std::move(job), call.wakeup()));
+  OwnedJobs<ProbeJob> probe;
+  probe.emplace_back(hub, std::move(job), call.wakeup());
+  return StreamEvents(call, hub, probe);
 }
 
 StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest& request, double seconds) {
@@ -198,7 +214,8 @@ grpc::ServerWriteReactor<api::GenerateEvent>* InferenceService::Generate(grpc::C
   });
 }
 
-grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::Score(grpc::CallbackServerContext* context) {
+grpc::ServerBidiReactor<api::ScoreRequest, api::ScoreEvent>* InferenceService::Score(
+    grpc::CallbackServerContext* context) {
   const double seconds = SecondsLeft(*context);
   return ScoreCall::Start(hub_.calls(), [this, seconds](ScoreCall& call) {
     return StreamScores(call, hub_, score_idle_seconds_, seconds);

@@ -104,7 +104,8 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       phase_ = Phase::kAllSent;
       return true;
     }
-    case Phase::kAllSent: return false;
+    case Phase::kAllSent:
+      return false;
   }
   command->set_job(id());
   return true;

@@ -250,8 +250,8 @@ Status Coordinator::CheckServing() const {
                {{"ranks_present", std::to_string(here)}, {"ranks", std::to_string(group_.size())}});
 }
 
-Status Coordinator::CheckQueue() const {
-  if (static_cast<int64_t>(tracked_.size()) < kMaxQueuedJobs) return absl::OkStatus();
+Status Coordinator::CheckQueue(int64_t jobs) const {
+  if (static_cast<int64_t>(tracked_.size()) + jobs <= kMaxQueuedJobs) return absl::OkStatus();
   return Error(StatusCode::kUnavailable, "QUEUE_FULL",
                "queue: got one request more than " + std::to_string(kMaxQueuedJobs) + "; retry",
                {{"limit", std::to_string(kMaxQueuedJobs)}, {"retry_seconds", RetrySeconds()}});
@@ -276,9 +276,15 @@ void Coordinator::FinishDrain() {
 api::GetClusterResponse Coordinator::GetCluster() const {
   api::GetClusterResponse out;
   switch (group_.state()) {
-    case Group::State::kWaiting: out.set_state(api::GetClusterResponse::WAITING); break;
-    case Group::State::kForming: out.set_state(api::GetClusterResponse::FORMING); break;
-    case Group::State::kServing: out.set_state(api::GetClusterResponse::SERVING); break;
+    case Group::State::kWaiting:
+      out.set_state(api::GetClusterResponse::WAITING);
+      break;
+    case Group::State::kForming:
+      out.set_state(api::GetClusterResponse::FORMING);
+      break;
+    case Group::State::kServing:
+      out.set_state(api::GetClusterResponse::SERVING);
+      break;
   }
   if (draining_) out.set_state(api::GetClusterResponse::DRAINING);
   out.set_epoch(group_.epoch());

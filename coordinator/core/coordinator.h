@@ -103,8 +103,8 @@ class Coordinator {
   };
   StatusOr<AdaptStart> Adapt(const api::AdaptContextRequest& request);
 
-  // `prompt` and `target` were tokenized and checked (PromptIds) outside of any lock.
-  // By now() + `seconds` the caller is gone: what has not started then never does.
+  // `prompt` and `target` were tokenized and checked (PromptIds) outside of any lock. By now() + `seconds` the caller
+  // is gone: what has not started then never does. Generate: sample 0; the others are its forks().
   StatusOr<std::shared_ptr<GenerateJob>> Generate(const api::GenerateRequest& request, std::vector<int32_t> prompt,
                                                   double seconds = std::numeric_limits<double>::infinity());
   StatusOr<std::shared_ptr<ScoreJob>> Score(const api::ScoreRequest& request, std::vector<int32_t> prompt,
@@ -145,7 +145,7 @@ class Coordinator {
     std::shared_ptr<Session> session;
   };
   Status CheckServing() const;
-  Status CheckQueue() const;
+  Status CheckQueue(int64_t jobs = 1) const;
   // After how long it makes sense to ask again for what running work holds: about when the next of it ends.
   std::string RetrySeconds() const;
   StatusOr<std::shared_ptr<KvReservation>> ReserveTail(int64_t first_pos, int64_t tokens);

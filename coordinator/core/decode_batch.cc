@@ -25,7 +25,9 @@ DecodeBatch::Plan DecodeBatch::Next(std::vector<DecodeRow> pending) {
     measured = measured && row.step_seconds > 0;
   }
   int64_t steps = 1;
-  if (measured) steps = std::clamp(static_cast<int64_t>(kDecodeCommandSeconds / step_seconds), int64_t{1}, kMaxDecodeSteps);
+  if (measured) {
+    steps = std::clamp(static_cast<int64_t>(kDecodeCommandSeconds / step_seconds), int64_t{1}, kMaxDecodeSteps);
+  }
   plan.steps = static_cast<int32_t>(std::min(steps, tokens));
   plan.seconds = step_seconds * plan.steps;
   plan.rows = std::move(pending);

@@ -1,5 +1,5 @@
-// Which sequences decode in the next command, and how many steps: all of them together, up to kMaxDecodeRows; of more, the
-// next ones in a circle. Batches grow and shrink with every command. Pure.
+// Which sequences decode in the next command, and how many steps: all of them together, up to kMaxDecodeRows; of more,
+// the next ones in a circle. Batches grow and shrink with every command. Pure.
 #pragma once
 
 #include <cstddef>
@@ -26,7 +26,8 @@ class DecodeBatch {
     int32_t steps = 0;
     double seconds = 0;  // predicted; 0 before anything was measured
   };
-  // No more steps than any of its sequences may take. A step takes about as long as the slowest one that its sequences took part in. With a newcomer nobody knows: one step.
+  // No more steps than any of its sequences may take. A step takes about as long as the slowest one that its sequences
+  // took part in. With a newcomer nobody knows: one step.
   Plan Next(std::vector<DecodeRow> pending);
 
  private:

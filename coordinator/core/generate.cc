@@ -6,6 +6,7 @@
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/log.h"
+#include "base/sampling.h"
 #include "base/shard_plan.h"
 
 namespace refocus {
@@ -47,17 +48,54 @@ GenerateJob::GenerateJob(uint64_t id, double now, std::shared_ptr<Session> sessi
 }
 
 bool GenerateJob::NextCommand(wire::Command* command, double now) {
-  if (!open_sent_) {
-    if (!ResolveAdapter(*session_, &plan_.sequence)) return false;
-    open_sent_ = true;
-    started_ = now;
-    FillOpen(command->mutable_open_sequence());
-    return true;
-  }
+  if (!open_sent_) return NextOpen(command, now);
   if (rows_sent_ == prompt_rows()) return false;  // the rest is decoding
   FillExtend(command->mutable_extend_sequence());
   command->set_job(id());
   return true;
+}
+
+bool GenerateJob::NextOpen(wire::Command* command, double now) {
+  if (parent_ != nullptr) {
+    if (parent_->tokens_ == 0) {
+      if (parent_->stopping()) Stop(parent_->status(), now);
+      return false;
+    }
+    plan_.sequence.adapter_uid = parent_->plan_.sequence.adapter_uid;
+    plan_.sequence.revision = parent_->plan_.sequence.revision;
+  } else if (!ResolveAdapter(*session_, &plan_.sequence)) {
+    return false;
+  }
+  open_sent_ = true;
+  started_ = now;
+  FillOpen(command->mutable_open_sequence());
+  LeaveParent();
+  return true;
+}
+
+// The command that forks is on its way, or never will be.
+void GenerateJob::LeaveParent() {
+  if (parent_ == nullptr) return;
+  --parent_->forks_waiting_;
+  parent_.reset();
+}
+
+void GenerateJob::Fork(const std::shared_ptr<GenerateJob>& first, std::vector<std::shared_ptr<GenerateJob>> forks) {
+  first->forks_waiting_ = static_cast<int>(forks.size());
+  for (const std::shared_ptr<GenerateJob>& fork : forks) {
+    fork->parent_ = first;
+    fork->of_parent_ = first->plan_.sequence.memory;
+    fork->rows_sent_ = first->prompt_rows() - 1;  // the last one alone
+  }
+  first->forks_ = std::move(forks);
+}
+
+GeneratePlan GenerateJob::ForkPlan(int32_t sample, std::shared_ptr<KvReservation> memory) const {
+  GeneratePlan plan = plan_;
+  plan.sample = sample;
+  plan.seed = SampleSeed(plan_.seed, sample);
+  plan.sequence.memory = std::move(memory);
+  return plan;
 }
 
 // A prompt that takes as long as other work takes its turns with that.
@@ -78,9 +116,10 @@ double GenerateJob::Predict(const wire::Command& command) const {
   return tools_->chunks.Seconds(first, first + command.extend_sequence().ids_size());
 }
 
-// Only what surely exists on the ranks joins a batch: a uid that they do not know would fail it for all.
+// Only what surely has a token on the ranks joins a batch: a sequence without one would fail it for all.
 void GenerateJob::AddDecodeRows(std::vector<DecodeRow>* rows) const {
-  if (stopping() || tokens_ == 0 || left_ || queue_.size() >= kMaxQueuedEvents) return;
+  const bool waits = extending_ > 0 || forks_waiting_ > 0 || queue_.size() >= kMaxQueuedEvents;
+  if (stopping() || tokens_ == 0 || left_ || waits) return;
   const int64_t left = plan_.max_tokens - tokens_asked_;
   if (left > 0) rows->push_back({id(), left, step_seconds_});
 }
@@ -91,14 +130,15 @@ void GenerateJob::FillOpen(wire::OpenSequence* open) const {
   open->set_context(session_->cache_uid());
   open->set_adapter(plan_.sequence.adapter_uid);
   open->set_revision(plan_.sequence.revision);
-  open->set_capacity(static_cast<int64_t>(plan_.sequence.prompt.size()) + plan_.max_tokens);
+  const int64_t own_prompt = parent_ != nullptr ? 0 : static_cast<int64_t>(plan_.sequence.prompt.size());
+  open->set_parent(parent_ != nullptr ? parent_->id() : 0);
+  open->set_capacity(own_prompt + plan_.max_tokens);
   open->set_temperature(plan_.temperature);
   open->set_seed(plan_.seed);
   std::set<int32_t> stops = plan_.eos_ids;
   stops.insert(plan_.stop_ids.begin(), plan_.stop_ids.end());
   for (const int32_t id : stops) open->add_stop_ids(static_cast<uint32_t>(id));
   open->set_top_logprobs(plan_.logprobs.value_or(0));
-  open->set_job(id());
 }
 
 void GenerateJob::FillExtend(wire::ExtendSequence* extend) {
@@ -106,6 +146,7 @@ void GenerateJob::FillExtend(wire::ExtendSequence* extend) {
   const int64_t rows = static_cast<int64_t>(prompt.size()) + 1;
   const int64_t first_pos = session_->token_count() - 1 + rows_sent_;
   const int64_t count = tools_->chunks.NextRows(first_pos, rows - rows_sent_, kBlockTokens * tools_->ranks);
+  ++extending_;
   extend->set_sequence(id());
   extend->set_first_pos(first_pos);
   for (int64_t row = rows_sent_; row < rows_sent_ + count; ++row) {
@@ -126,6 +167,7 @@ void GenerateJob::OnResult(const wire::Command& command, const wire::Result& res
   const bool ok = result.code() == 0;
   if (command.has_open_sequence()) opened_ = ok;
   if (command.has_close_sequence()) opened_ = false;
+  if (command.has_extend_sequence()) --extending_;
   if (!ok || stopping()) return;
   if (command.has_decode_steps()) step_seconds_ = result.seconds() / command.decode_steps().steps();
   OnTokens(result, now);
@@ -150,6 +192,7 @@ void GenerateJob::OnEnded(const wire::Result& result, double now) {
 void GenerateJob::OnTokens(const wire::Result& result, double now) {
   if (stopping() || result.code() != 0 || result.tokens().empty()) return;
   api::GenerateEvent event;
+  event.set_sample(plan_.sample);
   for (const wire::Token& token : result.tokens()) {
     OnToken(token, &event);
     if (first_token_ < 0) first_token_ = now;
@@ -207,6 +250,7 @@ void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, do
   summary->set_tokens_per_second(decode > 0 ? static_cast<double>(tokens_ - 1) / decode : 0);
   summary->set_stop(text_.stop());
   summary->set_request_id(plan_.request_id);
+  summary->set_n(plan_.samples);
   queue_.push_back(std::move(*event));
   Stop(absl::OkStatus(), now);
 }
@@ -227,7 +271,9 @@ void GenerateJob::NextCleanup(wire::Command* command) {
 void GenerateJob::OnEnd(double now) {
   LogInfo("generate " + plan_.request_id + ": end, " + (status().ok() ? "OK" : std::string(status().message())) + ", " +
           std::to_string(answer_tokens_) + " tokens, " + std::to_string(run_seconds()) + " s");
+  LeaveParent();
   plan_.sequence.memory.reset();
+  of_parent_.reset();
   session_->EndAnswer(plan_.sequence.adapter_id);
   session_->Touch(now);
 }

@@ -2,6 +2,10 @@
 // again, so that there is a row to predict from; with the first token it joins the decode batch of all answers
 // (decode_batch.h). A stop token or string, max_tokens, a cancel or a failure ends it and leaves the others alone; the
 // sequence is closed on the ranks in every case.
+//
+// Samples of one prompt are jobs of their own that fork from the first: when it has its first token they open with it
+// as their parent, query the last row of the prompt again, and then decode as any answer does. The first one waits for
+// that before it goes on or is closed.
 #pragma once
 
 #include <deque>
@@ -21,7 +25,7 @@ namespace refocus {
 
 // A sequence on the ranks: which context, which queries.
 struct SequencePlan {
-  std::string adapter_id;  // empty: base queries
+  std::string adapter_id;    // empty: base queries
   uint64_t adapter_uid = 0;  // both as they are when the sequence is opened; base queries: 0
   int64_t revision = 0;
   std::vector<int32_t> prompt;  // may be empty
@@ -41,6 +45,8 @@ struct GeneratePlan {
   std::set<int32_t> eos_ids;   // end tokens of the model; empty with ignore_eos
   std::set<int32_t> stop_ids;  // the caller's
   std::optional<int32_t> logprobs;
+  int32_t samples = 1;
+  int32_t sample = 0;  // which of them
 };
 
 // What callers are sent and have not taken yet: bounded, so that one that does not read costs nothing but itself.
@@ -52,6 +58,11 @@ class GenerateJob : public Job {
   // StartAnswer was called on `session`. `tokenizer` may be null: ids only.
   GenerateJob(uint64_t id, double now, std::shared_ptr<Session> session, GeneratePlan plan, const Tokenizer* tokenizer,
               JobTools* tools);
+
+  // Makes `forks`, with plans of first->ForkPlan, the further samples of the same prompt. Before any of them starts.
+  static void Fork(const std::shared_ptr<GenerateJob>& first, std::vector<std::shared_ptr<GenerateJob>> forks);
+  const std::vector<std::shared_ptr<GenerateJob>>& forks() const { return forks_; }
+  GeneratePlan ForkPlan(int32_t sample, std::shared_ptr<KvReservation> memory) const;
 
   // Events since the last call, the one with the summary last.
   std::vector<api::GenerateEvent> TakeEvents();
@@ -68,6 +79,7 @@ class GenerateJob : public Job {
  protected:
   bool NextCommand(wire::Command* command, double now) override;
   bool HasCleanup() const override { return opened_; }
+  bool MayCleanUp() const override { return forks_waiting_ == 0; }
   void NextCleanup(wire::Command* command) override;
   void OnDecode(uint64_t, int64_t steps) override { tokens_asked_ += steps; }
   void OnPartial(const wire::Command& command, const wire::Result& result, double now) override;
@@ -75,6 +87,8 @@ class GenerateJob : public Job {
   void OnEnd(double now) override;
 
  private:
+  bool NextOpen(wire::Command* command, double now);
+  void LeaveParent();
   void FillOpen(wire::OpenSequence* open) const;
   void FillExtend(wire::ExtendSequence* extend);
   int64_t prompt_rows() const { return static_cast<int64_t>(plan_.sequence.prompt.size()) + 1; }
@@ -88,9 +102,14 @@ class GenerateJob : public Job {
   const Tokenizer* const tokenizer_;
   JobTools* const tools_;
   AnswerText text_;
+  std::vector<std::shared_ptr<GenerateJob>> forks_;
+  int forks_waiting_ = 0;                     // that have not been opened yet
+  std::shared_ptr<GenerateJob> parent_;       // of a fork, until it is opened
+  std::shared_ptr<KvReservation> of_parent_;  // a fork holds the prompt's memory, too
   bool open_sent_ = false;
   bool opened_ = false;
   int64_t rows_sent_ = 0;      // of 1 + prompt
+  int extending_ = 0;          // rows on their way
   int64_t tokens_asked_ = 0;   // in commands
   bool left_ = false;          // the ranks decode it no more
   int64_t tokens_ = 0;         // sampled, the end token included

@@ -27,7 +27,7 @@ bool Job::Next(wire::Command* command, double now) {
   if (!stopping_) {
     if (!NextCommand(command, now)) return false;
   } else {
-    if (in_flight_ > 0 || !HasCleanup()) return false;
+    if (!HasCleanupNow()) return false;
     NextCleanup(command);
   }
   if (first_command_ < 0) first_command_ = now;
@@ -47,7 +47,8 @@ void Job::JoinDecode(const std::vector<uint64_t>& sequences, int64_t steps) {
 
 void Job::CheckDeadline(double now) {
   if (started() || stopping_ || now < deadline) return;
-  Stop(Error(StatusCode::kDeadlineExceeded, "DEADLINE", "the deadline passed while the request waited for its turn"), now);
+  Stop(Error(StatusCode::kDeadlineExceeded, "DEADLINE", "the deadline passed while the request waited for its turn"),
+       now);
 }
 
 void Job::Partial(const wire::Command& command, const wire::Result& result, double now) {

@@ -45,7 +45,7 @@ class Job {
 
   // For the scheduler only.
   bool Next(wire::Command* command, double now);  // fills body and job; false: nothing to send now
-  bool HasCleanupNow() const { return stopping_ && !ended_ && in_flight_ == 0 && HasCleanup(); }
+  bool HasCleanupNow() const { return stopping_ && !ended_ && in_flight_ == 0 && HasCleanup() && MayCleanUp(); }
   // Where the next command takes its turn.
   virtual Lane lane() const { return Lane::kWork; }
   // Seconds that this command of the job should take; 0: nobody knows.
@@ -56,8 +56,8 @@ class Job {
   virtual double DecodeSecondsLeft() const { return 0; }
   // Sequences that can decode now: open, with a sampled token. None while stopping.
   virtual void AddDecodeRows(std::vector<DecodeRow>*) const {}
-  // A decode command with these sequences of the job is on its way. Its results come as those of other commands do, with the
-  // tokens and ends of these sequences alone.
+  // A decode command with these sequences of the job is on its way. Its results come as those of other commands do,
+  // with the tokens and ends of these sequences alone.
   void JoinDecode(const std::vector<uint64_t>& sequences, int64_t steps);
   void Partial(const wire::Command& command, const wire::Result& result, double now);
   void Answer(const wire::Command& command, const wire::Result& result, double now);
@@ -76,6 +76,7 @@ class Job {
   virtual bool NextCommand(wire::Command* command, double now) = 0;
   // While stopping, with nothing in flight.
   virtual bool HasCleanup() const { return false; }
+  virtual bool MayCleanUp() const { return true; }  // false: others still need what is to be taken down
   virtual void NextCleanup(wire::Command*) {}
   virtual void OnDecode(uint64_t, int64_t) {}  // a sequence takes part in so many steps
   // Results in the order of the commands; also those of a stopping job. Not OK: Stop() with it follows.

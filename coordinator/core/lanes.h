@@ -4,9 +4,9 @@
 //   kDecode   the decode batch that all answers share                                         weight 2
 //   kWork     prefill chunks, adaptation steps, and prompts as long as these                   weight 1
 //
-// The lane that had least of its share goes first (start-time fair queueing): a short question goes before the next chunk
-// of a prefill, and yet under a flood of questions prefill and adaptation keep a fifth of the time. A lane that wants
-// nothing saves up nothing. Times are predicted when a command is sent and corrected when it was measured.
+// The lane that had least of its share goes first (start-time fair queueing): a short question goes before the next
+// chunk of a prefill, and yet under a flood of questions prefill and adaptation keep a fifth of the time. A lane that
+// wants nothing saves up nothing. Times are predicted when a command is sent and corrected when it was measured.
 #pragma once
 
 #include <array>

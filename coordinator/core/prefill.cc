@@ -17,8 +17,7 @@ api::PhaseUsage UsageOf(const Job& job, int64_t tokens, double now, const JobToo
   return usage;
 }
 
-PrefillJob::PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, SharedPrefix prefix,
-                       JobTools* tools)
+PrefillJob::PrefillJob(uint64_t id, double now, std::shared_ptr<Session> session, SharedPrefix prefix, JobTools* tools)
     : Job(id, now), session_(std::move(session)), prefix_(std::move(prefix)), tools_(tools) {
   event_.set_total_tokens(session_->token_count());
   event_.set_prefilled_tokens(prefix_.tokens);
@@ -74,7 +73,10 @@ double PrefillJob::Predict(const wire::Command& command) const {
 
 void PrefillJob::OnResult(const wire::Command& command, const wire::Result& result, double now) {
   const bool ok = result.code() == 0 && !result.cancelled();
-  if (command.has_open_context()) opened_ = ok;
+  if (command.has_open_context()) {
+    opened_ = ok;
+    session_->SetShareable(ok && !stopping());
+  }
   if (command.has_close_context()) opened_ = false;
   if (command.has_prefill_chunk() && ok) OnChunk(command.prefill_chunk(), result, now);
 }
@@ -95,7 +97,7 @@ void PrefillJob::OnChunk(const wire::PrefillChunk& chunk, const wire::Result& re
 
 void PrefillJob::NextCleanup(wire::Command* command) {
   command->mutable_close_context()->set_context(session_->cache_uid());
-  session_->StartClose();
+  session_->SetShareable(false);
   opened_ = false;
 }
 

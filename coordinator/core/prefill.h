@@ -1,5 +1,5 @@
-// Prefill: OpenContext reserves the extents, then chunks in order, behind what is shared with another context (prefix.h).
-// A failure or a cancel closes the context on the ranks and leaves it CREATED.
+// Prefill: OpenContext reserves the extents, then chunks in order, behind what is shared with another context
+// (prefix.h). A failure or a cancel closes the context on the ranks and leaves it CREATED.
 #pragma once
 
 #include <functional>

@@ -24,9 +24,9 @@ struct SharedPrefix {
   bool there() const;
 };
 
-// The longest beginning of `tokens` that is computed in some session: a multiple of `unit` tokens (a block on every rank),
-// at least kMinSharedTokens, less than all of them (a prefill computes something), and in no more extents than the
-// ranks chain. O(tokens) for each session that begins alike, O(1) for the others.
+// The longest beginning of `tokens` that is computed in some session: a multiple of `unit` tokens (a block on every
+// rank), at least kMinSharedTokens, less than all of them (a prefill computes something), and in no more extents than
+// the ranks chain. O(tokens) for each session that begins alike, O(1) for the others.
 SharedPrefix FindPrefix(const std::map<std::string, std::shared_ptr<Session>>& sessions,
                         const std::vector<int32_t>& tokens, int64_t unit);
 

@@ -226,7 +226,6 @@ Status CheckKnown(const api::GenerateRequest& request) {
                                                  {"frequency_penalty", request.has_frequency_penalty()},
                                                  {"logit_bias", !request.logit_bias().empty()},
                                                  {"min_tokens", request.has_min_tokens()},
-                                                 {"n", request.n() > 1},
                                                  {"prompt_logprobs", request.prompt_logprobs()}};
   for (const auto& [name, set] : fields) {
     if (set) return FieldError(name, "a value", "not set: this version does not support it yet");
@@ -247,10 +246,27 @@ StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::Generate
   REFOCUS_ASSIGN_OR_RETURN(plan.sequence,
                            PlanSequence(session, request.adapter_id(), std::move(prompt), plan.max_tokens));
   plan.request_id = request.request_id().empty() ? RandomName(environment_.random()) : request.request_id();
-  session->StartAnswer(request.adapter_id());
-  auto job = std::make_shared<GenerateJob>(NextId(), now(), session, std::move(plan), tokenizer_.get(), &tools_);
-  job->deadline = now() + seconds;
+  std::vector<std::shared_ptr<KvReservation>> tails;  // of the further samples, behind the prompt
+  const int64_t behind = session->token_count() + static_cast<int64_t>(plan.sequence.prompt.size());
+  REFOCUS_RETURN_IF_ERROR(CheckQueue(plan.samples));
+  for (int32_t sample = 1; sample < plan.samples; ++sample) {
+    REFOCUS_ASSIGN_OR_RETURN(auto tail, ReserveTail(behind, plan.max_tokens));
+    tails.push_back(std::move(tail));
+  }
+  const auto start = [&](GeneratePlan own) {
+    session->StartAnswer(request.adapter_id());
+    auto job = std::make_shared<GenerateJob>(NextId(), now(), session, std::move(own), tokenizer_.get(), &tools_);
+    job->deadline = now() + seconds;
+    return job;
+  };
+  const std::shared_ptr<GenerateJob> job = start(std::move(plan));
+  std::vector<std::shared_ptr<GenerateJob>> forks;
+  for (auto& tail : tails) {
+    forks.push_back(start(job->ForkPlan(static_cast<int32_t>(forks.size()) + 1, std::move(tail))));
+  }
+  GenerateJob::Fork(job, forks);
   Track(job, session);
+  for (const std::shared_ptr<GenerateJob>& fork : forks) Track(fork, session);
   return job;
 }
 

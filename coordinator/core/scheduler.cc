@@ -27,8 +27,8 @@ void Scheduler::Stop(Job& job, const Status& why, double now) {
 
 bool Scheduler::NextFlight(double now, Flight* flight) {
   if (NextCleanup(now, flight)) return true;
-  const bool long_out = std::any_of(flight_.begin(), flight_.end(),
-                                    [](const Flight& f) { return f.predicted > kLongCommandSeconds; });
+  const bool long_out =
+      std::any_of(flight_.begin(), flight_.end(), [](const Flight& f) { return f.predicted > kLongCommandSeconds; });
   std::vector<Lane> idle;
   for (const Lane lane : lanes_.Order()) {
     if (lane == Lane::kWork && long_out) continue;
@@ -283,9 +283,8 @@ std::vector<Scheduler::Waiting> Scheduler::Queue() const {
   for (const Entry& entry : jobs_) {
     if (!entry.job->started() && !entry.job->stopping()) queue.push_back({entry.job.get()});
   }
-  std::stable_sort(queue.begin(), queue.end(), [](const Waiting& a, const Waiting& b) {
-    return a.job->lane() < b.job->lane();
-  });
+  std::stable_sort(queue.begin(), queue.end(),
+                   [](const Waiting& a, const Waiting& b) { return a.job->lane() < b.job->lane(); });
   double ahead = 0;
   for (const Flight& flight : flight_) ahead += flight.predicted;
   for (Waiting& waiting : queue) {

@@ -1,8 +1,8 @@
 // Puts the commands of many jobs into the one order that every rank executes.
 //
-// Clean-up goes first: what has ended makes room at once. Then the lanes share the time (lanes.h), and in a lane the job
-// that had least of it goes first. All answers decode together (decode_batch.h). At most kCommandsInFlight are out, and of
-// long ones one: no decode step waits for a round trip, and a new question waits for one chunk and one short command.
+// Clean-up goes first: what has ended makes room at once. Then the lanes share the time (lanes.h), and in a lane the
+// job that had least of it goes first. All answers decode together (decode_batch.h). At most kCommandsInFlight are out,
+// and of long ones one: no decode step waits for a round trip, a new question for one chunk and one short command.
 //
 // A command counts as answered when every rank has sent its final Result; then the codes must be equal, and so must the
 // hashes of what has to be equal (`agree`).
@@ -22,8 +22,8 @@
 namespace refocus {
 
 inline constexpr size_t kCommandsInFlight = 2;
-// Behind a command that should take longer than this no other of kWork waits on the ranks. The round trip between two of
-// them, a millisecond, is lost; a question that comes meanwhile saves a chunk.
+// Behind a command that should take longer than this no other of kWork waits on the ranks. The round trip between two
+// of them, a millisecond, is lost; a question that comes meanwhile saves a chunk.
 inline constexpr double kLongCommandSeconds = 0.1;
 
 class Scheduler {
@@ -72,10 +72,10 @@ class Scheduler {
     std::vector<uint64_t> sequences;  // of decode steps
   };
   struct Flight {
-    std::vector<Part> parts;                              // one, or all jobs of a decode batch
-    std::unordered_map<uint64_t, size_t> part_of;         // sequence -> part, of decode steps
-    std::optional<Lane> lane;                             // none: clean-up
-    double predicted = 0;                                 // seconds
+    std::vector<Part> parts;                       // one, or all jobs of a decode batch
+    std::unordered_map<uint64_t, size_t> part_of;  // sequence -> part, of decode steps
+    std::optional<Lane> lane;                      // none: clean-up
+    double predicted = 0;                          // seconds
     wire::Command command;
     std::vector<wire::Result> results;  // by rank
     std::vector<bool> answered;

@@ -24,7 +24,7 @@ void Session::StartPrefill(uint64_t cache_uid, std::vector<ContextExtent> extent
   state_reason_.clear();
   cache_uid_ = cache_uid;
   extents_ = std::move(extents);
-  closing_ = false;
+  shareable_ = false;
   prefilled_ = shared_tokens();
 }
 

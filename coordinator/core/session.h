@@ -20,8 +20,8 @@
 
 namespace refocus {
 
-// Memory of a context's tokens from `first_pos` on. Contexts that begin alike share extents: each holds all of its own, and
-// the last one gives the memory back, on the ranks and in the ledger alike.
+// Memory of a context's tokens from `first_pos` on. Contexts that begin alike share extents: each holds all that it
+// needs, and the last one gives the memory back, on the ranks and in the ledger alike.
 struct ContextExtent {
   int64_t first_pos = 0;
   std::shared_ptr<KvReservation> memory;
@@ -60,17 +60,19 @@ class Session {
   uint64_t cache_uid() const { return cache_uid_; }  // of the context on the ranks; a new one for every prefill
 
   // Prefill.
-  // `extents` follow each other, the last one is the context's own; those before it hold K/V of another context already.
+  // `extents` follow each other, the last one is the context's own; those before it hold another context's K/V already.
   void StartPrefill(uint64_t cache_uid, std::vector<ContextExtent> extents);
-  // What was to be shared is gone, and no command was sent yet: all of it is computed anew, in `memory` (nullptr: none yet).
+  // What was to be shared is gone, and no command was sent yet: all of it is computed anew, in `memory` (nullptr:
+  // soon).
   void DropPrefix(std::shared_ptr<KvReservation> memory);
   void Prefilled(int64_t tokens) { prefilled_ = tokens; }
   int64_t prefilled() const { return prefilled_; }
   const std::vector<ContextExtent>& extents() const { return extents_; }
   int64_t shared_tokens() const { return extents_.empty() ? 0 : extents_.back().first_pos; }
-  // K/V of the first tokens() that other contexts may share from now on; 0 when it is going away.
-  int64_t shareable_tokens() const { return closing_ || deleting ? 0 : prefilled_; }
-  void StartClose() { closing_ = true; }  // the ranks are told to close it
+  // Tokens whose K/V other contexts may share from now on: from when the ranks have opened it until they are told to
+  // close it.
+  int64_t shareable_tokens() const { return shareable_ && !deleting ? prefilled_ : 0; }
+  void SetShareable(bool shareable) { shareable_ = shareable; }
   void FinishPrefill(const api::PrefillEvent& last);
   const api::PrefillEvent& last_prefill() const { return last_prefill_; }
   // K/V and adapters are gone or going; the tokens stay. `why`: one sentence.
@@ -109,7 +111,7 @@ class Session {
   std::string state_reason_;
   uint64_t cache_uid_ = 0;
   std::vector<ContextExtent> extents_;
-  bool closing_ = false;
+  bool shareable_ = false;
   int64_t prefilled_ = 0;
   api::PrefillEvent last_prefill_;
   std::map<std::string, Adapter> adapters_;

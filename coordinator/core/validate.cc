@@ -307,6 +307,11 @@ StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& r, const ModelCo
       for (const int32_t id : tokenizer->eos_tokens()) plan.eos_ids.insert(id);
     }
   }
+  plan.samples = r.has_n() ? r.n() : 1;
+  REFOCUS_RETURN_IF_ERROR(CheckInt("n", plan.samples, 1, kMaxSamples));
+  if (plan.samples > 1 && plan.temperature == 0) {
+    return FieldError("n", std::to_string(plan.samples), "1 at temperature 0, where all samples are the same");
+  }
   if (r.has_logprobs()) {
     REFOCUS_RETURN_IF_ERROR(CheckInt("logprobs", r.logprobs(), 0, std::min<int64_t>(kMaxTopLogprobs, model.vocab)));
     plan.logprobs = r.logprobs();

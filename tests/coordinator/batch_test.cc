@@ -24,9 +24,9 @@ TEST(DecodeBatchTest, StepsFillFiftyMillisecondsAndNoMore) {
   EXPECT_EQ(batch.Next({Row(1, 100, 0)}).steps, 1);  // nobody knows yet
   EXPECT_EQ(batch.Next({Row(1)}).steps, 5);
   EXPECT_DOUBLE_EQ(batch.Next({Row(1)}).seconds, 0.05);
-  EXPECT_EQ(batch.Next({Row(1), Row(2, 100, 0.02)}).steps, 2);   // the slowest counts
-  EXPECT_EQ(batch.Next({Row(1), Row(2, 100, 0)}).steps, 1);      // so does a newcomer
-  EXPECT_EQ(batch.Next({Row(1), Row(2, 3)}).steps, 3);           // nobody takes more than it may
+  EXPECT_EQ(batch.Next({Row(1), Row(2, 100, 0.02)}).steps, 2);  // the slowest counts
+  EXPECT_EQ(batch.Next({Row(1), Row(2, 100, 0)}).steps, 1);     // so does a newcomer
+  EXPECT_EQ(batch.Next({Row(1), Row(2, 3)}).steps, 3);          // nobody takes more than it may
   EXPECT_EQ(batch.Next({Row(1, 100, 1e-6)}).steps, kMaxDecodeSteps);
   EXPECT_EQ(batch.Next({Row(1, 100, 0.2)}).steps, 1);
 }
@@ -192,6 +192,145 @@ TEST_F(BatchTest, ASequenceThatCouldNotBeOpenedNeverJoins) {
   EXPECT_EQ(ReasonOf(bad->status()), "REFUSED");
   ASSERT_TRUE(good->status().ok()) << good->status();
   EXPECT_EQ(Tokens(*good).size(), 300u);
+}
+
+// Several samples of one prompt: answers that fork from the first.
+class SamplesTest : public BatchTest {
+ protected:
+  api::GenerateRequest Request(int32_t n, int64_t max_tokens, uint64_t seed = 7) {
+    api::GenerateRequest request;
+    request.set_name("contexts/a");
+    request.set_max_tokens(max_tokens);
+    request.set_temperature(1);
+    request.set_seed(seed);
+    request.set_n(n);
+    return request;
+  }
+  std::vector<std::shared_ptr<GenerateJob>> AskAll(const api::GenerateRequest& request, std::vector<int32_t> prompt) {
+    const auto first = simulation_.core().Generate(request, std::move(prompt));
+    EXPECT_TRUE(first.ok()) << first.status();
+    simulation_.Collect();
+    std::vector<std::shared_ptr<GenerateJob>> samples = {*first};
+    samples.insert(samples.end(), (*first)->forks().begin(), (*first)->forks().end());
+    return samples;
+  }
+  struct Said {
+    std::vector<uint32_t> ids;
+    api::GenerateSummary summary;
+    bool operator==(const Said& other) const { return ids == other.ids; }
+  };
+  static Said Read(GenerateJob& job, int32_t sample) {
+    Said said;
+    for (const api::GenerateEvent& event : job.TakeEvents()) {
+      EXPECT_EQ(event.sample(), sample);
+      said.ids.insert(said.ids.end(), event.token_ids().begin(), event.token_ids().end());
+      if (event.has_summary()) said.summary = event.summary();
+    }
+    return said;
+  }
+};
+
+TEST_F(SamplesTest, EachIsWhatItsSeedGivesAlone) {
+  simulation_.CreateReady("a", 600);
+  for (const size_t prompt : {0u, 1u, 700u}) {
+    const std::vector<int32_t> ids(prompt, 9);
+    const auto samples = AskAll(Request(5, 60, 11 + prompt), ids);
+    ASSERT_EQ(samples.size(), 5u);
+    simulation_.Run();
+    std::set<std::vector<uint32_t>> different;
+    for (size_t i = 0; i < samples.size(); ++i) {
+      ASSERT_TRUE(samples[i]->status().ok()) << samples[i]->status();
+      const Said said = Read(*samples[i], static_cast<int32_t>(i));
+      EXPECT_EQ(said.summary.n(), 5);
+      different.insert(said.ids);
+      const auto alone = AskAll(Request(1, 60, said.summary.seed()), ids);
+      simulation_.Run();
+      EXPECT_EQ(said, Read(*alone[0], 0)) << i;
+    }
+    EXPECT_EQ(different.size(), 5u);
+  }
+}
+
+TEST_F(SamplesTest, ThePromptIsComputedAndKeptOnceAndEachTailGoesAtItsEnd) {
+  simulation_.CreateReady("a", 600);
+  for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).command_seconds = 0.04;
+  api::GenerateRequest request = Request(4, 40);
+  request.set_ignore_eos(true);
+  const int64_t before = simulation_.core().kv_used_bytes();
+  const auto used = [&] { return (simulation_.core().kv_used_bytes() - before) / kFakeKvBytesPerToken; };
+  const auto samples = AskAll(request, std::vector<int32_t>(300, 9));
+  EXPECT_EQ(used(), 300 + 4 * 40);
+  ASSERT_TRUE(StepUntil(4));  // all in one batch
+  EXPECT_EQ(simulation_.rank(0).held_tokens(), 600 + 300 + 4 * 40);
+  simulation_.Stop(*samples[2]);
+  simulation_.DeliverCancels();
+  while (!samples[2]->ended()) Step();
+  EXPECT_EQ(used(), 300 + 3 * 40);
+  simulation_.Stop(*samples[0]);  // the prompt stays for the others
+  simulation_.DeliverCancels();
+  while (!samples[0]->ended()) Step();
+  EXPECT_EQ(used(), 300 + 3 * 40);  // its tail is one piece with the prompt
+  EXPECT_EQ(simulation_.rank(0).held_tokens(), 600 + 300 + 3 * 40);
+  simulation_.Run();
+  EXPECT_EQ(Read(*samples[1], 1).ids.size(), 40u);
+  EXPECT_EQ(Read(*samples[3], 3).ids.size(), 40u);
+  EXPECT_EQ(used(), 0);
+}
+
+TEST_F(SamplesTest, AFirstSampleThatEndsAtOnceIsStillForkedFrom) {
+  simulation_.CreateReady("a", 600);
+  int ended_at_once = 0;
+  for (uint64_t seed = 1; seed <= 300; ++seed) {
+    const auto samples = AskAll(Request(3, 2, seed), {5});
+    simulation_.Run();
+    const Said first = Read(*samples[0], 0);
+    ended_at_once += first.ids.empty() ? 1 : 0;
+    for (const auto& sample : samples) ASSERT_TRUE(sample->status().ok()) << sample->status();
+  }
+  EXPECT_GT(ended_at_once, 0);
+}
+
+TEST_F(SamplesTest, CancelledAnywhereTheyLeaveNothing) {
+  simulation_.CreateReady("a", 600);
+  for (int steps = 0; steps < 20; ++steps) {
+    for (const bool first_only : {false, true}) {
+      const auto samples = AskAll(Request(3, 50), std::vector<int32_t>(40, 3));
+      for (int i = 0; i < steps; ++i) Step();
+      for (const auto& sample : samples) {
+        if (sample == samples[0] || !first_only) simulation_.Stop(*sample);
+      }
+      simulation_.DeliverCancels();
+      simulation_.Run();
+      for (const auto& sample : samples) EXPECT_TRUE(sample->ended()) << steps;
+      simulation_.ExpectConsistent();
+    }
+  }
+}
+
+TEST_F(SamplesTest, TooManyForMemoryOrQueueAreRefusedWhole) {
+  simulation_.CreateReady("a", 600);
+  api::GenerateRequest request = Request(2, 10);
+  request.clear_temperature();
+  EXPECT_EQ(ReasonOf(simulation_.core().Generate(request, {1}).status()), "FIELD_OUT_OF_RANGE");
+  EXPECT_EQ(ReasonOf(simulation_.core().Generate(Request(65, 10), {1}).status()), "FIELD_OUT_OF_RANGE");
+  for (int i = 0; i < 4; ++i) AskAll(Request(64, 10), {1});
+  EXPECT_EQ(ReasonOf(simulation_.core().Generate(Request(2, 10), {1}).status()), "QUEUE_FULL");
+  simulation_.Run();
+  Simulation small;
+  small.Launch(1, [](FakeRank& rank, int32_t) { rank.kv_capacity_bytes = 1000 * kFakeKvBytesPerToken; });
+  small.Run();
+  small.CreateReady("a", 600);
+  const int64_t before = small.core().kv_used_bytes();
+  EXPECT_EQ(ReasonOf(small.core().Generate(Request(5, 90), {1}).status()), "KV_CAPACITY");
+  EXPECT_EQ(small.core().kv_used_bytes(), before);
+  EXPECT_TRUE(small.core().Generate(Request(4, 90), {1}).ok());
+  small.Collect();
+  // Now it is answers that hold the memory: asking again makes sense, and the refusal says when.
+  const Status full = small.core().Generate(Request(1, 90), {1}).status();
+  ASSERT_EQ(ReasonOf(full), "KV_CAPACITY");
+  EXPECT_EQ(DetailOf(full).metadata.back().first, "retry_seconds");
+  small.Run();
+  small.ExpectConsistent();
 }
 
 }  // namespace

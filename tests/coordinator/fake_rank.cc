@@ -187,9 +187,8 @@ void FakeRank::OpenSequence(const wire::OpenSequence& open, wire::Result* result
     return OutOfPlace("context", result);
   }
   const auto adapter = adapters.find(open.adapter());
-  if (open.adapter() != 0 && (adapter == adapters.end() || adapter->second.revision != open.revision())) {
-    return OutOfPlace("adapter", result);
-  }
+  const bool current = adapter != adapters.end() && adapter->second.revision == open.revision();
+  if (open.adapter() != 0 && open.parent() == 0 && !current) return OutOfPlace("adapter", result);
   Sequence sequence;
   if (open.parent() != 0) {
     const auto found = sequences.find(open.parent());

@@ -130,7 +130,8 @@ class FakeRank {
   int64_t kv_capacity_bytes = int64_t{1} << 30;
   int64_t refuse_seq = 0;                                           // this command fails and changes nothing
   std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
-  std::function<bool(uint64_t sequence, int64_t position)> not_finite;  // logits of a decode step; the same on all ranks
+  std::function<bool(uint64_t sequence, int64_t position)>
+      not_finite;                                                  // logits of a decode step; the same on all ranks
   std::function<void(const wire::Command&, int64_t token)> pause;  // before a command (token -1) and each decoded token
   double command_seconds = 1e-3;                                   // as reported
 

@@ -1,6 +1,7 @@
 // Contexts that begin alike: what they share, who pays for it, and that it lives as long as one of them needs it.
-#include "base/limits.h"
 #include "coordinator/core/prefix.h"
+
+#include "base/limits.h"
 #include "tests/coordinator/simulation.h"
 
 namespace refocus {
@@ -44,6 +45,7 @@ class PrefixTest : public ::testing::Test {
     const auto session = simulation_.core().catalog().Find("contexts/" + id);
     return simulation_.rank(1).contexts.at(session->cache_uid()).tokens;
   }
+  static std::vector<int32_t> Unlike(int64_t tokens) { return std::vector<int32_t>(tokens, 199); }
   Simulation simulation_;
 };
 
@@ -155,6 +157,27 @@ TEST_F(PrefixTest, AParentThatGoesBeforeTheOpeningCostsTheSharingOnly) {
     simulation_.Run();
     EXPECT_EQ(used(), 0);
   }
+}
+
+// It may yet lose what it wanted to share itself.
+TEST_F(PrefixTest, WhatTheRanksHaveNotOpenedIsNotShared) {
+  for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).command_seconds = 0.4;
+  Ready("g", 5000, 0);
+  ASSERT_TRUE(simulation_.CreateIds("x", Unlike(30'000)).ok());
+  ASSERT_TRUE(simulation_.Prefill("x").ok());
+  while (simulation_.core().scheduler().in_flight() != 1 || simulation_.Get("x").prefilled_tokens() == 0) Step();
+  ASSERT_TRUE(simulation_.CreateIds("a", Simulation::Ids(6000)).ok());
+  const auto first = *simulation_.Prefill("a");
+  ASSERT_TRUE(simulation_.CreateIds("b", Simulation::Ids(7000)).ok());
+  const auto second = *simulation_.Prefill("b");
+  EXPECT_EQ(first->event().shared_tokens(), 4608);
+  EXPECT_EQ(second->event().shared_tokens(), 4608);
+  EXPECT_FALSE(first->started());
+  Delete("g");
+  simulation_.Run();
+  EXPECT_TRUE(first->status().ok()) << first->status();
+  EXPECT_TRUE(second->status().ok()) << second->status();
+  EXPECT_EQ(used(), simulation_.rank(0).held_tokens());
 }
 
 TEST_F(PrefixTest, AContextThatFitsOnlyBecauseItSharesIsAdmitted) {

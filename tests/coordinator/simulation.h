@@ -1,12 +1,12 @@
 // The whole state machine with fake ranks under a virtual clock: no threads, nothing happens unless a test says so.
 #pragma once
 
+#include <gtest/gtest.h>
+
 #include <deque>
 #include <memory>
 #include <string>
 #include <vector>
-
-#include <gtest/gtest.h>
 
 #include "base/memory_plan.h"
 #include "coordinator/core/coordinator.h"

@@ -1,5 +1,6 @@
 // Whose turn it is, under a clock: a rank that takes as long as a model of billions of parameters would. How long short
-// questions wait beside long work, what long work gets under a flood of questions, and what refuses or expires meanwhile.
+// questions wait beside long work, what long work gets under a flood of questions, and what refuses or expires
+// meanwhile.
 #include <algorithm>
 #include <cstdio>
 #include <ctime>
@@ -173,8 +174,9 @@ TEST(TurnsTest, AShortQuestionBesideAMillionTokensWaitsForOneChunk) {
     }
   }
   EXPECT_LE(worst, 1.5 * kChunkSeconds);
-  std::printf("first token of a short question beside 1M tokens of prefill: mean %.2f s, worst %.2f s; a chunk: %.2f s\n",
-              sum / static_cast<double>(count), worst, kChunkSeconds);
+  std::printf(
+      "first token of a short question beside 1M tokens of prefill: mean %.2f s, worst %.2f s; a chunk: %.2f s\n",
+      sum / static_cast<double>(count), worst, kChunkSeconds);
 }
 
 TEST(TurnsTest, AFloodOfQuestionsLeavesAFifthToPrefillAndAdaptation) {
@@ -278,8 +280,9 @@ TEST(TurnsTest, TheQueueTellsPositionWaitAndWhenToRetry) {
   }
 }
 
-// What the state machine costs for a step of 64 answers, everything but the wire: the result in, the events out, the next
-// command; CPU time, for the machine may have other work. 2% of a step of 8.8 ms are 176 us; a debug build or a sanitizer is not what is promised.
+// What the state machine costs for a step of 64 answers, everything but the wire: the result in, the events out, the
+// next command; CPU time, for the machine may have other work. 2% of a step of 8.8 ms are 176 us; a debug build or a
+// sanitizer is not what is promised.
 double CpuSeconds() {
   timespec time;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);

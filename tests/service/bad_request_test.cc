@@ -148,8 +148,17 @@ TEST_F(BadRequestTest, FieldsThatAreNotSupportedYet) {
                     [](auto& r) { r.set_min_p(0.1); }, [](auto& r) { r.set_repetition_penalty(1.1); },
                     [](auto& r) { r.set_presence_penalty(1); }, [](auto& r) { r.set_frequency_penalty(1); },
                     [](auto& r) { (*r.mutable_logit_bias())[1] = 2.0f; }, [](auto& r) { r.set_min_tokens(2); },
-                    [](auto& r) { r.set_n(2); }, [](auto& r) { r.set_prompt_logprobs(true); },
-                    [](auto& r) { r.mutable_chat(); });
+                    [](auto& r) { r.set_prompt_logprobs(true); }, [](auto& r) { r.mutable_chat(); });
+}
+
+TEST_F(BadRequestTest, Samples) {
+  const auto n = [](int32_t samples, double temperature) {
+    return [=](auto& r) {
+      r.set_n(samples);
+      r.set_temperature(temperature);
+    };
+  };
+  ExpectBadGenerate(n(0, 1), n(-1, 1), n(65, 1), n(2, 0));
 }
 
 TEST_F(BadRequestTest, Row77Logprobs) {

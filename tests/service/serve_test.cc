@@ -81,5 +81,63 @@ TEST_F(ServeTest, ScoresComeInOrder) {
   ExpectUnharmed();
 }
 
+// What a rank draws depends on all that it may depend on, and on nothing else.
+class SharingTest : public ServiceTest {
+ protected:
+  void SetUp() override {
+    StartServer();
+    StartGroup(2, [](FakeRank& rank) { rank.keyed = true; });
+    CreateReady("a", std::string(1200, 'x') + "a");
+    CreateReady("b", std::string(1200, 'x') + "b");
+  }
+  static api::GenerateRequest Question(int i) {
+    api::GenerateRequest request = GenerateRequest(i % 2 == 0 ? "a" : "b", std::string(i % 7, 'p'), 20 + i);
+    request.set_ignore_eos(true);
+    return request;
+  }
+};
+
+TEST_F(SharingTest, ManyClientsGetWhatEachWouldAlone) {
+  constexpr int kClients = 40;
+  std::vector<std::vector<uint32_t>> alone(kClients);
+  for (int i = 0; i < kClients; ++i) alone[i] = Generate(Question(i)).ids;
+  std::vector<Answer> together(kClients);
+  std::vector<std::thread> clients;
+  for (int i = 0; i < kClients; ++i) clients.emplace_back([&, i] { together[i] = Generate(Question(i)); });
+  for (std::thread& client : clients) client.join();
+  for (int i = 0; i < kClients; ++i) {
+    ASSERT_TRUE(together[i].status.ok()) << together[i].status.error_message();
+    EXPECT_EQ(together[i].ids.size(), static_cast<size_t>(20 + i));
+    EXPECT_EQ(together[i].ids, alone[i]) << i;
+  }
+  EXPECT_EQ(Get("b").shared_tokens(), 1024);
+  ExpectUnharmed();
+}
+
+TEST_F(SharingTest, SamplesComeSideBySide) {
+  api::GenerateRequest request = Question(6);
+  request.set_temperature(1);
+  request.set_seed(3);
+  request.set_n(4);
+  const Answer answer = Generate(request);
+  ASSERT_TRUE(answer.status.ok()) << answer.status.error_message();
+  std::map<int32_t, std::vector<uint32_t>> samples;
+  std::map<int32_t, uint64_t> seeds;
+  for (const api::GenerateEvent& event : answer.events) {
+    EXPECT_EQ(seeds.count(event.sample()), 0u);  // the summary is a sample's last event
+    auto& ids = samples[event.sample()];
+    ids.insert(ids.end(), event.token_ids().begin(), event.token_ids().end());
+    if (event.has_summary()) seeds[event.sample()] = event.summary().seed();
+  }
+  ASSERT_EQ(samples.size(), 4u);
+  ASSERT_EQ(seeds.size(), 4u);
+  request.clear_n();
+  for (const auto& [sample, ids] : samples) {
+    request.set_seed(seeds[sample]);
+    EXPECT_EQ(Generate(request).ids, ids) << sample;
+  }
+  ExpectUnharmed();
+}
+
 }  // namespace
 }  // namespace refocus

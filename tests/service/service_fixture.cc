@@ -220,22 +220,22 @@ void ServiceTest::ExpectUnharmed() {
   EXPECT_EQ(again.ids, witness_);
   WaitFor([&] { return server_->hub().With([](Coordinator& core) { return core.drained(); }); });
   size_t cached = 0;
-  int64_t bytes = 0;
+  int64_t adapter_bytes = 0, used_bytes = 0;
   server_->hub().With([&](Coordinator& core) {
     EXPECT_EQ(core.scheduler().in_flight(), 0u);
     for (const auto& [name, session] : core.catalog().sessions()) {
       EXPECT_FALSE(session->busy()) << name;
       if (!session->has_cache()) continue;
       ++cached;
-      bytes += session->token_count() * kFakeKvBytesPerToken;
       const api::Context shown = session->ToProto(0, 0);
-      for (const api::Adapter& a : shown.adapters()) bytes += core.group().size() * a.memory_bytes();
+      for (const api::Adapter& a : shown.adapters()) adapter_bytes += core.group().size() * a.memory_bytes();
     }
-    EXPECT_EQ(core.kv_used_bytes(), bytes);
+    used_bytes = core.kv_used_bytes();
   });
   for (const auto& worker : workers_) {
     worker->Inspect([&](FakeRank& rank) {
       EXPECT_EQ(rank.contexts.size(), cached);
+      EXPECT_EQ(used_bytes, rank.held_tokens() * kFakeKvBytesPerToken + adapter_bytes);
       EXPECT_TRUE(rank.sequences.empty());
       for (const auto& [uid, adapter] : rank.adapters) EXPECT_FALSE(adapter.work.has_value());
     });
