@@ -1,0 +1,60 @@
+"""Associative recall: a ledger of accounts and what each of them holds.
+
+In words for models with a tokenizer. As token ids for the small model that ships with Refocus: [account token, value
+token] pairs, where accounts recur about four times and their number, the number of distractors, grows with length.
+"""
+from __future__ import annotations
+
+import random
+
+from refocus.evaluate.item import EvalError, Item, Question
+from refocus.evaluate.tasks import Settings, fit, generator, item, join, words
+
+PREAMBLE = ("The ledger below says what each account holds. Answer the question after it with the one word that the "
+            "ledger gives.\n\n")
+RECURRENCES = 4  # of an account in a symbolic ledger, on average
+
+
+def _lines(rng: random.Random, accounts: int) -> list[tuple[str, str, str]]:
+    numbers = rng.sample(range(10000, 100000) if accounts <= 40000 else range(10 ** 6, 10 ** 7), accounts)
+    return [(f"Account {number} holds {word}.", str(number), word)
+            for number, word in ((number, rng.choice(words.NOUNS)) for number in numbers)]
+
+
+def recall(length: int, seed: int, settings: Settings) -> Item:
+    def build(accounts: int) -> str:
+        lines = _lines(generator("ledger", seed), accounts)
+        return PREAMBLE + "\n".join(line for line, _, _ in lines)
+
+    accounts = fit("ledger", build, settings.count, length, 2)
+    lines = _lines(generator("ledger", seed), accounts)
+    draft = join([(line, (number,)) for line, number, _ in lines])
+    rng = generator("ledger", seed, "questions")
+    asked = rng.sample(lines, min(settings.questions, accounts))
+    questions = [
+        Question(number, f"\n\nQuestion: What does account {number} hold?\nAnswer: Account {number} holds", [word],
+                 "word", 16, draft.marks[number], ["\n"], {"choices": words.NOUNS})
+        for _, number, word in asked]
+    return item("ledger", length, seed, PREAMBLE, draft.text, questions)
+
+
+def symbolic(length: int, seed: int, settings: Settings) -> Item:
+    """A length of n tokens is n / 2 pairs; questions are accounts that occurred, answered by one token."""
+    rng = generator("symbols", seed, length)
+    pairs = length // 2
+    accounts = max(1, pairs // RECURRENCES)
+    low, high = settings.account_ids
+    if pairs < 1 or accounts > high - low:
+        raise EvalError(f"symbols: got a length of {length} tokens, allowed 2 to {(high - low) * RECURRENCES * 2 + 7} "
+                        f"with {high - low} account ids")
+    held = {account: rng.randrange(*settings.value_ids) for account in rng.sample(range(low, high), accounts)}
+    order = rng.choices(list(held), k=pairs)
+    text = [token for account in order for token in (account, held[account])]
+    places: dict[int, list[tuple[int, int]]] = {}
+    for index, account in enumerate(order):
+        places.setdefault(account, []).append((2 * index, 2 * index + 2))
+    asked = rng.choices(list(places), k=settings.questions) if settings.questions > len(places) else \
+        rng.sample(list(places), settings.questions)
+    questions = [Question(f"{index}-{account}", [account], [held[account]], "token", 1, places[account])
+                 for index, account in enumerate(asked)]
+    return item("symbols", length, seed, "", text, questions)
