@@ -47,6 +47,8 @@ inline constexpr int64_t kMaxStopTokenIds = 64;
 inline constexpr int64_t kMaxLogitBias = 1024;
 inline constexpr int32_t kMaxTopK = 1 << 20;
 inline constexpr int32_t kMaxSamples = 64;            // of one request
+inline constexpr int64_t kMaxExchanges = 1024;        // earlier ones of a conversation
+inline constexpr int64_t kMaxThinkingTokens = 65'536;
 
 // One prefill or extend command: rows, and the time it should take (its length follows from measured times).
 inline constexpr int64_t kMaxChunkRows = 16'384;

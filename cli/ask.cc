@@ -1,8 +1,15 @@
 // ask: one answer from a context, streamed.
+#include <unistd.h>
+
+#include <fstream>
 #include <iostream>
 #include <map>
 #include <optional>
+#include <sstream>
 
+#include <nlohmann/json.hpp>
+
+#include "base/input_file.h"
 #include "cli/commands.h"
 #include "cli/input.h"
 #include "cli/interrupt.h"
@@ -16,7 +23,10 @@ struct AskOptions {
   std::string question;
   AdapterChoice adapter;
   bool chat = false;
-  bool no_chat = false;
+  bool raw = false;
+  std::string thinking;
+  std::optional<int64_t> thinking_budget;
+  std::string conversation;
   bool as_ids = false;
   bool special = false;
   bool ignore_eos = false;
@@ -27,40 +37,82 @@ struct AskOptions {
   std::vector<std::string> stops;
 };
 
-// In a conversation the question's own text stays plain and only the markers become special tokens, so the
-// prompt goes as ids.
-Status FillPrompt(Client& client, const AskOptions& options, bool chat, const std::string& question,
-                  v1::Prompt* prompt) {
+using Json = nlohmann::json;
+
+constexpr int64_t kMaxConversationBytes = int64_t{16} << 20;
+
+// Between the text and the first question, in the same turn.
+constexpr char kGap[] = "\n\n";
+
+Status BadConversation(const std::string& path, size_t line) {
+  return FieldError("--conversation", path + " line " + std::to_string(line),
+                    "lines such as {\"question\": \"...\", \"answer\": \"...\"}");
+}
+
+// What was said before: one exchange a line, oldest first. A file that is not there is a conversation that begins.
+Status ReadConversation(const std::string& path, v1::Chat* chat) {
+  if (path.empty() || ::access(path.c_str(), F_OK) != 0) return absl::OkStatus();
+  REFOCUS_ASSIGN_OR_RETURN(const std::string text, ReadSmallFile(path, "CONFIG_INVALID", kMaxConversationBytes));
+  std::istringstream lines(text);
+  std::string line;
+  for (size_t number = 1; std::getline(lines, line); ++number) {
+    const Json exchange = Json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (!exchange.is_object() || !exchange.contains("question") || !exchange["question"].is_string() ||
+        !exchange.contains("answer") || !exchange["answer"].is_string()) {
+      return BadConversation(path, number);
+    }
+    v1::Chat::Exchange* out = chat->add_earlier();
+    out->set_question((chat->earlier_size() == 1 ? kGap : "") + exchange["question"].get<std::string>());
+    out->set_answer(exchange["answer"].get<std::string>());
+  }
+  return absl::OkStatus();
+}
+
+Status AppendConversation(const std::string& path, const std::string& question, const std::string& answer) {
+  std::ofstream out(path, std::ios::app);
+  // Text that the model did not end may stop within a character only on the server's side; what came is UTF-8.
+  out << Json{{"question", question}, {"answer", answer}}.dump(-1, ' ', false, Json::error_handler_t::replace) << '\n';
+  out.flush();
+  return out ? absl::OkStatus() : FieldError("--conversation", path, "a file that can be written");
+}
+
+Status FillQuestion(const AskOptions& options, const std::string& question, v1::Chat* chat) {
+  REFOCUS_RETURN_IF_ERROR(ReadConversation(options.conversation, chat));
+  chat->set_question((chat->earlier().empty() ? kGap : "") + question);
+  chat->set_allow_special(options.special);
+  if (!options.thinking.empty()) chat->set_thinking(options.thinking == "on");
+  if (options.thinking_budget) chat->set_thinking_budget(*options.thinking_budget);
+  return absl::OkStatus();
+}
+
+Status FillPrompt(const AskOptions& options, const std::string& question, v1::Prompt* prompt) {
   if (options.as_ids) {
     REFOCUS_ASSIGN_OR_RETURN(const auto ids, ParseIds(question));
     prompt->mutable_ids()->mutable_ids()->Add(ids.begin(), ids.end());
     return absl::OkStatus();
   }
-  if (!chat) {
-    prompt->set_text(question);
-    prompt->set_allow_special(options.special);
-    return absl::OkStatus();
-  }
-  REFOCUS_ASSIGN_OR_RETURN(const ChatMarkers markers, FindChatMarkers(client));
-  REFOCUS_ASSIGN_OR_RETURN(auto ids, client.Tokenize("\n\n" + question, false, false));
-  REFOCUS_ASSIGN_OR_RETURN(const auto closing, client.Tokenize(markers.close_user, true, false));
-  ids.insert(ids.end(), closing.begin(), closing.end());
-  prompt->mutable_ids()->mutable_ids()->Add(ids.begin(), ids.end());
+  prompt->set_text(question);
+  prompt->set_allow_special(options.special);
   return absl::OkStatus();
 }
 
-StatusOr<v1::GenerateRequest> MakeRequest(Client& client, const AskOptions& options) {
-  std::string question = options.question;
-  if (question == "-") {
-    REFOCUS_ASSIGN_OR_RETURN(question, ReadInput("-"));
-  }
+StatusOr<std::string> QuestionOf(const AskOptions& options) {
+  return options.question == "-" ? ReadInput("-") : StatusOr<std::string>(options.question);
+}
+
+StatusOr<v1::GenerateRequest> MakeRequest(Client& client, const AskOptions& options, const std::string& question) {
   REFOCUS_ASSIGN_OR_RETURN(const v1::Context context, client.GetContext(ContextName(options.name)));
   v1::GenerateRequest request;
   request.set_name(context.name());
   request.set_adapter_id(ResolveAdapter(options.adapter, context));
   request.set_request_id(NewRequestId());
-  const bool chat = options.chat || (!options.no_chat && !options.as_ids && context.labels().count(kChatLabel) > 0);
-  REFOCUS_RETURN_IF_ERROR(FillPrompt(client, options, chat, question, request.mutable_prompt()));
+  const bool talks =
+      options.chat || !options.thinking.empty() || options.thinking_budget || !options.conversation.empty();
+  if (talks || (!options.raw && !options.as_ids && !context.chat_format().empty())) {
+    REFOCUS_RETURN_IF_ERROR(FillQuestion(options, question, request.mutable_chat()));
+  } else {
+    REFOCUS_RETURN_IF_ERROR(FillPrompt(options, question, request.mutable_prompt()));
+  }
   if (options.max_tokens) request.set_max_tokens(*options.max_tokens);
   if (options.temperature) request.set_temperature(*options.temperature);
   if (options.seed) request.set_seed(*options.seed);
@@ -103,6 +155,8 @@ std::string FinishText(const v1::GenerateSummary& summary) {
 
 void PrintSummary(const v1::GenerateSummary& summary, const std::string& adapter_id) {
   std::cerr << "[" << FormatCount(summary.generated_tokens()) << " tokens, " << FinishText(summary) << "; "
+            << (summary.reasoning_tokens() > 0 ? FormatCount(summary.reasoning_tokens()) + " of reasoning" : "")
+            << (summary.thinking_cut() ? ", which was cut" : "") << (summary.reasoning_tokens() > 0 ? "; " : "")
             << AdapterText(adapter_id, summary.adapter_revision()) << "; " << FormatCount(summary.context_tokens())
             << " + " << FormatCount(summary.prompt_tokens()) << " tokens read, first token after "
             << FormatSeconds(summary.queue_seconds() + summary.prompt_seconds()) << ", then "
@@ -114,9 +168,13 @@ void PrintSummary(const v1::GenerateSummary& summary, const std::string& adapter
 int Ask(const Settings& settings, const AskOptions& options) {
   InstallInterrupt();
   Client client(settings.client);
-  const auto request = MakeRequest(client, options);
+  const auto question = QuestionOf(options);
+  if (!question.ok()) return Finish("ask", question.status());
+  const auto request = MakeRequest(client, options, *question);
   if (!request.ok()) return Finish("ask", request.status());
   int64_t received = 0;
+  std::string answer;
+  bool thought = false;  // the reasoning, on stderr, has no end yet
   std::vector<v1::TokenLogprob> logprobs;
   v1::GenerateSummary summary;
   const Status status = client.Generate(*request, [&](const v1::GenerateEvent& event) {
@@ -124,7 +182,17 @@ int Ask(const Settings& settings, const AskOptions& options) {
     logprobs.insert(logprobs.end(), event.logprobs().begin(), event.logprobs().end());
     if (event.has_summary()) summary = event.summary();
     EmitEvent(settings, event);
-    if (!settings.json) std::cout << event.text() << std::flush;
+    answer += event.text();
+    if (settings.json) return;
+    if (!settings.quiet && !event.reasoning().empty()) {
+      std::cerr << event.reasoning() << std::flush;
+      thought = true;
+    }
+    if (thought && !event.text().empty()) {
+      std::cerr << "\n\n" << std::flush;
+      thought = false;
+    }
+    std::cout << event.text() << std::flush;
   });
   if (!settings.json) std::cout << std::endl;
   if (!status.ok()) {
@@ -133,6 +201,9 @@ int Ask(const Settings& settings, const AskOptions& options) {
   }
   if (options.logprobs && !settings.json) PrintLogprobs(client, logprobs);
   if (!settings.quiet) PrintSummary(summary, request->adapter_id());
+  if (!options.conversation.empty()) {
+    return Finish("ask", AppendConversation(options.conversation, *question, answer));
+  }
   return Finish("ask", status);
 }
 
@@ -145,13 +216,22 @@ void AddAsk(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("QUESTION", o->question, "Text that follows the context, '-' for standard input")->required();
   AddAdapterOptions(verb, &o->adapter);
   const std::string prompt = "Prompt";
-  auto* chat =
-      verb->add_flag("--chat", o->chat, "Close the user's turn with the question (default for contexts created so)");
-  verb->add_flag("--no-chat", o->no_chat, "Plain continuation, whatever the context is")->excludes(chat)->group(prompt);
-  chat->group(prompt);
-  verb->add_flag("--ids", o->as_ids, "QUESTION is token ids in decimal")->excludes(chat)->group(prompt);
-  verb->add_flag("--special", o->special, "Special tokens' names in the question mean special tokens (not with --chat)")
-      ->excludes(chat)->group(prompt);
+  auto* chat = verb->add_flag("--chat", o->chat,
+                              "Close the user's turn with the question (default for contexts that opened one)");
+  auto* raw = verb->add_flag("--raw", o->raw, "QUESTION is continued as it is, whatever the context is");
+  auto* ids = verb->add_flag("--ids", o->as_ids, "QUESTION is token ids in decimal, to be continued");
+  chat->excludes(raw)->excludes(ids)->group(prompt);
+  raw->group(prompt);
+  ids->group(prompt);
+  verb->add_flag("--special", o->special, "Special tokens' names in the question mean special tokens")->group(prompt);
+  verb->add_option("--conversation", o->conversation,
+                   "File with what was asked and answered before, one JSON object a line; this exchange is added to it")
+      ->type_name("FILE")->excludes(raw)->excludes(ids)->group(prompt);
+  const std::string thinking = "Reasoning (goes to stderr; the answer to stdout)";
+  verb->add_option("--thinking", o->thinking, "on or off, for models that can (as their template does)")
+      ->check(CLI::IsMember({"on", "off"}))->excludes(raw)->excludes(ids)->group(thinking);
+  verb->add_option("--thinking-budget", o->thinking_budget, "Tokens of reasoning at most, 1 to 65536; then it is ended")
+      ->excludes(raw)->excludes(ids)->group(thinking);
   const std::string sampling = "Sampling (defaults are the server's)";
   verb->add_option("--max-tokens", o->max_tokens, "Length of the answer at most, 1 to 65536 (256)")->group(sampling);
   verb->add_option("--temperature", o->temperature, "0: always the most likely token; or 0.01 to 100 (0)")

@@ -211,7 +211,7 @@ StatusOr<std::vector<uint32_t>> Client::TokenizeDocument(std::string_view text) 
         return Error(
             StatusCode::kInvalidArgument, "TEXT_NOT_CUTTABLE",
             "text: got " + std::to_string(kTokenizePieceBytes) +
-                " bytes without a line that begins with a letter, which --chat and --max-tokens need; break the lines");
+                " bytes without a line that begins with a letter, which --max-tokens needs; break the lines");
       }
     }
     REFOCUS_ASSIGN_OR_RETURN(const auto piece, Tokenize(std::string(text.substr(0, end)), false, false));

@@ -68,13 +68,4 @@ void EmitEvent(const Settings& settings, const google::protobuf::Message& event)
 // Prefills with a progress bar; used by `context create` and `prefill`.
 Status PrefillWithProgress(Client& client, const Settings& settings, const std::string& name, bool keep_going);
 
-// A conversation is opened before the document and closed by the question; the tokenizer's marker strings for that.
-// FAILED_PRECONDITION NO_CHAT_FORMAT when the model has none.
-struct ChatMarkers {
-  std::string open_user;      // before the document
-  std::string close_user;     // after the question
-};
-StatusOr<ChatMarkers> FindChatMarkers(Client& client);
-inline constexpr char kChatLabel[] = "chat";  // label of contexts created with --chat; its value is the chat format
-
 }  // namespace refocus::cli

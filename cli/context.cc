@@ -17,6 +17,9 @@ struct CreateOptions {
   std::string id;
   bool as_ids = false;
   bool chat = false;
+  bool raw = false;
+  std::optional<std::string> system;
+  std::string intro;
   bool special = false;
   bool no_bos = false;
   bool no_prefill = false;
@@ -52,6 +55,7 @@ void PrintContext(const v1::Context& context) {
   const int64_t shared = context.shared_tokens();
   line("K/V", FormatBytes(context.kv_bytes()) +
                   (shared > 0 ? ", and " + FormatCount(shared) + " tokens shared with another context" : ""));
+  if (!context.chat_format().empty()) line("chat", context.chat_format());
   line("age", Age(context.create_time(), Now()));
   line("expires in", Age(Now(), context.expire_time()) + " unless used");
   for (const auto& [key, value] : context.labels()) line("label", key + "=" + value);
@@ -83,8 +87,8 @@ StatusOr<v1::CreateContextRequest::Header> MakeHeader(const CreateOptions& optio
   return header;
 }
 
-// What goes up: the text as it is, or ids where the text alone cannot say it (an opened conversation, a cut in tokens).
-StatusOr<std::vector<uint32_t>> IdsOf(Client& client, const CreateOptions& options, std::string_view text) {
+// What goes up: the text as it is, or ids where the text alone cannot say it (a cut in tokens).
+StatusOr<std::vector<uint32_t>> IdsOf(Client& client, const CreateOptions& options, std::string_view text, bool chat) {
   std::vector<uint32_t> ids;
   if (options.as_ids) {
     REFOCUS_ASSIGN_OR_RETURN(ids, ParseIds(text));
@@ -94,15 +98,18 @@ StatusOr<std::vector<uint32_t>> IdsOf(Client& client, const CreateOptions& optio
   if (options.max_tokens && static_cast<int64_t>(ids.size()) > *options.max_tokens) {
     ids.resize(static_cast<size_t>(*options.max_tokens));
   }
-  std::string prologue;
-  if (options.chat) {
-    REFOCUS_ASSIGN_OR_RETURN(const ChatMarkers markers, FindChatMarkers(client));
-    prologue = markers.open_user;
-  }
-  if (options.as_ids && !options.chat) return ids;
-  REFOCUS_ASSIGN_OR_RETURN(auto all, client.Tokenize(prologue, true, !options.no_bos));
+  if (options.as_ids || chat) return ids;  // a conversation's beginning is the server's to write
+  REFOCUS_ASSIGN_OR_RETURN(auto all, client.Tokenize("", false, !options.no_bos));
   all.insert(all.end(), ids.begin(), ids.end());
   return all;
+}
+
+// A model that holds conversations is given the text in one, unless the caller says otherwise.
+StatusOr<bool> OpensConversation(Client& client, const CreateOptions& options) {
+  if (options.chat || options.system || !options.intro.empty()) return true;  // or the server says why not
+  if (options.raw || options.as_ids || options.special) return false;
+  REFOCUS_ASSIGN_OR_RETURN(const v1::Model model, client.GetModel());
+  return !model.chat_format().empty();
 }
 
 StatusOr<v1::Context> Upload(Client& client, const Settings& settings, const CreateOptions& options) {
@@ -111,10 +118,14 @@ StatusOr<v1::Context> Upload(Client& client, const Settings& settings, const Cre
   REFOCUS_ASSIGN_OR_RETURN(auto header, MakeHeader(options));
   Client::Content content;
   std::vector<uint32_t> ids;
-  if (options.as_ids || options.chat || options.max_tokens) {
-    REFOCUS_ASSIGN_OR_RETURN(ids, IdsOf(client, options, text));
+  REFOCUS_ASSIGN_OR_RETURN(const bool chat, OpensConversation(client, options));
+  if (chat) {
+    header.mutable_prologue()->set_user(options.intro);
+    if (options.system) header.mutable_prologue()->set_system(*options.system);
+  }
+  if (options.as_ids || options.max_tokens) {
+    REFOCUS_ASSIGN_OR_RETURN(ids, IdsOf(client, options, text, chat));
     content.ids = &ids;
-    if (options.chat) (*header.mutable_labels())[kChatLabel] = "chatml";
   } else {
     content.text = text;
   }
@@ -221,8 +232,15 @@ void AddCreate(CLI::App* parent, Settings* settings, Run* run) {
   verb->add_option("FILE", options->path, "Text file in UTF-8, '-' for standard input")->required();
   verb->add_option("--id", options->id,
                    "Name of the context: a-z, 0-9 and '-', up to 63 characters (made by the server)");
-  verb->add_flag("--chat", options->chat,
-                 "Open a user's turn before the text, so that 'ask' closes it with a question");
+  const std::string talk = "Conversation";
+  auto* raw = verb->add_flag("--raw", options->raw, "The text alone, to be continued; no conversation about it");
+  auto* chat = verb->add_flag("--chat", options->chat,
+                              "Open a user's turn before the text, so that 'ask' closes it with a question (default if "
+                              "the model has a known chat template; not with --ids or --special)");
+  chat->excludes(raw)->group(talk);
+  raw->group(talk);
+  verb->add_option("--system", options->system, "System prompt (the template's own)")->excludes(raw)->group(talk);
+  verb->add_option("--intro", options->intro, "What the user says before the text")->excludes(raw)->group(talk);
   verb->add_flag("--no-prefill", options->no_prefill, "Upload only; 'refocus prefill' computes K and V later");
   verb->add_flag("--validate-only", options->validate_only, "Say whether it would fit and store nothing")
       ->excludes("--no-prefill");
@@ -273,16 +291,6 @@ Status PrefillWithProgress(Client& client, const Settings& settings, const std::
              memory.empty() ? "-" : memory});
   table.Print(std::cout);
   return absl::OkStatus();
-}
-
-StatusOr<ChatMarkers> FindChatMarkers(Client& client) {
-  REFOCUS_ASSIGN_OR_RETURN(const v1::Model model, client.GetModel());
-  if (model.chat_format() == "chatml") {
-    return ChatMarkers{"<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"};
-  }
-  return Error(StatusCode::kFailedPrecondition, "NO_CHAT_FORMAT",
-               "--chat: the model " + model.name() + " has chat format '" + model.chat_format() +
-                   "', allowed chatml; go on without --chat");
 }
 
 void AddContext(CLI::App& app, Settings* settings, Run* run) {

@@ -33,7 +33,7 @@ Environment:
 
 Example:
   refocus serve --model SmolLM2.gguf --ranks 2 &
-  refocus context create emma.txt --id emma --chat
+  refocus context create emma.txt --id emma
   refocus adapt emma
   refocus ask emma "Who is Mr. Knightley?"
 )";

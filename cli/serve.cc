@@ -21,6 +21,7 @@ struct ServeFlags {
   std::string rope_scaling = "none";
   std::string kv_memory;
   std::string device;
+  std::string chat_template;
   bool check_finite = false;
   std::optional<uint64_t> random_weights;
   std::optional<double> collective_deadline;
@@ -69,6 +70,7 @@ int Serve(ServeFlags flags) {
   add(&coordinator, "--drain-seconds", std::to_string(flags.options.drain_seconds));
   if (flags.default_ttl) add(&coordinator, "--default-ttl", std::to_string(*flags.default_ttl));
   if (flags.stuck) add(&coordinator, "--stuck-seconds", std::to_string(*flags.stuck));
+  if (!flags.chat_template.empty()) add(&coordinator, "--chat-template", flags.chat_template);
   if (flags.reflection) coordinator.push_back("--enable-reflection");
   if (flags.insecure) coordinator.push_back("--insecure");
   add(&worker, "--log-level", flags.log_level);
@@ -90,6 +92,10 @@ void AddServe(CLI::App& app, Run* run) {
   const auto f = std::make_shared<ServeFlags>();
   verb->add_option("--model", f->options.model, "Folder with config.json and *.safetensors, or a .gguf file")
       ->envname("REFOCUS_MODEL")->type_name("PATH")->required()->group("Model");
+  verb->add_option("--chat-template", f->chat_template,
+                   "How conversations are written: auto, none, chatml, qwen3, llama3, llama3.1, llama3.2, mistral, "
+                   "mistral-v3, mistral-tekken (auto: as the model's own template)")
+      ->type_name("NAME")->group("Model");
   verb->add_option("--ranks", f->ranks, "Worker processes, 1 to 256; each owns a part of every context (1; with "
                    "--device cuda one for every visible GPU)")
       ->check(CLI::Range(1, kMaxServedRanks))->group("Model");

@@ -53,7 +53,11 @@ void PrintModel(const v1::Model& model) {
             << ", K/V "
             << FormatBytes(model.kv_bytes_per_token()) << " a token, "
             << (model.has_tokenizer() ? "with tokenizer" : "token ids only")
-            << (model.chat_format().empty() ? "" : ", chat format " + model.chat_format()) << '\n';
+            << (model.chat_format().empty() ? "" : ", chat format " + model.chat_format())
+            << (model.thinks() ? " with reasoning" : "") << '\n';
+  if (model.has_tokenizer() && model.chat_format().empty()) {
+    std::cout << "            no conversations: " << model.chat_refusal() << '\n';
+  }
 }
 
 Status PrintStatus(Client& client, const Settings& settings) {

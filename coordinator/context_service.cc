@@ -92,7 +92,7 @@ Status ContextService::Create(CreateCall& call, api::Context* response) {
     REFOCUS_RETURN_IF_ERROR(upload.Add(message.chunk()));
     REFOCUS_RETURN_IF_ERROR(hold.Grow(upload.held_bytes()));
   }
-  REFOCUS_ASSIGN_OR_RETURN(TokenIds tokens, upload.Finish(header, message.finish()));
+  REFOCUS_ASSIGN_OR_RETURN(TokenIds tokens, upload.Finish(header, message.finish(), hub_.chat()));
   next = NextMessage(call, upload_stall_seconds_, &message);
   if (next.ok())
     return Error(StatusCode::kFailedPrecondition, "UPLOAD_FINISHED", "message: got one after finish, allowed none");

@@ -26,6 +26,7 @@ Hub::Hub(CoordinatorOptions options, std::shared_ptr<const Tokenizer> tokenizer,
          double read_within_seconds)
     : tokenizer_(tokenizer),
       model_(options.model),
+      chat_(options.chat),
       longest_token_(LongestToken(tokenizer.get())),
       core_(std::move(options), std::move(tokenizer), std::move(environment)),
       calls_(kMaxCalls, read_within_seconds),

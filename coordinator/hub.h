@@ -55,6 +55,7 @@ class Hub {
   // Safe without the lock: never change.
   const Tokenizer* tokenizer() const { return tokenizer_.get(); }
   const ModelConfig& model() const { return model_; }
+  const ChatFormat& chat() const { return chat_; }
   int64_t longest_token() const { return longest_token_; }  // bytes; 0 without a tokenizer
 
  private:
@@ -67,6 +68,7 @@ class Hub {
 
   const std::shared_ptr<const Tokenizer> tokenizer_;
   const ModelConfig model_;
+  const ChatFormat chat_;
   const int64_t longest_token_;
   std::mutex mutex_;
   Coordinator core_;

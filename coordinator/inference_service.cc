@@ -88,10 +88,10 @@ Status StreamEvents(StreamCall& call, Hub& hub, const OwnedJobs<EventJob>& jobs)
 }
 
 Status StreamAnswer(GenerateCall& call, Hub& hub, const api::GenerateRequest& request, double seconds) {
-  REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
+  REFOCUS_ASSIGN_OR_RETURN(auto prompt, QuestionIds(request, hub.model(), hub.tokenizer(), hub.chat()));
   REFOCUS_ASSIGN_OR_RETURN(auto job, hub.With([&](Coordinator& core) {
     const Status admitted = core.Admit();
-    return admitted.ok() ? core.Generate(request, std::move(prompt), seconds)
+    return admitted.ok() ? core.Generate(request, std::move(prompt.ids), seconds, std::move(prompt.thinking))
                          : StatusOr<std::shared_ptr<GenerateJob>>(admitted);
   }));
   OwnedJobs<GenerateJob> samples;

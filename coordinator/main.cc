@@ -25,6 +25,7 @@ struct Flags {
   ServerOptions server;
   double drain_seconds = 30;
   bool insecure = false;
+  std::string chat_template = "auto";
   std::string log_level = "info";
 };
 
@@ -36,6 +37,9 @@ void DeclareFlags(CLI::App& app, Flags& flags) {
   app.add_option("--rope-scaling", flags.rope_scaling,
                  "Stretch RoPE over a longer window: TYPE:FACTOR[:WINDOW], linear, llama3 or yarn; as the ranks do")
       ->envname("REFOCUS_ROPE_SCALING");
+  app.add_option("--chat-template", flags.chat_template,
+                 "How conversations are written: auto (by the model's own template), none, chatml, qwen3, llama3, "
+                 "llama3.1, llama3.2, mistral, mistral-v3, mistral-tekken");
   app.add_option("--ranks", core.group.size, "Ranks of the worker group; 0: as many as the first one says")
       ->check(CLI::Range(0, 4096));
   app.add_option("--max-kv-bytes", core.max_kv_bytes, "K/V bytes to use on each rank, below what it offers; 0: all")
@@ -97,6 +101,9 @@ StatusOr<std::unique_ptr<Server>> StartServer(Flags& flags) {
     return ConfigError(flags.model + ": vocab_size: got " + std::to_string(model.vocab) +
                        ", but the tokenizer has ids up to " + std::to_string(tokenizer->vocab_size() - 1));
   }
+  REFOCUS_ASSIGN_OR_RETURN(flags.server.core.chat, ChatFormat::Make(flags.chat_template, tokenizer));
+  const ChatFormat& chat = flags.server.core.chat;
+  LogInfo(chat.usable() ? "conversations: " + chat.name() : "no conversations: " + chat.refusal());
   LogInfo("model " + model.name + ", " + FamilyName(model.family) + ", " + std::to_string(model.parameters()) +
           " parameters, window " + std::to_string(model.max_positions) + ", RoPE scaling " + model.rope.Text() + ", " +
           (tokenizer != nullptr ? "with tokenizer" : "token ids only"));

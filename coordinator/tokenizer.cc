@@ -47,6 +47,9 @@ std::string HashSpec(const TokenizerSpec& spec) {
   for (const AddedToken& token : spec.added) {
     text(token.text);
     number(token.id * 4 + token.special * 2 + token.normalized);
+    if (token.lstrip || token.rstrip || token.single_word) {
+      number(-1 - token.lstrip * 4 - token.rstrip * 2 - token.single_word);
+    }
   }
   for (const SplitRule& rule : spec.splits) {
     text(rule.pattern);
@@ -59,6 +62,35 @@ std::string HashSpec(const TokenizerSpec& spec) {
   std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(XXH3_64bits_digest(state)));
   XXH3_freeState(state);
   return digits;
+}
+
+// The character that ends before `at`, which is not 0; *at moves to its first byte.
+uint32_t CharacterBefore(std::string_view text, size_t* at) {
+  do {
+    --*at;
+  } while (*at > 0 && (static_cast<unsigned char>(text[*at]) & 0xc0) == 0x80);
+  size_t here = *at;
+  return DecodeUtf8(text, &here);
+}
+
+size_t SpacesBefore(std::string_view text, size_t at) {
+  for (size_t next = at; at > 0; at = next) {
+    if (!IsWhiteSpace(CharacterBefore(text, &next))) break;
+  }
+  return at;
+}
+
+size_t SpacesBehind(std::string_view text, size_t at) {
+  for (size_t next = at; at < text.size(); at = next) {
+    if (!IsWhiteSpace(DecodeUtf8(text, &next))) break;
+  }
+  return at;
+}
+
+bool StandsAlone(std::string_view text, const AddedTokenMatcher::Match& match) {
+  size_t before = match.begin, behind = match.end;
+  if (before > 0 && IsWordCharacter(CharacterBefore(text, &before))) return false;
+  return behind == text.size() || !IsWordCharacter(DecodeUtf8(text, &behind));
 }
 
 class ByteLevelBpe final : public Tokenizer {
@@ -83,6 +115,7 @@ class ByteLevelBpe final : public Tokenizer {
     const auto it = added_.find(absl::string_view(text.data(), text.size()));
     return it == added_.end() ? std::nullopt : std::optional<int32_t>(it->second);
   }
+  std::string chat_template() const override { return spec_.chat_template; }
   std::string Fingerprint() const override { return fingerprint_; }
 
  private:
@@ -114,6 +147,7 @@ class ByteLevelBpe final : public Tokenizer {
   const Bpe bpe_;
   const std::string fingerprint_;
   std::vector<bool> special_;  // by id
+  absl::flat_hash_map<int32_t, AddedToken> particular_;  // added tokens that look at what stands beside them
   absl::flat_hash_map<std::string, int32_t> added_;
   AddedTokenMatcher before_normalizer_;
   AddedTokenMatcher after_normalizer_;
@@ -130,6 +164,7 @@ Status ByteLevelBpe::Prepare() {
     for (const AddedToken& token : spec_.added) {
       if (token.special != special) continue;
       special_[token.id] = special;
+      if (token.lstrip || token.rstrip || token.single_word) particular_.emplace(token.id, token);
       added_.emplace(token.text, token.id);
       if (token.normalized) {
         after_normalizer_.Add(spec_.nfc ? ToNfc(token.text) : token.text, token.id);
@@ -207,11 +242,17 @@ Status ByteLevelBpe::CutAdded(const AddedTokenMatcher& matcher, std::string_view
     if (match.id < 0) break;
     at = match.end;
     if (special_[match.id] && !run->allow_special) continue;  // stays plain text, and so does what it covers
-    if (begin < match.begin) REFOCUS_RETURN_IF_ERROR(rest(text.substr(begin, match.begin - begin)));
+    size_t first = match.begin, end = match.end;
+    if (const auto it = particular_.find(match.id); it != particular_.end()) {
+      if (it->second.single_word && !StandsAlone(text, match)) continue;
+      if (it->second.lstrip) first = std::max(SpacesBefore(text, first), begin);
+      if (it->second.rstrip) end = SpacesBehind(text, end);
+    }
+    if (begin < first) REFOCUS_RETURN_IF_ERROR(rest(text.substr(begin, first - begin)));
     run->out.push_back(match.id);
     const auto count = static_cast<int64_t>(run->out.size());
     if (count > run->max_tokens) return TooLong(*run, count);
-    begin = match.end;
+    begin = end;
   }
   return begin < text.size() ? rest(text.substr(begin)) : absl::OkStatus();
 }

@@ -39,6 +39,7 @@ class Tokenizer {
   virtual bool adds_bos() const = 0;                    // the reference puts bos first when encoding a document
   virtual std::vector<int32_t> eos_tokens() const = 0;  // as far as the tokenizer's files say
   virtual std::optional<int32_t> FindToken(std::string_view text) const = 0;  // an added or special token's id
+  virtual std::string chat_template() const = 0;        // as the model's files have it (Jinja), empty when they have none
   virtual std::string Fingerprint() const = 0;          // 16 hex digits over vocabulary, merges and rules
 };
 

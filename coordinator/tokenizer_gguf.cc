@@ -1,6 +1,7 @@
 // The tokenizer in GGUF metadata: tokenizer.ggml.*. The key `pre` names the rules for cutting text.
 #include "base/gguf.h"
 #include "base/input_file.h"
+#include "base/log.h"
 #include "coordinator/tokenizer_spec.h"
 
 namespace refocus {
@@ -13,22 +14,34 @@ constexpr char kLlamaPattern[] =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 constexpr char kQwenPattern[] =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
+// Mistral's newer vocabularies: words break where upper case follows lower case.
+constexpr char kTekkenPattern[] =
+    R"([^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 
 Status SetRules(const std::string& pre, TokenizerSpec* spec) {
   using Kind = SplitRule::Kind;
-  if (pre == "gpt-2") {
+  if (pre == "default") {
+    LogWarning(spec->source + ": tokenizer.ggml.pre is \"default\"; text is cut as GPT-2 does, which need not be how the "
+               "model learned it: convert the model anew with a tool that knows its tokenizer");
+  }
+  if (pre == "gpt-2" || pre == "default") {
     spec->splits = {{Kind::kRegex, kGpt2Pattern}};
   } else if (pre == "smollm") {
     spec->splits = {{Kind::kSingleDigits, ""}, {Kind::kRegex, kGpt2Pattern}};
-  } else if (pre == "llama-bpe") {
+  } else if (pre == "llama-bpe" || pre == "llama3" || pre == "llama-v3") {
     spec->splits = {{Kind::kRegex, kLlamaPattern}};
     spec->ignore_merges = true;
     spec->adds_bos = true;
-  } else if (pre == "qwen2") {
+  } else if (pre == "qwen2" || pre == "deepseek-r1-qwen") {
     spec->splits = {{Kind::kRegex, kQwenPattern}};
     spec->nfc = true;
+  } else if (pre == "tekken") {
+    spec->splits = {{Kind::kRegex, kTekkenPattern}};
+    spec->ignore_merges = true;
   } else {
-    return TokenizerError(spec->source, "tokenizer.ggml.pre", Quoted(pre), "gpt-2, smollm, llama-bpe, qwen2");
+    return TokenizerError(spec->source, "tokenizer.ggml.pre", pre.empty() ? "nothing" : Quoted(pre),
+                          "gpt-2, default, smollm, llama-bpe, llama3, llama-v3, qwen2, deepseek-r1-qwen, tekken; for "
+                          "another one use the model's Hugging Face folder, whose tokenizer.json says how text is cut");
   }
   return absl::OkStatus();
 }
@@ -123,6 +136,7 @@ StatusOr<std::optional<TokenizerSpec>> ReadTokenizerGguf(const std::string& path
   REFOCUS_RETURN_IF_ERROR(SetRules(pre, &spec));
   REFOCUS_RETURN_IF_ERROR(SetTokens(file, &spec));
   REFOCUS_RETURN_IF_ERROR(SetMarks(file, &spec));
+  REFOCUS_ASSIGN_OR_RETURN(spec.chat_template, StringOr(file, "tokenizer.chat_template", ""));
   return std::optional<TokenizerSpec>(std::move(spec));
 }
 

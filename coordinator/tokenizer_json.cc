@@ -14,6 +14,7 @@ namespace {
 
 using Json = nlohmann::json;
 
+constexpr int64_t kMaxChatTemplateBytes = int64_t{1} << 20;
 constexpr int64_t kMaxSmallFileBytes = int64_t{16} << 20;
 const Json kNull;
 
@@ -207,11 +208,10 @@ Status Reader::ReadAddedToken(const Json& token, const std::string& field) {
     return Refuse(field + ".content", Found(content) + " of " + std::to_string(size) + " bytes",
                   "a string of 1 to " + std::to_string(kMaxAddedTokenBytes) + " bytes");
   }
-  for (const char* name : {"single_word", "lstrip", "rstrip"}) {
-    REFOCUS_ASSIGN_OR_RETURN(const bool set, Flag(token, name, field, false));
-    if (set) return Refuse(field + "." + name, "true", "false");
-  }
   AddedToken out;
+  REFOCUS_ASSIGN_OR_RETURN(out.lstrip, Flag(token, "lstrip", field, false));
+  REFOCUS_ASSIGN_OR_RETURN(out.rstrip, Flag(token, "rstrip", field, false));
+  REFOCUS_ASSIGN_OR_RETURN(out.single_word, Flag(token, "single_word", field, false));
   out.id = static_cast<int32_t>(Member(token, "id").get<int64_t>());
   out.text = content.get<std::string>();
   REFOCUS_ASSIGN_OR_RETURN(out.special, Flag(token, "special", field, false));
@@ -357,6 +357,20 @@ StatusOr<std::optional<int32_t>> NamedToken(const Json& config, const char* name
   return std::optional<int32_t>(it->id);
 }
 
+// One template, or several with names, of which the one called "default" is for conversations.
+StatusOr<std::string> ReadChatTemplate(const Json& config, const std::string& file) {
+  constexpr char kField[] = "chat_template";
+  const Json& value = Member(config, kField);
+  if (value.is_null()) return std::string();
+  if (value.is_string()) return value.get<std::string>();
+  if (!value.is_array()) return TokenizerError(file, kField, Found(value), "a string, or an array of named ones");
+  for (const Json& entry : value) {
+    const Json& text = Member(entry, "template");
+    if (Member(entry, "name") == "default" && text.is_string()) return text.get<std::string>();
+  }
+  return std::string();
+}
+
 Status ReadNeighbours(const std::string& folder, TokenizerSpec* spec) {
   const std::string config_file = folder + "/tokenizer_config.json";
   if (Exists(config_file)) {
@@ -364,7 +378,19 @@ Status ReadNeighbours(const std::string& folder, TokenizerSpec* spec) {
     REFOCUS_ASSIGN_OR_RETURN(const std::optional<int32_t> bos, NamedToken(config, "bos_token", config_file, *spec));
     REFOCUS_ASSIGN_OR_RETURN(const std::optional<int32_t> eos, NamedToken(config, "eos_token", config_file, *spec));
     if (!spec->bos) spec->bos = bos;
+    const Json& adds_bos = Member(config, "add_bos_token");
+    if (!adds_bos.is_null() && !adds_bos.is_boolean()) {
+      return TokenizerError(config_file, "add_bos_token", Found(adds_bos), "true or false");
+    }
+    // Some say true and name no token: nothing is put first then.
+    if (adds_bos.is_boolean()) spec->adds_bos = adds_bos.get<bool>() && spec->bos;
     if (eos) AddUnique(*eos, &spec->eos);
+    REFOCUS_ASSIGN_OR_RETURN(spec->chat_template, ReadChatTemplate(config, config_file));
+  }
+  const std::string template_file = folder + "/chat_template.jinja";  // counts before the configuration's
+  if (Exists(template_file)) {
+    REFOCUS_ASSIGN_OR_RETURN(spec->chat_template,
+                             ReadSmallFile(template_file, "CONFIG_INVALID", kMaxChatTemplateBytes));
   }
   const std::string generation_file = folder + "/generation_config.json";
   if (!Exists(generation_file)) return absl::OkStatus();

@@ -107,9 +107,19 @@ class Translator {
   // A whole class of characters, in or outside of brackets. ASCII comes first because PCRE2 looks it up in a bitmap.
   Status Category(std::string_view name, bool negated) {
     const std::string* missing = MissingRanges(name);
-    if (missing == nullptr) return Refuse("\\p{" + std::string(name) + "} (supported: L, M, N, P, S)", at_);
+    if (missing == nullptr) {
+      return Refuse("\\p{" + std::string(name) + "} (supported: L, Lu, Ll, Lt, Lm, Lo, M, N, P, S)", at_);
+    }
+    // Without regard to case the engines disagree about what an upper-case letter is.
+    if ((name == "Lu" || name == "Ll" || name == "Lt") && in_.find("(?i") != std::string_view::npos) {
+      return Refuse("\\p{" + std::string(name) + "} in a pattern with (?i:", at_);
+    }
     if (in_class_ && negated) return Refuse("a negated category in a class", at_);
-    std::string members = name == "L" ? "a-zA-Z" : name == "N" || name == "Nd" ? "0-9" : "";
+    std::string members = name == "L"                   ? "a-zA-Z"
+                          : name == "Lu"                  ? "A-Z"
+                          : name == "Ll"                  ? "a-z"
+                          : name == "N" || name == "Nd" ? "0-9"
+                                                          : "";
     members += "\\p{" + std::string(name) + "}" + *missing;
     out_ += in_class_ ? members : (negated ? "[^" : "[") + members + "]";
     return absl::OkStatus();

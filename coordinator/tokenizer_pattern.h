@@ -9,7 +9,7 @@
 namespace refocus {
 
 // Accepted: literals, classes without nesting or intersection, groups (?: (?i: (?= (?! (?<= (?<! (?>, alternatives,
-// quantifiers, \s \S \d \D \r \n \t \f \xHH \x{H} \uHHHH, \p and \P of L M N P S, escaped punctuation. Plain groups
+// quantifiers, \s \S \d \D \r \n \t \f \xHH \x{H} \uHHHH, \p and \P of L Lu Ll Lt Lm Lo M N P S, escaped punctuation. Plain groups
 // capture nothing. INVALID_ARGUMENT naming the construct and its byte offset for everything else.
 StatusOr<std::string> TranslatePattern(std::string_view pattern);
 

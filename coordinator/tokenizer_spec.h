@@ -35,6 +35,9 @@ struct AddedToken {
   std::string text;
   bool special = false;
   bool normalized = false;  // sought in the normalized text, else before
+  bool lstrip = false;      // takes the white space on its left with it
+  bool rstrip = false;
+  bool single_word = false;  // only where no word character stands beside it
 };
 
 // One step of cutting text into pieces; each step sees the pieces of the step before, one at a time.
@@ -63,6 +66,7 @@ struct TokenizerSpec {
   bool adds_bos = false;
   std::optional<int32_t> bos;
   std::vector<int32_t> eos;
+  std::string chat_template;  // as it is; says nothing about tokens
 };
 
 // `path` is a folder, or a file that ends in .gguf. The folder reader gives no value when nothing there describes a

@@ -27,9 +27,12 @@ uint32_t DecodeUtf8(std::string_view text, size_t* at);
 
 // General category N.
 bool IsNumber(uint32_t code_point);
+// White_Space, and what \w matches to the reference.
+bool IsWhiteSpace(uint32_t code_point);
+bool IsWordCharacter(uint32_t code_point);
 
 // Extra ranges for a class of a regular expression, as PCRE2 writes them ("\x{105c0}-\x{105f3}..."), for general
-// categories L, M, N, P, S and Nd; nullptr for any other name.
+// categories L, Lu, Ll, Lt, Lm, Lo, M, N, P, S and Nd; nullptr for any other name.
 const std::string* MissingRanges(std::string_view category);
 
 // True when NFC would leave every text of such characters alone without looking; most text.

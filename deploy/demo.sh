@@ -44,7 +44,7 @@ give_up() {
 
 headline "Starting a coordinator and $ranks workers: SmolLM2-135M-Instruct on the CPU"
 # Not through the function: $! would be a subshell that dies without its server.
-"$bin/refocus" serve --model "$model" --ranks $ranks --listen 127.0.0.1:0 --log-level warning \
+"$bin/refocus" serve --model "$model" --chat-template chatml --ranks $ranks --listen 127.0.0.1:0 --log-level warning \
     >"$work/serve.out" 2>"$work/serve.err" &
 server=$!
 deadline=$((SECONDS + start_seconds))

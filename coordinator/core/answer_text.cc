@@ -46,4 +46,54 @@ std::string AnswerText::Release(bool all) {
   return out;
 }
 
+Reasoning::Reasoning(const ChatFormat::Thinking* thinking) {
+  if (thinking == nullptr) return;
+  open_ = thinking->open;
+  close_ = thinking->close;
+  state_ = thinking->begins_inside ? State::kInside : State::kMayBegin;
+}
+
+Reasoning::Parts Reasoning::Push(int32_t id, std::string_view bytes) {
+  if (state_ == State::kMayBegin) {
+    state_ = id == open_ ? State::kInside : State::kOver;
+    if (id == open_) {
+      ++tokens_;
+      return {};
+    }
+  }
+  if (state_ == State::kInside) {
+    ++tokens_;
+    if (id == close_) {
+      state_ = State::kOver;
+      skip_breaks_ = true;
+      Parts last{Trimmed(characters_.Finish()), ""};
+      held_.clear();
+      return last;
+    }
+    ++words_;
+    return {Trimmed(characters_.Push(bytes)), ""};
+  }
+  if (skip_breaks_) {
+    const size_t first = bytes.find_first_not_of('\n');
+    bytes.remove_prefix(std::min(first, bytes.size()));
+    skip_breaks_ = bytes.empty();
+  }
+  return {"", std::string(bytes)};
+}
+
+std::string Reasoning::Finish() { return inside() ? Trimmed(characters_.Finish()) : ""; }
+
+std::string Reasoning::Trimmed(std::string text) {
+  if (at_start_) {
+    text.erase(0, std::min(text.find_first_not_of('\n'), text.size()));
+    at_start_ = text.empty();
+  }
+  text.insert(0, held_);
+  const size_t last = text.find_last_not_of('\n');
+  const size_t end = last == std::string::npos ? 0 : last + 1;
+  held_ = text.substr(end);
+  text.resize(end);
+  return text;
+}
+
 }  // namespace refocus

@@ -2,10 +2,12 @@
 // stop string.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "coordinator/chat_format.h"
 #include "coordinator/tokenizer.h"
 
 namespace refocus {
@@ -29,6 +31,40 @@ class AnswerText {
   Utf8Stream characters_;
   std::string held_;  // shorter than the longest stop string
   std::string stop_;
+};
+
+// Tells the tokens of the reasoning from those of the answer behind it. The markers, and the line breaks beside them,
+// are no part of either text. Null: all is answer.
+class Reasoning {
+ public:
+  explicit Reasoning(const ChatFormat::Thinking* thinking);
+
+  struct Parts {
+    std::string reasoning;  // whole UTF-8 characters
+    std::string answer;     // bytes
+  };
+  Parts Push(int32_t id, std::string_view bytes);
+  // The answer ended while the model reasoned: what was held back.
+  std::string Finish();
+
+  bool inside() const { return state_ == State::kInside; }
+  bool over() const { return state_ == State::kOver; }  // or there was none
+  int64_t tokens() const { return tokens_; }            // markers included
+  int64_t words() const { return words_; }              // between the markers
+
+ private:
+  enum class State { kMayBegin, kInside, kOver };
+  std::string Trimmed(std::string text);
+
+  int32_t open_ = -1;
+  int32_t close_ = -1;
+  State state_ = State::kOver;
+  int64_t tokens_ = 0;
+  int64_t words_ = 0;
+  bool at_start_ = true;        // of the reasoning's text
+  bool skip_breaks_ = false;    // at the answer's start
+  Utf8Stream characters_;
+  std::string held_;            // line breaks that may be the reasoning's last
 };
 
 }  // namespace refocus

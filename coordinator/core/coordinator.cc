@@ -348,8 +348,10 @@ api::Model Coordinator::GetModel() const {
   if (tokenizer_ != nullptr) {
     for (const int32_t id : tokenizer_->eos_tokens()) eos.push_back(id);
     if (tokenizer_->bos_token()) bos = tokenizer_->bos_token();
-    if (tokenizer_->FindToken("<|im_start|>") && tokenizer_->FindToken("<|im_end|>")) out.set_chat_format("chatml");
   }
+  out.set_chat_format(options_.chat.name());
+  out.set_chat_refusal(options_.chat.refusal());
+  out.set_thinks(options_.chat.thinks());
   std::sort(eos.begin(), eos.end());
   eos.erase(std::unique(eos.begin(), eos.end()), eos.end());
   for (const int32_t id : eos) out.add_eos_token_ids(static_cast<uint32_t>(id));

@@ -13,6 +13,7 @@
 
 #include "base/model_config.h"
 #include "base/status.h"
+#include "coordinator/chat_format.h"
 #include "coordinator/core/adapt.h"
 #include "coordinator/core/adapter_transfer.h"
 #include "coordinator/core/catalog.h"
@@ -32,6 +33,7 @@ namespace refocus {
 struct CoordinatorOptions {
   ModelConfig model;
   GroupOptions group;
+  ChatFormat chat;
   std::string version;  // of the product
   double default_ttl_seconds = 3600;
   int64_t max_kv_bytes = 0;                      // on each rank, below what it offers; 0: no further limit
@@ -103,10 +105,11 @@ class Coordinator {
   };
   StatusOr<AdaptStart> Adapt(const api::AdaptContextRequest& request);
 
-  // `prompt` and `target` were tokenized and checked (PromptIds) outside of any lock. By now() + `seconds` the caller
-  // is gone: what has not started then never does. Generate: sample 0; the others are its forks().
+  // `prompt` and `target` were tokenized and checked (PromptIds, QuestionIds) outside of any lock. By now() + `seconds`
+  // the caller is gone: what has not started then never does. Generate: sample 0; the others are its forks().
   StatusOr<std::shared_ptr<GenerateJob>> Generate(const api::GenerateRequest& request, std::vector<int32_t> prompt,
-                                                  double seconds = std::numeric_limits<double>::infinity());
+                                                  double seconds = std::numeric_limits<double>::infinity(),
+                                                  std::shared_ptr<const ChatFormat::Thinking> thinking = nullptr);
   StatusOr<std::shared_ptr<ScoreJob>> Score(const api::ScoreRequest& request, std::vector<int32_t> prompt,
                                             std::vector<int32_t> target,
                                             double seconds = std::numeric_limits<double>::infinity());

@@ -41,7 +41,8 @@ GenerateJob::GenerateJob(uint64_t id, double now, std::shared_ptr<Session> sessi
       plan_(std::move(plan)),
       tokenizer_(tokenizer),
       tools_(tools),
-      text_(plan_.stops) {
+      text_(plan_.stops),
+      reasoning_(plan_.thinking.get()) {
   LogInfo("generate " + plan_.request_id + ": begin, " + session_->name() + ", adapter \"" + plan_.sequence.adapter_id +
           "\", " + std::to_string(plan_.sequence.prompt.size()) + " prompt tokens, at most " +
           std::to_string(plan_.max_tokens));
@@ -49,8 +50,12 @@ GenerateJob::GenerateJob(uint64_t id, double now, std::shared_ptr<Session> sessi
 
 bool GenerateJob::NextCommand(wire::Command* command, double now) {
   if (!open_sent_) return NextOpen(command, now);
-  if (rows_sent_ == prompt_rows()) return false;  // the rest is decoding
-  FillExtend(command->mutable_extend_sequence());
+  if (rows_sent_ == prompt_rows()) {
+    if (!MustForce()) return false;  // the rest is decoding
+    FillForced(command->mutable_extend_sequence());
+  } else {
+    FillExtend(command->mutable_extend_sequence());
+  }
   command->set_job(id());
   return true;
 }
@@ -120,7 +125,7 @@ double GenerateJob::Predict(const wire::Command& command) const {
 void GenerateJob::AddDecodeRows(std::vector<DecodeRow>* rows) const {
   const bool waits = extending_ > 0 || forks_waiting_ > 0 || queue_.size() >= kMaxQueuedEvents;
   if (stopping() || tokens_ == 0 || left_ || waits) return;
-  const int64_t left = plan_.max_tokens - tokens_asked_;
+  const int64_t left = TokenLimit() - tokens_asked_;
   if (left > 0) rows->push_back({id(), left, step_seconds_});
 }
 
@@ -132,7 +137,7 @@ void GenerateJob::FillOpen(wire::OpenSequence* open) const {
   open->set_revision(plan_.sequence.revision);
   const int64_t own_prompt = parent_ != nullptr ? 0 : static_cast<int64_t>(plan_.sequence.prompt.size());
   open->set_parent(parent_ != nullptr ? parent_->id() : 0);
-  open->set_capacity(own_prompt + plan_.max_tokens);
+  open->set_capacity(own_prompt + plan_.max_tokens + plan_.forced_tokens());
   open->set_temperature(plan_.temperature);
   open->set_seed(plan_.seed);
   std::set<int32_t> stops = plan_.eos_ids;
@@ -156,6 +161,28 @@ void GenerateJob::FillExtend(wire::ExtendSequence* extend) {
   if (rows_sent_ < rows) return;
   extend->set_sample(true);
   tokens_asked_ = 1;
+}
+
+// The last sampled token has no row yet; it and the forced end get theirs, and decoding goes on behind them.
+void GenerateJob::FillForced(wire::ExtendSequence* extend) {
+  extend->set_sequence(id());
+  extend->set_first_pos(session_->token_count() + static_cast<int64_t>(plan_.sequence.prompt.size()) + tokens_ - 1);
+  extend->add_ids(static_cast<uint32_t>(last_id_));
+  for (const int32_t forced : plan_.thinking->forced_end) extend->add_ids(static_cast<uint32_t>(forced));
+  extend->set_sample(true);
+  ++extending_;
+  force_sent_ = true;
+  ++tokens_asked_;
+}
+
+bool GenerateJob::MustForce() const {
+  return plan_.limits_thinking() && reasoning_.inside() && !force_sent_ && forks_waiting_ == 0 &&
+         tokens_ == tokens_asked_ && reasoning_.words() >= plan_.thinking_budget;
+}
+
+int64_t GenerateJob::TokenLimit() const {
+  if (!plan_.limits_thinking() || reasoning_.over()) return plan_.max_tokens;
+  return std::min(plan_.max_tokens, plan_.thinking_budget + (plan_.thinking->begins_inside ? 0 : 1));
 }
 
 void GenerateJob::OnPartial(const wire::Command&, const wire::Result& result, double now) {
@@ -193,6 +220,10 @@ void GenerateJob::OnTokens(const wire::Result& result, double now) {
   if (stopping() || result.code() != 0 || result.tokens().empty()) return;
   api::GenerateEvent event;
   event.set_sample(plan_.sample);
+  if (force_sent_ && !force_done_) {
+    force_done_ = true;
+    for (const int32_t forced : plan_.thinking->forced_end) AddToken(forced, &event);
+  }
   for (const wire::Token& token : result.tokens()) {
     OnToken(token, &event);
     if (first_token_ < 0) first_token_ = now;
@@ -216,21 +247,30 @@ void GenerateJob::OnTokens(const wire::Result& result, double now) {
 void GenerateJob::OnToken(const wire::Token& token, api::GenerateEvent* event) {
   ++tokens_;
   const auto id = static_cast<int32_t>(token.id());
+  last_id_ = id;
   const bool eos = plan_.eos_ids.count(id) != 0;
   if (eos || plan_.stop_ids.count(id) != 0) {  // it ends the answer and is no part of it
     reason_ = eos ? api::FINISH_EOS : api::FINISH_STOP;
     return;
   }
-  ++answer_tokens_;
-  event->add_token_ids(token.id());
   if (plan_.logprobs) FillLogprob(token, event->add_logprobs());
+  AddToken(id, event);
+}
+
+void GenerateJob::AddToken(int32_t id, api::GenerateEvent* event) {
+  ++answer_tokens_;
+  event->add_token_ids(static_cast<uint32_t>(id));
   if (tokenizer_ == nullptr) return;
-  event->mutable_text()->append(text_.Push(tokenizer_->TokenBytes(id, /*keep_special=*/false)));
+  const std::string bytes = tokenizer_->TokenBytes(id, /*keep_special=*/false);
+  const Reasoning::Parts parts = reasoning_.Push(id, bytes);
+  event->mutable_reasoning()->append(parts.reasoning);
+  event->mutable_text()->append(text_.Push(parts.answer));
   if (text_.stopped()) reason_ = api::FINISH_STOP;
 }
 
 void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, double now) {
   if (tokenizer_ != nullptr) {
+    event->mutable_reasoning()->append(reasoning_.Finish());
     event->mutable_text()->append(text_.Finish());
     if (text_.stopped()) reason = api::FINISH_STOP;  // the held-back end completed a stop string
   }
@@ -251,6 +291,8 @@ void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, do
   summary->set_stop(text_.stop());
   summary->set_request_id(plan_.request_id);
   summary->set_n(plan_.samples);
+  summary->set_reasoning_tokens(reasoning_.tokens());
+  summary->set_thinking_cut(force_done_);
   queue_.push_back(std::move(*event));
   Stop(absl::OkStatus(), now);
 }

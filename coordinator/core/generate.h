@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "coordinator/chat_format.h"
 #include "coordinator/core/answer_text.h"
 #include "coordinator/core/job.h"
 #include "coordinator/core/prefill.h"
@@ -47,6 +48,11 @@ struct GeneratePlan {
   std::optional<int32_t> logprobs;
   int32_t samples = 1;
   int32_t sample = 0;  // which of them
+  std::shared_ptr<const ChatFormat::Thinking> thinking;  // null: the answer comes at once
+  int64_t thinking_budget = 0;  // tokens of reasoning; 0: no limit
+
+  bool limits_thinking() const { return thinking != nullptr && thinking_budget > 0; }
+  int64_t forced_tokens() const { return limits_thinking() ? static_cast<int64_t>(thinking->forced_end.size()) : 0; }
 };
 
 // What callers are sent and have not taken yet: bounded, so that one that does not read costs nothing but itself.
@@ -93,8 +99,13 @@ class GenerateJob : public Job {
   void FillExtend(wire::ExtendSequence* extend);
   int64_t prompt_rows() const { return static_cast<int64_t>(plan_.sequence.prompt.size()) + 1; }
   void OnEnded(const wire::Result& result, double now);
+  void FillForced(wire::ExtendSequence* extend);
+  bool MustForce() const;
+  // Sampled tokens that may be asked for as things stand; more when the reasoning has ended.
+  int64_t TokenLimit() const;
   void OnTokens(const wire::Result& result, double now);
   void OnToken(const wire::Token& token, api::GenerateEvent* event);
+  void AddToken(int32_t id, api::GenerateEvent* event);
   void Finish(api::FinishReason reason, api::GenerateEvent* event, double now);
 
   const std::shared_ptr<Session> session_;
@@ -102,10 +113,14 @@ class GenerateJob : public Job {
   const Tokenizer* const tokenizer_;
   JobTools* const tools_;
   AnswerText text_;
+  Reasoning reasoning_;
   std::vector<std::shared_ptr<GenerateJob>> forks_;
   int forks_waiting_ = 0;                     // that have not been opened yet
   std::shared_ptr<GenerateJob> parent_;       // of a fork, until it is opened
   std::shared_ptr<KvReservation> of_parent_;  // a fork holds the prompt's memory, too
+  bool force_sent_ = false;  // the end of the reasoning
+  bool force_done_ = false;
+  int32_t last_id_ = 0;      // sampled
   bool open_sent_ = false;
   bool opened_ = false;
   int64_t rows_sent_ = 0;      // of 1 + prompt

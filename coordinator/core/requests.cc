@@ -27,7 +27,10 @@ std::string CreateKey(const api::CreateContextRequest::Header& header) { return 
 StatusOr<Coordinator::UploadTicket> Coordinator::BeginUpload(const api::CreateContextRequest::Header& header) {
   REFOCUS_RETURN_IF_ERROR(Admit());
   REFOCUS_RETURN_IF_ERROR(CheckHeader(header));
-  if (header.has_prologue()) return FieldError("prologue", "a value", "not set: this version does not support it yet");
+  if (header.has_prologue()) {
+    REFOCUS_RETURN_IF_ERROR(options_.chat.CheckUsable());
+    REFOCUS_RETURN_IF_ERROR(options_.chat.CheckOpening(OpeningOf(header)));
+  }
   UploadTicket ticket;
   ticket.name = "contexts/" + (header.context_id().empty() ? RandomName(environment_.random()) : header.context_id());
   const bool repeated = !header.request_id().empty() && requests_.Contains(CreateKey(header));
@@ -84,6 +87,7 @@ StatusOr<api::Context> Coordinator::FinishUpload(const UploadTicket& ticket,
   setup.tokens = std::move(tokens);
   setup.labels = {header.labels().begin(), header.labels().end()};
   setup.ttl_seconds = TtlSeconds(header, options_.default_ttl_seconds);
+  if (header.has_prologue()) setup.chat_format = options_.chat.name();
   auto session = std::make_shared<Session>(std::move(setup), now(), environment_.unix_now());
   api::Context context = session->ToProto(now(), environment_.unix_now());
   if (header.validate_only()) {
@@ -217,8 +221,7 @@ namespace {
 
 // What the API has and this version does not do yet is refused, never passed over.
 Status CheckKnown(const api::GenerateRequest& request) {
-  const std::pair<const char*, bool> fields[] = {{"chat", request.has_chat()},
-                                                 {"top_k", request.has_top_k()},
+  const std::pair<const char*, bool> fields[] = {{"top_k", request.has_top_k()},
                                                  {"top_p", request.has_top_p()},
                                                  {"min_p", request.has_min_p()},
                                                  {"repetition_penalty", request.has_repetition_penalty()},
@@ -236,21 +239,30 @@ Status CheckKnown(const api::GenerateRequest& request) {
 }  // namespace
 
 StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::GenerateRequest& request,
-                                                             std::vector<int32_t> prompt, double seconds) {
+                                                             std::vector<int32_t> prompt, double seconds,
+                                                             std::shared_ptr<const ChatFormat::Thinking> thinking) {
   REFOCUS_RETURN_IF_ERROR(CheckKnown(request));
   REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
   REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  if (request.has_chat() && session->chat_format().empty()) {
+    return Error(StatusCode::kFailedPrecondition, "NO_CONVERSATION",
+                 "chat: " + session->name() +
+                     " was created without a prologue; create it with one, or ask with `prompt`",
+                 {{"name", session->name()}});
+  }
   REFOCUS_ASSIGN_OR_RETURN(GeneratePlan plan,
                            PlanGenerate(request, options_.model, tokenizer_.get(), environment_.random()));
-  REFOCUS_ASSIGN_OR_RETURN(plan.sequence,
-                           PlanSequence(session, request.adapter_id(), std::move(prompt), plan.max_tokens));
+  if (request.chat().has_thinking_budget()) plan.thinking_budget = request.chat().thinking_budget();
+  plan.thinking = std::move(thinking);
+  REFOCUS_ASSIGN_OR_RETURN(plan.sequence, PlanSequence(session, request.adapter_id(), std::move(prompt),
+                                                       plan.max_tokens + plan.forced_tokens()));
   plan.request_id = request.request_id().empty() ? RandomName(environment_.random()) : request.request_id();
   std::vector<std::shared_ptr<KvReservation>> tails;  // of the further samples, behind the prompt
   const int64_t behind = session->token_count() + static_cast<int64_t>(plan.sequence.prompt.size());
   REFOCUS_RETURN_IF_ERROR(CheckQueue(plan.samples));
   for (int32_t sample = 1; sample < plan.samples; ++sample) {
-    REFOCUS_ASSIGN_OR_RETURN(auto tail, ReserveTail(behind, plan.max_tokens));
+    REFOCUS_ASSIGN_OR_RETURN(auto tail, ReserveTail(behind, plan.max_tokens + plan.forced_tokens()));
     tails.push_back(std::move(tail));
   }
   const auto start = [&](GeneratePlan own) {

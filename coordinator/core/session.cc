@@ -104,6 +104,7 @@ api::Context Session::ToProto(double now, double unix_now) const {
   out.mutable_labels()->insert(setup_.labels.begin(), setup_.labels.end());
   for (const auto& [id, adapter] : adapters_) *out.add_adapters() = adapter.info;
   out.set_state_reason(state_reason_);
+  out.set_chat_format(setup_.chat_format);
   return out;
 }
 

@@ -46,6 +46,7 @@ class Session {
     TokenIds tokens;   // >= 1
     std::map<std::string, std::string> labels;
     double ttl_seconds = 3600;
+    std::string chat_format;  // of a conversation; else empty
   };
 
   Session(Setup setup, double now, double unix_now);
@@ -53,6 +54,7 @@ class Session {
   const std::string& name() const { return setup_.name; }
   const std::vector<int32_t>& tokens() const { return *setup_.tokens; }
   int64_t token_count() const { return static_cast<int64_t>(setup_.tokens->size()); }
+  const std::string& chat_format() const { return setup_.chat_format; }
   State state() const { return state_; }
   bool busy() const { return state_ == api::Context::PREFILLING || adapting() || answers_ > 0; }
   bool adapting() const { return state_ == api::Context::ADAPTING; }

@@ -68,7 +68,7 @@ Status Upload::AddIds(const api::TokenIds& message) {
 }
 
 StatusOr<TokenIds> Upload::Finish(const api::CreateContextRequest::Header& header,
-                                  const api::CreateContextRequest::Finish& finish) {
+                                  const api::CreateContextRequest::Finish& finish, const ChatFormat& chat) {
   if (finish.has_total() && finish.total() != received_) {
     return FieldError("finish.total", std::to_string(finish.total()),
                       std::to_string(received_) + ", which was received");
@@ -79,8 +79,18 @@ StatusOr<TokenIds> Upload::Finish(const api::CreateContextRequest::Header& heade
                  "sha256: the content received is not the content that was sent; upload again");
   }
   content_hash_ = (kind_ == Kind::kText ? "text:" : "ids:") + hash;
+  if (header.has_prologue()) return OpenConversation(header, chat);
   if (kind_ == Kind::kText) return Tokenize(header);
   return std::make_shared<const std::vector<int32_t>>(std::move(ids_));
+}
+
+StatusOr<TokenIds> Upload::OpenConversation(const api::CreateContextRequest::Header& header, const ChatFormat& chat) {
+  REFOCUS_ASSIGN_OR_RETURN(auto ids, chat.Open(OpeningOf(header), text_, max_tokens_));
+  std::string().swap(text_);
+  const auto count = static_cast<int64_t>(ids.size() + ids_.size());
+  if (count > max_tokens_) return TooLong(std::to_string(count) + " tokens", std::to_string(max_tokens_) + " tokens");
+  ids.insert(ids.end(), ids_.begin(), ids_.end());
+  return std::make_shared<const std::vector<int32_t>>(std::move(ids));
 }
 
 StatusOr<TokenIds> Upload::Tokenize(const api::CreateContextRequest::Header& header) {

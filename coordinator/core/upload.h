@@ -10,6 +10,7 @@
 #include "base/limits.h"
 #include "base/model_config.h"
 #include "base/status.h"
+#include "coordinator/chat_format.h"
 #include "coordinator/core/digest.h"
 #include "coordinator/core/messages.h"
 #include "coordinator/core/session.h"
@@ -32,9 +33,10 @@ class Upload {
   // TOO_MANY_CHUNKS.
   Status Add(const api::CreateContextRequest::Chunk& chunk);
 
-  // Checks total and hash, tokenizes. DATA_LOSS CHECKSUM_MISMATCH, INVALID_ARGUMENT, as Encode. May take seconds.
+  // Checks total and hash, tokenizes; with a prologue, `chat` writes it in front. DATA_LOSS CHECKSUM_MISMATCH,
+  // INVALID_ARGUMENT, as Encode. May take seconds.
   StatusOr<TokenIds> Finish(const api::CreateContextRequest::Header& header,
-                            const api::CreateContextRequest::Finish& finish);
+                            const api::CreateContextRequest::Finish& finish, const ChatFormat& chat = {});
 
   int64_t held_bytes() const { return static_cast<int64_t>(text_.capacity() + ids_.capacity() * sizeof(int32_t)); }
   const std::string& content_hash() const {
@@ -47,6 +49,7 @@ class Upload {
   Status AddIds(const api::TokenIds& ids);
   Status TooLong(const std::string& got, const std::string& allowed) const;
   StatusOr<TokenIds> Tokenize(const api::CreateContextRequest::Header& header);
+  StatusOr<TokenIds> OpenConversation(const api::CreateContextRequest::Header& header, const ChatFormat& chat);
 
   const ModelConfig& model_;
   const Tokenizer* const tokenizer_;

@@ -129,6 +129,37 @@ StatusOr<std::vector<int32_t>> PromptIds(const char* field, const api::Prompt& p
   return tokenizer->Encode(prompt.text(), prompt.allow_special(), model.max_positions);
 }
 
+ChatFormat::Opening OpeningOf(const api::CreateContextRequest::Header& header) {
+  const api::Prologue& prologue = header.prologue();
+  ChatFormat::Opening opening;
+  if (prologue.has_system()) opening.system = prologue.system();
+  opening.user = prologue.user();
+  opening.date = prologue.date();
+  opening.no_bos = header.no_bos();
+  opening.allow_special = header.allow_special();
+  return opening;
+}
+
+StatusOr<ChatFormat::Asked> QuestionIds(const api::GenerateRequest& request, const ModelConfig& model,
+                                        const Tokenizer* tokenizer, const ChatFormat& format) {
+  if (!request.has_chat()) {
+    REFOCUS_ASSIGN_OR_RETURN(auto ids, PromptIds("prompt", request.prompt(), model, tokenizer));
+    return ChatFormat::Asked{std::move(ids), nullptr};
+  }
+  const api::Chat& chat = request.chat();
+  if (request.has_prompt()) return FieldError("chat", "prompt as well", "one of the two");
+  REFOCUS_RETURN_IF_ERROR(CheckInt("chat.earlier", chat.earlier_size(), 0, kMaxExchanges));
+  if (chat.has_thinking_budget()) {
+    REFOCUS_RETURN_IF_ERROR(CheckInt("chat.thinking_budget", chat.thinking_budget(), 1, kMaxThinkingTokens));
+  }
+  ChatFormat::Question question;
+  for (const auto& exchange : chat.earlier()) question.earlier.push_back({exchange.question(), exchange.answer()});
+  question.text = chat.question();
+  question.allow_special = chat.allow_special();
+  if (chat.has_thinking()) question.thinking = chat.thinking();
+  return format.Ask(question, model.max_positions);
+}
+
 Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t window) {
   // Each is bounded by its own check long before the sum could overflow.
   if (context + prompt + answer <= window) return absl::OkStatus();

@@ -8,6 +8,7 @@
 
 #include "base/model_config.h"
 #include "base/status.h"
+#include "coordinator/chat_format.h"
 #include "coordinator/core/adapt.h"
 #include "coordinator/core/generate.h"
 #include "coordinator/core/messages.h"
@@ -32,6 +33,12 @@ StatusOr<std::vector<int32_t>> CheckIds(const google::protobuf::RepeatedField<ui
 // Text is tokenized: FAILED_PRECONDITION NO_TOKENIZER when `tokenizer` is null. Unset content: no tokens.
 StatusOr<std::vector<int32_t>> PromptIds(const char* field, const api::Prompt& prompt, const ModelConfig& model,
                                          const Tokenizer* tokenizer);
+
+// Without its texts' tokens, which ChatFormat makes.
+ChatFormat::Opening OpeningOf(const api::CreateContextRequest::Header& header);
+// The prompt of a request, or its question in a conversation. As PromptIds; NO_CHAT_FORMAT, NO_THINKING.
+StatusOr<ChatFormat::Asked> QuestionIds(const api::GenerateRequest& request, const ModelConfig& model,
+                                        const Tokenizer* tokenizer, const ChatFormat& format);
 
 // INVALID_ARGUMENT CONTEXT_TOO_LONG when context + prompt + answer exceed the model's window.
 Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t window);

@@ -10,12 +10,20 @@
 namespace refocus {
 namespace {
 
+constexpr std::string_view kSpecials[] = {"<|im_start|>", "<|im_end|>", "<think>", "</think>"};
+
+int32_t SpecialAt(std::string_view text) {
+  for (int32_t i = 0; i < 4; ++i) {
+    if (text.starts_with(kSpecials[i])) return kFakeSpecial + i;
+  }
+  return -1;
+}
+
 class ByteTokenizer : public Tokenizer {
  public:
   explicit ByteTokenizer(bool adds_bos) : adds_bos_(adds_bos) {}
 
   StatusOr<std::vector<int32_t>> Encode(std::string_view text, bool allow_special, int64_t max_tokens) const override {
-    constexpr std::string_view kSpecial = "<|im_start|>";
     std::vector<int32_t> ids;
     for (size_t i = 0; i < text.size();) {
       if (static_cast<unsigned char>(text[i]) == 0xff) {
@@ -23,9 +31,9 @@ class ByteTokenizer : public Tokenizer {
       }
       if (static_cast<unsigned char>(text[i]) == 0xfe) throw std::bad_alloc();
       if (static_cast<unsigned char>(text[i]) == 0xfd) throw std::runtime_error("as the test wants");
-      const bool special = allow_special && text.substr(i, kSpecial.size()) == kSpecial;
-      ids.push_back(special ? kFakeSpecial : static_cast<unsigned char>(text[i]));
-      i += special ? kSpecial.size() : 1;
+      const int32_t special = allow_special ? SpecialAt(text.substr(i)) : -1;
+      ids.push_back(special >= 0 ? special : static_cast<unsigned char>(text[i]));
+      i += special >= 0 ? kSpecials[special - kFakeSpecial].size() : 1;
       if (static_cast<int64_t>(ids.size()) > max_tokens) {
         return Error(StatusCode::kInvalidArgument, "CONTEXT_TOO_LONG",
                      "text: got more than " + std::to_string(max_tokens) + " tokens");
@@ -35,16 +43,18 @@ class ByteTokenizer : public Tokenizer {
   }
   std::string TokenBytes(int32_t id, bool keep_special) const override {
     if (id < 256) return std::string(1, static_cast<char>(id));
-    return keep_special && id == kFakeSpecial ? "<|im_start|>" : "";
+    return keep_special && id >= kFakeSpecial && id < kFakeSpecial + 4 ? std::string(kSpecials[id - kFakeSpecial]) : "";
   }
   int64_t vocab_size() const override { return kFakeVocab; }
   std::optional<int32_t> bos_token() const override { return kFakeBos; }
   bool adds_bos() const override { return adds_bos_; }
   std::vector<int32_t> eos_tokens() const override { return {kFakeEos}; }
   std::optional<int32_t> FindToken(std::string_view text) const override {
-    if (text == "<|im_start|>") return kFakeSpecial;
-    return std::nullopt;
+    const int32_t special = SpecialAt(text);
+    if (special < 0 || kSpecials[special - kFakeSpecial] != text) return std::nullopt;
+    return special;
   }
+  std::string chat_template() const override { return ""; }
   std::string Fingerprint() const override { return "fake"; }
 
  private:
@@ -357,6 +367,7 @@ wire::Token FakeRank::NextToken(Sequence& sequence) {
     token.add_top_logprobs(-0.25f - static_cast<float>(i));
   }
   sequence.last = token.id();
+  sequence.pending = true;
   return token;
 }
 
@@ -368,6 +379,10 @@ void FakeRank::Extend(const wire::ExtendSequence& extend, wire::Result* result) 
   const auto& before = sequence.rows.empty() ? context.tokens : sequence.rows;
   const bool again = extend.first_pos() == sequence.end - 1 && sequence.end == sequence.first;
   if (!again && extend.first_pos() != sequence.end) return OutOfPlace("first_pos", result);
+  if (sequence.left || (sequence.pending && extend.ids(0) != sequence.last)) {
+    return OutOfPlace("pending token", result);
+  }
+  sequence.pending = false;
   if (again && extend.ids(0) != before.back()) return OutOfPlace("the token before the tail", result);
   const int64_t end = extend.first_pos() + extend.ids_size();
   if (end > sequence.first + sequence.capacity || extend.ids_size() > kMaxChunkRows) {

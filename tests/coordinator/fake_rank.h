@@ -26,7 +26,7 @@ namespace refocus {
 
 inline constexpr int32_t kFakeEos = 256;
 inline constexpr int32_t kFakeBos = 257;
-inline constexpr int32_t kFakeSpecial = 258;  // "<|im_start|>"
+inline constexpr int32_t kFakeSpecial = 258;  // "<|im_start|>", "<|im_end|>", "<think>", "</think>" from here on
 inline constexpr int64_t kFakeVocab = 300;
 inline constexpr int64_t kFakeKvBytesPerToken = 64;
 
@@ -36,7 +36,7 @@ float FakeMass(int32_t layer, int64_t position, int64_t begin, int64_t end, int3
 ModelConfig FakeModel(int64_t max_positions);
 // What an adapter's numbers are after so many steps: finite floats.
 std::string FakeNumbers(size_t bytes, int64_t steps);
-// One token a byte; "<|im_start|>" with allow_special. Byte 0xff is refused, 0xfe throws bad_alloc, 0xfd runtime_error.
+// One token a byte; the special ones with allow_special. Byte 0xff is refused, 0xfe throws bad_alloc, 0xfd runtime_error.
 // Puts a begin token first when `adds_bos`.
 std::unique_ptr<Tokenizer> FakeTokenizer(bool adds_bos = false);
 
@@ -110,6 +110,7 @@ class FakeRank {
     int64_t end = 0;  // position of the next token
     uint32_t last = 0;
     std::set<uint32_t> stops;
+    bool pending = false;  // `last` was sampled: it has no row yet
     bool left = false;
     int32_t top = 0;
     uint64_t job = 0;

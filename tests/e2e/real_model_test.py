@@ -20,7 +20,8 @@ class RealModel(unittest.TestCase):
     results = {}  # ranks -> what must not depend on them
 
     def run_on(self, ranks):
-        with harness.Service(BIN, MODEL, ranks) as service:
+        # Plain ChatML, without the template's own system prompt, which the reference figures do not have.
+        with harness.Service(BIN, MODEL, ranks, "--chat-template", "chatml") as service:
             created = service.call("context", "create", TEXT, "--id", "novel", "--max-bytes", "2600", "--chat")
             self.assertIn("contexts/novel: ", created)
             self.assertRegex(created, r"(?m)^prefill +\d+ +[\d.]+ +[\d.,]+")

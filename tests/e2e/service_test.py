@@ -190,7 +190,7 @@ class Requests(unittest.TestCase):
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--learning-rate", "-1")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--steps", "0")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--span", "39:5")
-        self.refused("NO_TOKENIZER", "ask", "doc", "a question in words", "--no-chat")
+        self.refused("NO_TOKENIZER", "ask", "doc", "a question in words", "--raw")
         self.refused("NO_TOKENIZER", "tokenize", "words")
         with tempfile.NamedTemporaryFile("w") as file:
             file.write("1 2 3")

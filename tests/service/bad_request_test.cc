@@ -148,7 +148,7 @@ TEST_F(BadRequestTest, FieldsThatAreNotSupportedYet) {
                     [](auto& r) { r.set_min_p(0.1); }, [](auto& r) { r.set_repetition_penalty(1.1); },
                     [](auto& r) { r.set_presence_penalty(1); }, [](auto& r) { r.set_frequency_penalty(1); },
                     [](auto& r) { (*r.mutable_logit_bias())[1] = 2.0f; }, [](auto& r) { r.set_min_tokens(2); },
-                    [](auto& r) { r.set_prompt_logprobs(true); }, [](auto& r) { r.mutable_chat(); });
+                    [](auto& r) { r.set_prompt_logprobs(true); });
 }
 
 TEST_F(BadRequestTest, Samples) {

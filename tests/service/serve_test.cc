@@ -81,6 +81,59 @@ TEST_F(ServeTest, ScoresComeInOrder) {
   ExpectUnharmed();
 }
 
+// A context that opens a conversation, a question that closes it, and what both refuse; nothing is left behind.
+TEST_F(ServeTest, Conversation) {
+  ServerOptions options;
+  options.core.chat = *ChatFormat::Make("qwen3", FakeTokenizer());
+  StartServer(std::move(options));
+  StartGroup(2);
+  api::CreateContextRequest header = HeaderMessage("talk");
+  api::Prologue* prologue = header.mutable_header()->mutable_prologue();
+  prologue->set_system("S");
+  api::Context context;
+  ASSERT_TRUE(Upload({header, TextMessage(0, "a te"), TextMessage(4, "xt"), FinishMessage()}, &context).ok());
+  EXPECT_EQ(context.chat_format(), "qwen3");
+  // <|im_start|> "system\nS" <|im_end|> "\n" <|im_start|> "user\na text"
+  EXPECT_EQ(context.token_count(), 1 + 8 + 1 + 1 + 1 + 11);
+  ASSERT_TRUE(Prefill("talk").ok());
+
+  api::GenerateRequest request = GenerateRequest("talk", "", 3);
+  request.clear_prompt();
+  request.mutable_chat()->set_question("?");
+  const Answer answer = Generate(request);
+  ASSERT_TRUE(answer.status.ok()) << answer.status.error_message();
+  EXPECT_EQ(answer.text, "\x0b\x0c\r") << "the fake model counts on from the line break behind \"assistant\"";
+  // "?" <|im_end|> "\n" <|im_start|> "assistant\n"
+  EXPECT_EQ(answer.summary.prompt_tokens(), 1 + 1 + 1 + 1 + 10);
+  auto* earlier = request.mutable_chat()->add_earlier();
+  earlier->set_question("?");
+  earlier->set_answer("!");
+  request.mutable_chat()->set_thinking(false);
+  const Answer second = Generate(request);
+  // and "!" <|im_end|> "\n" <|im_start|> "user\n?" <|im_end|> "\n" <|im_start|> "assistant\n" <think> 2 </think> 2
+  EXPECT_EQ(second.summary.prompt_tokens(), 14 + 4 + 6 + 3 + 10 + 6);
+
+  prologue->set_system("\xff");
+  header.mutable_header()->set_context_id("bad");
+  EXPECT_FAILS(Upload({header, TextMessage(0, "x"), FinishMessage()}), INVALID_ARGUMENT, "INVALID_UTF8");
+  prologue->set_system("S");
+  prologue->set_date("today");
+  EXPECT_FAILS(Upload({header, TextMessage(0, "x"), FinishMessage()}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
+  request.mutable_chat()->set_thinking_budget(0);
+  EXPECT_FAILS(Generate(request).status, INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
+  CreateReady("plain", "text");
+  request.mutable_chat()->clear_thinking_budget();
+  request.set_name("contexts/plain");
+  EXPECT_FAILS(Generate(request).status, FAILED_PRECONDITION, "NO_CONVERSATION");
+
+  StartServer();  // a model whose template nobody knows
+  StartGroup(1);
+  prologue->clear_date();
+  EXPECT_FAILS(Upload({header, TextMessage(0, "x"), FinishMessage()}), FAILED_PRECONDITION, "NO_CHAT_FORMAT");
+  CreateReady("plain", "text");
+  EXPECT_FAILS(Generate(request).status, FAILED_PRECONDITION, "NO_CHAT_FORMAT");
+}
+
 // What a rank draws depends on all that it may depend on, and on nothing else.
 class SharingTest : public ServiceTest {
  protected:

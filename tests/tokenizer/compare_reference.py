@@ -18,6 +18,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 LLAMA = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
          r"|\s+(?!\S)|\s+")
 QWEN = LLAMA.replace("{1,3}", "")
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+TEKKEN = (rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*|\p{{N}}"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def from_gguf(path):
@@ -27,10 +30,11 @@ def from_gguf(path):
     types = fields["tokenizer.ggml.token_type"].contents()
     merges = [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"].contents()]
     pre = fields["tokenizer.ggml.pre"].contents()
-    out = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=pre == "llama-bpe"))
+    out = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges, ignore_merges=pre in ("llama-bpe", "tekken")))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre in ("gpt-2", "smollm"))
     steps = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)],
              "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA), "isolated")],
+             "tekken": [pre_tokenizers.Split(Regex(TEKKEN), "isolated")],
              "qwen2": [pre_tokenizers.Split(Regex(QWEN), "isolated")]}[pre]
     out.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level])
     if pre == "qwen2":

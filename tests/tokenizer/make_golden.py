@@ -11,7 +11,7 @@ import random
 import sys
 
 import texts
-from compare_reference import LLAMA, QWEN, from_gguf
+from compare_reference import LLAMA, QWEN, TEKKEN, from_gguf
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 HERE = pathlib.Path(__file__).parent
@@ -28,6 +28,7 @@ KINDS = {
     "smollm": dict(pre=Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])),
     "llama-bpe": dict(pre=Sequence([Split(Regex(LLAMA), "isolated"), plain()])),
     "qwen2": dict(pre=Sequence([Split(Regex(QWEN), "isolated"), plain()]), normalizer=normalizers.NFC()),
+    "tekken": dict(pre=Sequence([Split(Regex(TEKKEN), "isolated"), plain()])),
     # No known model: the remaining steps that are supported.
     "mixed": dict(pre=Sequence([Split("--", "isolated"), Split(Regex(r"[^\t]+"), "removed", invert=True),
                                 Digits(individual_digits=False), ByteLevel(add_prefix_space=True)]),
@@ -50,7 +51,7 @@ def train(kind, corpus):
                                                         initial_alphabet=alphabet, special_tokens=first,
                                                         show_progress=False))
     tree = json.loads(out.to_str())
-    if kind == "llama-bpe":
+    if kind in ("llama-bpe", "tekken"):
         tree["model"]["ignore_merges"] = True
         for text in ("\u0120unmergeable", "qzqzqz"):
             tree["model"]["vocab"][text] = len(tree["model"]["vocab"])
@@ -63,6 +64,12 @@ def train(kind, corpus):
     if kind in ("qwen2", "mixed"):
         out.add_tokens([AddedToken("<tool_call>", normalized=False), AddedToken("A\u030angstr\u00f6m", normalized=True),
                         AddedToken("<|end", normalized=False)])
+    if kind == "mixed":
+        # Names say what they take with them.
+        out.add_tokens([AddedToken("<L>", normalized=False, lstrip=True), AddedToken("<R>", normalized=False, rstrip=True),
+                        AddedToken("<LR>", normalized=False, lstrip=True, rstrip=True),
+                        AddedToken("word", normalized=False, single_word=True),
+                        AddedToken("\u00e9t\u00e9", normalized=True, single_word=True, lstrip=True)])
     if kind == "llama-bpe":
         bos = out.token_to_id("<|begin|>")
         out.post_processor = processors.Sequence([ByteLevel_post(), processors.TemplateProcessing(
@@ -85,7 +92,11 @@ def cases(tokenizer, seed, count, excerpts):
              # case folding.
              "a \u180e b\u180e\u180ec \u180e", "x\U00031350\U00013460! \U00010d40\U000116d0\U00011de0a\U00016ff4",
              "a\u0345\u1ac1 e\u0334\u0898 \U00011935\U00011930", "a'\u017f a'\u212a A'RE",
-             "a--b---c----\t\td 12 345x6", *excerpts, *(texts.random_text(rng, specials) for _ in range(count))]
+             "a--b---c----\t\td 12 345x6", "HTTPServer McDonald iPhone \u01c5ungla \u02b0x \u0646\u0635 a/b//\n/ //\r\n/",
+             "\u10d50\u1c89x\ua7cdY \U00010d50\U00010d70\U00016d43", "\x00\x01\x1f\x7f\u0080\u009f a\u200db\u200c",
+             "  <L>  <R>  <LR>  a <L><R> <LR> ", "\u3000<R>\u2003\u200b<L>\u1680<LR>\u180e", "<L> <L>\n\t<R>\r\n<R>",
+             "word words aword a word. word_ word\u0301 \u4e2dword \u00b7word\u2118 1word \u24b6word word\u200d (word)",
+             "  \u00e9te\u0301  e\u0301t\u00e9s \u00e9t\u00e9", *excerpts, *(texts.random_text(rng, specials) for _ in range(count))]
     out = []
     for i, text in enumerate(items):
         special = i % 3 != 0

@@ -51,7 +51,7 @@ TEST_P(Golden, DecodesToTheText) {
   // These lose text by design: smollm has no token for some bytes, qwen2 and mixed normalize, mixed adds and drops
   // characters.
   const std::string kind = GetParam();
-  if (kind != "gpt-2" && kind != "llama-bpe") GTEST_SKIP() << "not lossless";
+  if (kind != "gpt-2" && kind != "llama-bpe" && kind != "tekken") GTEST_SKIP() << "not lossless";
   const auto tokenizer = Tokenizer::Load(kGoldens + kind);
   ASSERT_TRUE(tokenizer.ok()) << tokenizer.status();
   for (const Json& one : ReadJsonOf(kGoldens + kind + "/golden.json")) {
@@ -59,7 +59,7 @@ TEST_P(Golden, DecodesToTheText) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Kinds, Golden, testing::Values("gpt-2", "smollm", "llama-bpe", "qwen2", "mixed"));
+INSTANTIATE_TEST_SUITE_P(Kinds, Golden, testing::Values("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "mixed"));
 
 TEST(RealModel, GivesTheReferencesIds) {
   const std::string path = std::string(REFOCUS_SOURCE_DIR) + "/.deps/data/SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -72,6 +72,24 @@ TEST(RealModel, GivesTheReferencesIds) {
   EXPECT_FALSE((*tokenizer)->adds_bos());
   EXPECT_EQ((*tokenizer)->eos_tokens(), std::vector<int32_t>{2});
   EXPECT_EQ((*tokenizer)->FindToken("<|im_end|>"), 2);
+}
+
+TEST(Golden, GgufNamesOfTheSameRules) {
+  const TempDir folder;
+  const std::pair<const char*, const char*> names[] = {
+      {"llama3", "llama-bpe"}, {"llama-v3", "llama-bpe"}, {"deepseek-r1-qwen", "qwen2"}, {"default", "gpt-2"}};
+  for (const auto& [name, kind] : names) {
+    GgufWriter gguf = ToGguf(GoldenTree(kind), name);
+    gguf.Bool("tokenizer.ggml.add_bos_token", false);
+    const auto tokenizer = Tokenizer::Load(folder.Write("model.gguf", gguf.Bytes()));
+    ASSERT_TRUE(tokenizer.ok()) << name << tokenizer.status();
+    ExpectGolden(**tokenizer, kGoldens + kind + "/golden.json", true);
+  }
+  const auto unknown = Tokenizer::Load(folder.Write("model.gguf", ToGguf(GoldenTree("gpt-2"), "qwen35").Bytes()));
+  EXPECT_EQ(DetailOf(unknown.status()).reason, "CONFIG_INVALID");
+  for (const char* word : {"tokenizer.ggml.pre", "'qwen35'", "tekken", "Hugging Face folder"}) {
+    EXPECT_NE(unknown.status().message().find(word), std::string::npos) << word << unknown.status();
+  }
 }
 
 TEST(Golden, ThreadsShareOneTokenizer) {
@@ -144,6 +162,14 @@ TEST(Tokens, NeighbouringFilesNameBeginAndEnd) {
   EXPECT_FALSE((*tokenizer)->adds_bos());
   const int32_t end = *(*tokenizer)->FindToken("<|end|>");
   EXPECT_EQ((*tokenizer)->eos_tokens(), (std::vector<int32_t>{end, 7, 6}));
+  for (const bool adds : {true, false}) {  // what the configuration says counts before the post-processor
+    folder.Write("tokenizer.json", GoldenTree(adds ? "qwen2" : "llama-bpe").dump());
+    folder.Write("tokenizer_config.json", Json{{"bos_token", "<|begin|>"}, {"add_bos_token", adds}}.dump());
+    const auto told = Tokenizer::Load(folder.path());
+    ASSERT_TRUE(told.ok()) << told.status();
+    EXPECT_EQ((*told)->adds_bos(), adds);
+    EXPECT_EQ((*told)->bos_token(), (*told)->FindToken("<|begin|>"));
+  }
 }
 
 TEST(Tokens, FingerprintFollowsContent) {

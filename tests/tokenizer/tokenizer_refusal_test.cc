@@ -73,8 +73,8 @@ const std::vector<Change>& Changes() {
        [](Json& t) {
          for (int i = 0; i < 20'000; ++i) t["added_tokens"].push_back(Added(860 + i, std::to_string(i)));
        }},
-      {"lstrip", "lstrip", [](Json& t) { t["added_tokens"][0]["lstrip"] = true; }},
-      {"single_word", "single_word", [](Json& t) { t["added_tokens"][0]["single_word"] = true; }},
+      {"lstrip", "lstrip", [](Json& t) { t["added_tokens"][0]["lstrip"] = 1; }},
+      {"single_word", "single_word", [](Json& t) { t["added_tokens"][0]["single_word"] = "yes"; }},
       {"normalizer", "NFKC",
        [](Json& t) {
          t["normalizer"] = {{"type", "NFKC"}};

@@ -228,6 +228,34 @@ TEST_P(LifecycleTest, StopTokensAndSeeds) {
   EXPECT_GE(distinct.size(), 8u) << "of 13: every token has a draw of its own";
 }
 
+// Tokens put in behind sampled ones: what follows is what follows the same tokens in a prompt.
+TEST_P(LifecycleTest, ForcedTokensAreContinued) {
+  group_.Prefill(kContext, Ids(0, 300));
+  group_.Do(OpenSequence{5, kContext, 0, 0, 16});
+  std::vector<Token> tokens = group_.Do(ExtendSequence{5, 300, {7, 8, 9}, true}).tokens;
+  for (const Token& token : group_.Do(DecodeSteps{{5}, 3}).tokens) tokens.push_back(token);
+  ASSERT_EQ(tokens.size(), 4u);
+  const int32_t last = tokens[3].id;
+  ExpectRefused(ExtendSequence{5, 306, {last + 1, 11, 12}, true}, StatusCode::kFailedPrecondition, "another token");
+  ExpectRefused(ExtendSequence{5, 307, {last, 11, 12}, true}, StatusCode::kFailedPrecondition, "behind it");
+  ExpectRefused(ExtendSequence{5, 306, {}, true}, StatusCode::kInvalidArgument, "nothing");
+  std::vector<Token> forced = group_.Do(ExtendSequence{5, 306, {last, 11, 12}, true}).tokens;
+  for (const Token& token : group_.Do(DecodeSteps{{5}, 4}).tokens) forced.push_back(token);
+
+  std::vector<int32_t> prompt = {7, 8, 9};
+  for (const Token& token : tokens) prompt.push_back(token.id);
+  prompt.insert(prompt.end(), {11, 12});
+  group_.Do(OpenSequence{6, kContext, 0, 0, 16});
+  std::vector<Token> written = group_.Do(ExtendSequence{6, 300, prompt, true}).tokens;
+  for (const Token& token : group_.Do(DecodeSteps{{6}, 4}).tokens) written.push_back(token);
+  ASSERT_EQ(forced.size(), 5u);
+  ASSERT_EQ(written.size(), 5u);
+  for (size_t i = 0; i < written.size(); ++i) {
+    EXPECT_EQ(forced[i].id, written[i].id) << i;
+    EXPECT_NEAR(forced[i].logprob, written[i].logprob, 1e-4) << i;
+  }
+}
+
 TEST_P(LifecycleTest, CancelLeavesTogetherAndSkipsTheRest) {
   group_.Prefill(kContext, Ids(0, 300));
   const auto base = Ask(kContext, 300);
