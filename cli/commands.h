@@ -36,6 +36,7 @@ void AddScore(CLI::App& app, Settings* settings, Run* run);
 void AddProbe(CLI::App& app, Settings* settings, Run* run);
 void AddTokenize(CLI::App& app, Settings* settings, Run* run);
 void AddPlan(CLI::App& app, Run* run);
+void AddEval(CLI::App& app, Run* run);
 void AddStatus(CLI::App& app, Settings* settings, Run* run);
 void AddVersion(CLI::App& app, Run* run);
 

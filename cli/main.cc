@@ -29,6 +29,7 @@ Environment:
   REFOCUS_ADDRESS  server of the client verbs, host:port
   REFOCUS_LISTEN   public address of 'refocus serve', host:port
   REFOCUS_MODEL    model of 'refocus serve'
+  REFOCUS_PYTHON   Python of 'refocus eval', which needs the package refocus
   NO_COLOR         no colour on terminals
 
 Example:
@@ -107,6 +108,7 @@ int Main(int argc, char** argv) {
   AddProbe(app, &settings, &run);
   AddTokenize(app, &settings, &run);
   AddPlan(app, &run);
+  AddEval(app, &run);
   AddStatus(app, &settings, &run);
   AddVersion(app, &run);
   app.footer(kFooter);  // last: verbs would inherit it

@@ -14,7 +14,8 @@ import unittest
 
 BIN = pathlib.Path(sys.argv.pop(1))
 VERBS = [["serve"], ["context", "create"], ["context", "list"], ["context", "show"], ["context", "rm"], ["prefill"],
-         ["adapt"], ["ask"], ["score"], ["probe"], ["tokenize"], ["plan"], ["status"], ["version"]]
+         ["adapt"], ["ask"], ["score"], ["probe"], ["tokenize"], ["plan"], ["eval"], ["status"],
+         ["version"]]
 
 
 def refocus(*arguments, **environment):
@@ -44,7 +45,7 @@ class Help(unittest.TestCase):
                 result = refocus(*verb, "--help")
                 self.assertEqual((0, ""), (result.returncode, result.stderr))
                 self.assertIn("Usage: refocus " + " ".join(verb), result.stdout)
-                if verb[0] not in ("serve", "plan", "version"):
+                if verb[0] not in ("serve", "plan", "eval", "version"):
                     self.assertIn("(Env:REFOCUS_ADDRESS)", result.stdout)
                 self.assertNotIn("Exit codes:", result.stdout)
 

@@ -72,7 +72,7 @@ class Readme(unittest.TestCase):
         return found
 
     def test_verbs_and_exit_codes_are_described(self):
-        for verb in ("serve", "context create", "context list", "context show", "context rm", "prefill", "adapt", "ask",
+        for verb in ("serve", "eval", "context create", "context list", "context show", "context rm", "prefill", "adapt", "ask",
                      "score", "probe", "tokenize", "status", "version"):
             self.assertIn(f"refocus {verb}", README)
         for code in (0, 1, 2, 3, 4, 5, 130):

@@ -108,7 +108,7 @@ class Model:
         return context_pb2.DeleteContextResponse()
 
     def answer(self, name, adapter, asked, sample):
-        number = re.search(r"account (\d+)", asked)
+        number = re.search(r"account ([\w-]+)", asked)
         if number is None:
             return "well"
         lines = self.texts[name][0].splitlines()
@@ -397,6 +397,47 @@ class Ways(Base):
         self.assertEqual([600, 1], [len(ids) for ids in chunks], "the floor has one token")
 
 
+class Benchmarks(Base):
+    def setUp(self):
+        super().setUp()
+        self.model.server.on["Detokenize"] = lambda request, context: inference_pb2.DetokenizeResponse(
+            text=self.model.text(request.ids))
+
+    def test_from_files_to_predictions(self):
+        row = {"_id": "1", "domain": "d", "sub_domain": "s", "difficulty": "easy", "length": "short", "question": "Q?",
+               "choice_A": "a", "choice_B": "b", "choice_C": "c", "choice_D": "d", "answer": "B",
+               "context": "word " * 3000}
+        path = os.path.join(self.folder.name, "data.json")
+        pathlib.Path(path).write_text(json.dumps([row]))
+        self.model.answer = lambda name, adapter, asked, sample: (
+            "The correct answer is (B)" if "</text>" in asked else "The correct answer is (C)")
+        code, output, error = self.run_eval("--limit", "1128", tasks=f"longbench2:{path}",
+                                            methods="in-context,no-context,qttt:steps=1")
+        self.assertEqual(0, code, error)
+        scores = json.loads(pathlib.Path(self.out, "predictions", "scores.json").read_text())["longbench2"]
+        self.assertEqual({"in-context": 100.0, "no-context": 0.0, "qttt:steps=1": 100.0},
+                         {method: found["Overall"] for method, found in scores.items()})
+        self.assertIn('"Overall": 100.0', output)
+        line = json.loads(pathlib.Path(self.out, "predictions/longbench2/qttt_steps=1/results.jsonl").read_text())
+        self.assertEqual(("B", True), (line["pred"], line["judge"]))
+        self.assertEqual({0.1}, {round(request.temperature, 6) for request, _ in self.model.asked})
+        floor = next(asked for request, asked in self.model.asked if "</text>" not in asked)
+        self.assertTrue(floor.startswith("What is the correct answer to this question: Q?"))
+        texts = [b"".join(m.chunk.text for m in messages if m.HasField("chunk")).decode()
+                 for messages in self.model.server.named("CreateContext")]
+        self.assertIn("\n", texts, "the floor's own prompt stands alone")
+        long = next(text for text in texts if text != "\n")
+        question = next(asked for request, asked in self.model.asked if "</text>" in asked)
+        self.assertEqual(1000, len(TOKENS.findall(long + question)))
+
+    def test_a_benchmark_that_is_not_there(self):
+        code, _, error = self.run_eval(tasks="ruler:/nowhere", methods="in-context")
+        self.assertEqual((2, 1), (code, len(error.splitlines())))
+        self.assertIn("github.com/NVIDIA/RULER", error)
+        code, _, error = self.run_eval("--limit", "9000", tasks="ruler:/nowhere", methods="in-context")
+        self.assertIn("--limit: got 9000, allowed 256 to 6000", error)
+
+
 class Measures(Base):
     def test_evidence_and_rivals(self):
         self.assertEqual(0, self.run_eval("--seeds", "0", "--measure", "1", lengths="600", methods="in-context")[0])
@@ -418,7 +459,7 @@ class Measures(Base):
         self.assertEqual(len(keys), record["evidence_tokens"])
         # The rows that predict the reference: the question's last token, and all of the reference but its last.
         probe = next(r for r in self.model.server.named("ProbeAttention") if r.mean_over_rows)
-        asked = f"\n\nQuestion: What does account {number} hold?\nAnswer: Account {number} holds"
+        asked = self.model.asked[0][1]
         self.assertEqual([len(pieces) + 1 + len(TOKENS.findall(asked)) - 1], list(probe.positions))
         # Of all other keys, those so near to the best of these; a sample of 224.
         best = max(key % 7 * 0.9 for key in keys)

@@ -413,6 +413,15 @@ class Spans(unittest.TestCase):
             first, last = found.span(inner, inner + 2)  # inside of a token: the whole token
             self.assertEqual([" gold"], pieces[first:last])
 
+    def test_a_tokenizer_that_looks_ahead(self):
+        """Line breaks at the end of a text are one token, before a word each is one, as in many tokenizers."""
+        cut = re.compile(r"\n+$| ?\w+|[^\w]")
+        found = spans.Tokens("Read.\n\nAnna sings.", lambda text: [hash(piece) for piece in cut.findall(text)])
+        self.assertEqual(7, found.count)  # Read . \n \n Anna sings .
+        self.assertEqual((4, 7), found.span(7, 18))
+        self.assertEqual((4, 5), found.span(8, 10), "inside of a token")
+        self.assertEqual((0, 2), found.span(0, 5))
+
     def test_pieces_of_a_text_without_lines(self):
         text = "x" * (3 * spans.PIECE)
         self.assertEqual([0, spans.PIECE, 2 * spans.PIECE], spans.pieces(text))

@@ -17,5 +17,6 @@ with tempfile.TemporaryDirectory() as folder:  # pip builds in the source's fold
     subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index",
                     "--no-deps", "--no-build-isolation", "--root-user-action", "ignore", "--target", target,
                     pathlib.Path(folder) / "python"], check=True)
-for name in ("py.typed", "v1/context_pb2.py", "v1/context_pb2.pyi", "v1/error_details.binpb", "aio.py", "evaluate/tasks/bank.py"):
+for name in ("py.typed", "v1/context_pb2.py", "v1/context_pb2.pyi", "v1/error_details.binpb", "aio.py",
+             "evaluate/tasks/bank.py", "evaluate/formats/prompts/longbench.json"):
     assert (target / "refocus" / name).is_file(), f"{name} is not in the package"

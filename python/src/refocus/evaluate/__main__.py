@@ -5,6 +5,7 @@ import argparse
 import datetime
 import functools
 import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,11 +13,13 @@ from collections.abc import Callable
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own lines about connections; ours say what matters
 
 import refocus
-from refocus.evaluate import methods, report, run, spans, tasks
+from refocus.evaluate import journal as journals, methods, report, run, spans, tasks
+from refocus.evaluate.formats import benchmarks, files
 from refocus.evaluate.item import EvalError, Item, read_items, write_items
 from refocus.evaluate.journal import Journal
 from refocus.evaluate.tasks import registry
 
+TEMPLATE_TOKENS = 64  # room for what a conversation's format adds to a benchmark's prompt
 OK, FAILED, CONFIG, INTERRUPTED = 0, 1, 2, 130
 Make = Callable[[], Item]
 
@@ -55,12 +58,22 @@ def _is_file(task: str) -> bool:
     return os.sep in task or task.endswith(".jsonl")
 
 
-def _makes(options: argparse.Namespace, settings: tasks.Settings) -> list[Make]:
+def _formats(options: argparse.Namespace, client: refocus.Client, window: int) -> files.Settings:
+    limit = options.limit or window - TEMPLATE_TOKENS
+    if not 256 <= limit <= window:
+        raise EvalError(f"--limit: got {limit}, allowed 256 to {window}, the window of the model")
+    return files.Settings(lambda text: files.encode_pieces(client.tokenize, text),
+                          lambda ids: files.decode_pieces(client.detokenize, ids), limit, options.rows, _say)
+
+
+def _makes(options: argparse.Namespace, settings: tasks.Settings, formats: files.Settings) -> list[Make]:
     """Every text; those of files are read and checked now, generated ones made when their turn comes."""
     lengths, seeds = _numbers(options.lengths, "lengths"), _numbers(options.seeds, "seeds")
     makes: list[Make] = []
     for task in filter(None, options.tasks.split(",")):
-        if _is_file(task):
+        if benchmarks.is_one(task):
+            makes += run.each(iter(benchmarks.read(task, formats)))
+        elif _is_file(task):
             makes += run.each(read_items(task))
         elif task not in registry.TASKS:
             raise EvalError(f"got the task {task!r}, allowed {', '.join(registry.TASKS)}, or a file of tasks (.jsonl)")
@@ -82,8 +95,8 @@ def _run(options: argparse.Namespace) -> int:
         model = client.model()
         client.wait_until_serving(options.wait)
         settings = _settings(options, _count(client))
-        makes = _makes(options, settings)
-        names = [task for task in options.tasks.split(",") if not _is_file(task)]
+        makes = _makes(options, settings, _formats(options, client, model.max_positions))
+        names = [task for task in options.tasks.split(",") if not benchmarks.is_one(task) and not _is_file(task)]
         run.check(model, names, _numbers(options.lengths, "lengths") if names else [], chosen)
         chat = run.settle_chat(model, options.chat)
         cluster = client.cluster()
@@ -91,7 +104,8 @@ def _run(options: argparse.Namespace) -> int:
             "model": model.name, "service": cluster.version,
             "device": ", ".join(f"{rank.device}" for rank in cluster.ranks),
             "started": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
-            "settings": {"questions": options.questions, "chat": chat, "haystack": _digest(settings.haystack),
+            "settings": {"questions": options.questions, "chat": chat, "limit": options.limit or "",
+                         "haystack": _digest(settings.haystack),
                          "code": options.code, "bug rate": options.bug_rate or ""}})
         try:
             work = run.Run(client, model, run.Plan(makes, chosen, chat, options.measure, options.parallel), journal,
@@ -101,6 +115,9 @@ def _run(options: argparse.Namespace) -> int:
             journal.close()
     rows = report.write(options.out, _say)
     print(report.table(rows))
+    if any(benchmarks.is_one(task) for task in options.tasks.split(",")):
+        scores = benchmarks.write([make() for make in makes], journals.results(journal.path), options.out)
+        print(f"{options.out}/predictions: official scores\n{json.dumps(scores, indent=1)}")
     return FAILED if work.failures else OK
 
 
@@ -115,7 +132,8 @@ def _report(options: argparse.Namespace) -> int:
 
 def _make(options: argparse.Namespace) -> int:
     with refocus.Client(options.address) as client:
-        items = [make() for make in _makes(options, _settings(options, _count(client)))]
+        formats = _formats(options, client, client.model().max_positions)
+        items = [make() for make in _makes(options, _settings(options, _count(client)), formats)]
     try:
         write_items(items, options.out)
     except OSError as error:
@@ -128,6 +146,7 @@ def _list(options: argparse.Namespace) -> int:
     print("tasks")
     for name, about in registry.ABOUT.items():
         print(f"  {name:<18}{about}")
+    print("benchmarks in their own files\n  " + "\n  ".join(f"{name}:PATH" for name in benchmarks.BENCHMARKS))
     print("methods\n  " + "\n  ".join(methods.NAMES))
     return OK
 
@@ -141,8 +160,12 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="run|report|make|list")
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument("--address", default=os.environ.get("REFOCUS_ADDRESS", "127.0.0.1:7070"), help="host:port")
-    source.add_argument("--tasks", required=True, help="names (see list) or files that make wrote, with commas")
+    source.add_argument("--tasks", required=True, help="with commas: names (see list), files that make "
+                        "wrote, and public benchmarks as in longbench:FOLDER")
     source.add_argument("--lengths", default="1000", help="tokens, as in 1000,4000 or 8K [%(default)s]")
+    source.add_argument("--limit", type=int, default=0, metavar="TOKENS", help="prompts of benchmarks are cut to so "
+                        "many, answer included [the model's window less 64]")
+    source.add_argument("--rows", type=int, default=0, help="the first so many of each file of a benchmark [all]")
     source.add_argument("--seeds", default="0", help="as in 0-7; one text each [%(default)s]")
     source.add_argument("--questions", type=int, default=8, help="of a text, where a task has many [%(default)s]")
     source.add_argument("--haystack", default="", metavar="FILE", help="running text for RULER's needles")

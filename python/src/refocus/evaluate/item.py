@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from refocus.options import GenerateOptions
+
 FORMAT = "refocus-task-1"  # first line of a task file
 
 
@@ -25,6 +27,8 @@ class Question:
                                             # text, or in its tokens where it is token ids; empty: not known
     stop: list[str] = dataclasses.field(default_factory=list)  # of direct answers
     data: dict[str, Any] = dataclasses.field(default_factory=dict)  # for the judge, and for people
+    floor: str = ""                         # asked instead, and without the preamble, where there is no text
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of GenerateRequest; methods that draw go first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Item:
     preamble: str                           # instructions before the text; all that the no-context floor sees
     text: str | list[int]
     questions: list[Question]
+    chat: bool = True                       # False: never as a conversation
 
     @property
     def symbolic(self) -> bool:
@@ -96,7 +101,7 @@ def from_json(value: dict[str, Any], where: str) -> Item:
         raise EvalError(f"{where}: questions: got an id twice, allowed each once")
     return Item(_field(value, "id", where, (str,)), _field(value, "task", where, (str,)),
                 _field(value, "length", where, (int,), 0), _field(value, "seed", where, (int,), 0),
-                _field(value, "preamble", where, (str,), ""), text, questions)
+                _field(value, "preamble", where, (str,), ""), text, questions, value.get("chat", True) is not False)
 
 
 def _question(value: Any, text: str | list[int], where: str) -> Question:
@@ -121,7 +126,17 @@ def _question(value: Any, text: str | list[int], where: str) -> Question:
         raise EvalError(f"{where}.answers: got {answers!r}, allowed a list of "
                         f"{'token ids' if isinstance(text, list) else 'strings'}")
     return Question(_field(value, "id", where, (str,)), prompt, answers, judge, max_tokens, evidence,
-                    _field(value, "stop", where, (list,), []), _field(value, "data", where, (dict,), {}))
+                    _field(value, "stop", where, (list,), []), _field(value, "data", where, (dict,), {}),
+                    _field(value, "floor", where, (str,), ""), _options(value, where))
+
+
+def _options(value: dict[str, Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = _field(value, "options", where, (dict,), {})
+    allowed = GenerateOptions.__annotations__
+    unknown = next((name for name in found if name not in allowed), None)
+    if unknown is not None:
+        raise EvalError(f"{where}.options: got {unknown!r}, allowed {', '.join(allowed)}")
+    return found
 
 
 def _field(value: dict[str, Any], name: str, where: str, kinds: tuple[type, ...], default: Any = None) -> Any:

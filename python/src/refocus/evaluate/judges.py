@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from refocus.evaluate.formats import metrics
+from refocus.evaluate.formats import babilong, longbench, longbench2, metrics, zeroscrolls
 
 Judge = Callable[[str, list[str], dict[str, Any]], dict[str, float]]
 
@@ -63,7 +63,8 @@ def ruler_part(answer: str, references: list[str], data: dict[str, Any]) -> dict
 
 
 JUDGES: dict[str, Judge] = {"word": word, "token": token, "bank": bank, "places": places, "ruler_all": ruler_all,
-                            "ruler_part": ruler_part}
+                            "ruler_part": ruler_part, "longbench": longbench.judge, "longbench2": longbench2.judge,
+                            "zeroscrolls": zeroscrolls.judge, "babilong": babilong.judge}
 
 
 def normal(answer: str, judge: str) -> str:
@@ -72,6 +73,8 @@ def normal(answer: str, judge: str) -> str:
         kinds = re.findall(r"CALC_ERROR|NEGATIVE_BAL|LOST_UPDATE|DUPLICATE_TXN", answer.upper())
         places = re.findall(r"TX0*(\d+)", answer.upper())
         return " ".join(kinds[:1] + places[:1])
+    if judge == "longbench2":
+        return longbench2.extract(answer) or ""
     if judge == "token":
         return " ".join(answer.split()[:1])
     return " ".join(_words(first_line(answer)))

@@ -119,7 +119,8 @@ def _table(rows: Sequence[Row]) -> str:
             f"{100 * versus[0]:+.1f} ({100 * versus[1]:+.0f} to {100 * versus[2]:+.0f})"
         tone = "" if versus is None or versus[1] <= 0 <= versus[2] else (" up" if versus[0] > 0 else " down")
         new = group != before
-        cells = [row["task"] if new else "", f"{_x(row, rows):,.0f}" if new else "", row["method"], row["texts"], row["questions"],
+        cells = [row["task"] if new else "", f"{_x(row, rows):,.0f}" if new else "", row["method"], row["texts"],
+                 row["questions"],
                  f"{100 * row['score']:.1f}", f"{100 * row['low']:.0f} to {100 * row['high']:.0f}", change,
                  *(f"{100 * row['parts'][name][0]:.1f}" if name in row["parts"] else "" for name in parts),
                  f"{row['seconds']['adapt']:.2f}" if row["seconds"]["adapt"] else "", f"{row['seconds']['wall']:.2f}",

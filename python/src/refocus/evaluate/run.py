@@ -72,12 +72,13 @@ class Run:
                 if (item.id, method.label, question.id) not in self._journal.done]
 
     def _item(self, item: Item, methods: list[Method]) -> None:
+        chat = self._plan.chat and item.chat and not item.symbolic
         for floor in (False, True):
             chosen = sorted((m for m in methods if m.context != floor), key=lambda m: bool(m.match))
             if not chosen:
                 continue
             try:
-                with Opened(self._client, self._model, item, self._plan.chat and not item.symbolic, floor) as opened:
+                with Opened(self._client, self._model, item, chat, floor) as opened:
                     for method in chosen:
                         self._method(opened, item, method)
             except refocus.RefocusError as error:

@@ -51,6 +51,7 @@ class Opened:
                  floor: bool = False) -> None:
         self.item = item
         self.chat = chat
+        self.floor = floor
         self.model = model
         self.client = client
         self._positions: spans.Tokens | None = None
@@ -58,11 +59,13 @@ class Opened:
         options: dict[str, Any] = {}
         if not isinstance(item.text, str):
             self.source = item.text[:1] if floor else item.text
-        elif chat:
-            options["prologue"] = refocus.Prologue(user=item.preamble.encode())
-            self.source = "" if floor else item.text
         else:
-            self.source = item.preamble + ("" if floor else item.text) or "\n"
+            preamble = "" if floor and item.questions[0].floor else item.preamble
+            if chat:
+                options["prologue"] = refocus.Prologue(user=preamble.encode())
+                self.source = "" if floor else item.text
+            else:
+                self.source = preamble + ("" if floor else item.text) or "\n"
         name = "eval-" + hashlib.sha256(f"{item.id}/{floor}".encode()).hexdigest()[:16]
         client.context(name).delete(force=True, allow_missing=True)  # of a run that was killed
         self.context = client.create(self.source, name, prefill=False, **options)
@@ -104,6 +107,8 @@ class Opened:
 
     def ask(self, question: Question, method: Method, budget: int = 0) -> Reply:
         adapter = "eval" if method.adapt else ""
+        if self.floor and question.floor:
+            question = dataclasses.replace(question, prompt=question.floor)
         begin = time.monotonic()
         if method.way == "thinking":
             reply = self._think(question, method, adapter, budget)
@@ -126,7 +131,7 @@ class Opened:
         return {"chat": chat}
 
     def _draw(self, question: Question, method: Method, adapter: str) -> Reply:
-        options: dict[str, Any] = {"max_tokens": question.max_tokens, "stop": question.stop,
+        options: dict[str, Any] = {"max_tokens": question.max_tokens, "stop": question.stop, **question.options,
                                    **method.sampling(self._seed(question))}
         if method.way:
             options |= {"n": method.n, "logprobs": 0}

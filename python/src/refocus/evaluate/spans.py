@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 
 Tokenize = Callable[[str], list[int]]
 PIECE = 32 << 10  # characters; far below what one Tokenize call takes, also at four bytes each
@@ -42,19 +43,31 @@ class Tokens:
 
     def span(self, begin: int, end: int) -> tuple[int, int]:
         """Tokens [first, last) that cover the characters [begin, end)."""
-        first = self._at(begin, False)
-        return first, max(first + 1, self._at(end, True))
+        first = self._begin(begin)
+        return first, max(first + 1, self._end(end))
 
-    def _at(self, character: int, end: bool) -> int:
-        piece = max(0, (bisect.bisect_left if end else bisect.bisect_right)(self._starts, character) - 1)
+    def _begin(self, character: int) -> int:
+        """Of the token that the character is in. From the text behind it: what stands before a boundary may be cut
+        differently when nothing follows it (line breaks at the end are one token, before a word they are two)."""
+        piece = bisect.bisect_right(self._starts, character) - 1
+        ids = self._ids[piece]
+        stop = self._starts[piece + 1] if piece + 1 < len(self._starts) else len(self._text)
+        tail = self._tokenize(self._text[character:stop])
+        same = _alike(reversed(ids), reversed(tail))
+        return self._before[piece] + max(0, len(ids) - same - (same < len(tail)))
+
+    def _end(self, character: int) -> int:
+        """Behind the token that the last character before it is in."""
+        piece = max(0, bisect.bisect_left(self._starts, character) - 1)
         ids = self._ids[piece]
         head = self._tokenize(self._text[self._starts[piece]:character])
-        if end:
-            return self._before[piece] + min(len(head), len(ids))
-        same = 0
-        while same < min(len(head), len(ids)) and head[same] == ids[same]:
-            same += 1
-        return self._before[piece] + same
+        same = _alike(ids, head)
+        return self._before[piece] + min(len(ids), same + (same < len(head)))
+
+
+def _alike(first: Iterable[int], second: Iterable[int]) -> int:
+    """How many ids are the same from the start."""
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second)))
 
 
 def count(text: str, tokenize: Tokenize) -> int:

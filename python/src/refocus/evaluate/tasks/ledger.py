@@ -1,7 +1,7 @@
 """Associative recall: a ledger of accounts and what each of them holds.
 
 In words for models with a tokenizer. As token ids for the small model that ships with Refocus: [account token, value
-token] pairs, where accounts recur about four times and their number, the number of distractors, grows with length.
+token] pairs, where accounts recur about four times and their account, the account of distractors, grows with length.
 """
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RECURRENCES = 4  # of an account in a symbolic ledger, on average
 
 
 def _lines(rng: random.Random, accounts: int) -> list[tuple[str, str, str]]:
-    numbers = rng.sample(range(10000, 100000) if accounts <= 40000 else range(10 ** 6, 10 ** 7), accounts)
-    return [(f"Account {number} holds {word}.", str(number), word)
-            for number, word in ((number, rng.choice(words.NOUNS)) for number in numbers)]
+    """Line, account, value. Accounts are words: small models hardly tell digits apart, each of which is a token."""
+    return [(f"Account {account} holds {word}.", account, word)
+            for account, word in ((account, rng.choice(words.NOUNS)) for account in words.pairs(rng, accounts))]
 
 
 def recall(length: int, seed: int, settings: Settings) -> Item:
@@ -28,13 +28,12 @@ def recall(length: int, seed: int, settings: Settings) -> Item:
 
     accounts = fit("ledger", build, settings.count, length, 2)
     lines = _lines(generator("ledger", seed), accounts)
-    draft = join([(line, (number,)) for line, number, _ in lines])
+    draft = join([(line, (account,)) for line, account, _ in lines])
     rng = generator("ledger", seed, "questions")
     asked = rng.sample(lines, min(settings.questions, accounts))
-    questions = [
-        Question(number, f"\n\nQuestion: What does account {number} hold?\nAnswer: Account {number} holds", [word],
-                 "word", 16, draft.marks[number], ["\n"], {"choices": words.NOUNS})
-        for _, number, word in asked]
+    ask = "\n\nQuestion: What does account {0} hold?\nAnswer: The ledger says: Account {0} holds"
+    questions = [Question(account, ask.format(account), [word], "word", 16, draft.marks[account], ["\n"],
+                          {"choices": words.NOUNS}) for _, account, word in asked]
     return item("ledger", length, seed, PREAMBLE, draft.text, questions)
 
 
