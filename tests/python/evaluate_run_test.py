@@ -287,6 +287,7 @@ class Runs(Base):
                 ({"methods": "guessing"}, "the method 'guessing', allowed in-context"),
                 ({"tasks": "ledgers"}, "the task 'ledgers', allowed ledger"),
                 ({"tasks": "none.jsonl"}, "none.jsonl: cannot read"),
+                ({"tasks": "ledger,vt", "lengths": "900,50"}, "vt: got a length of 50 tokens, allowed at least"),
                 ({"lengths": "ten"}, "--lengths: got 'ten'")):
             code, _, error = self.run_eval(**arguments)
             self.assertEqual(2, code, error)

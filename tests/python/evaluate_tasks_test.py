@@ -75,6 +75,14 @@ class EveryTask(unittest.TestCase):
             with self.subTest(task=name), self.assertRaisesRegex(EvalError, "allowed (at least )?[0-9]+"):
                 tasks.make(name, 1, 0, SETTINGS)
 
+    def test_ruler_s_length_counts_the_answer(self):
+        with self.assertRaises(EvalError) as caught:
+            tasks.make("niah_single_1", 200, 0, SETTINGS)
+        least = int(re.search(r"got a length of 200 tokens, allowed at least (\d+)", str(caught.exception)).group(1))
+        tasks.make("niah_single_1", least, 0, SETTINGS)
+        with self.assertRaises(EvalError):
+            tasks.make("niah_single_1", least - 1, 0, SETTINGS)
+
     def test_unknown(self):
         with self.assertRaisesRegex(EvalError, "'ledgers', allowed ledger, symbols"):
             tasks.make("ledgers", 1000, 0, SETTINGS)

@@ -78,6 +78,7 @@ def _makes(options: argparse.Namespace, settings: tasks.Settings, formats: files
         elif task not in registry.TASKS:
             raise EvalError(f"got the task {task!r}, allowed {', '.join(registry.TASKS)}, or a file of tasks (.jsonl)")
         else:
+            tasks.make(task, min(lengths), seeds[0], settings)  # says at once what does not fit
             makes += [functools.partial(tasks.make, task, length, seed, settings)
                       for length in lengths for seed in seeds]
     if not makes:

@@ -55,11 +55,13 @@ def generator(task: str, seed: int, *more: object) -> random.Random:
     return random.Random("/".join(map(str, (task, seed, *more))))
 
 
-def fit(task: str, build: Callable[[int], str], count: Count, tokens: int, least: int = 1) -> int:
-    """The largest size whose text has at most `tokens` tokens, to within one percent; build(size) must grow with it."""
+def fit(task: str, build: Callable[[int], str], count: Count, length: int, least: int = 1, spare: int = 0) -> int:
+    """The largest size whose text has at most `length` less `spare` tokens, to within one percent; build(size) must grow
+    with it."""
+    tokens = length - spare
     low, low_count = least, count(build(least))
     if low_count > tokens:
-        raise EvalError(f"{task}: got a length of {tokens} tokens, allowed at least {low_count}: raise --lengths")
+        raise EvalError(f"{task}: got a length of {length} tokens, allowed at least {low_count + spare}: raise --lengths")
     high, high_count = 0, 0  # not known yet
     while high == 0 or high - low > 1:
         if high == 0:

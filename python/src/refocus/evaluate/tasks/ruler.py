@@ -117,8 +117,7 @@ def niah(task: str) -> Callable[[int, int, Settings], Item]:
             made, before, after, _, _ = parts(size)
             return before + made.text + after
 
-        budget = length - ANSWER_TOKENS["niah"]
-        made, before, after, asked, answers = parts(fit(task, build, settings.count, budget, 8))
+        made, before, after, asked, answers = parts(fit(task, build, settings.count, length, 8, ANSWER_TOKENS["niah"]))
         evidence = sorted(span for key in asked for span in made.marks[key])
         return _single(task, length, seed, before, made.text, after, answers, ANSWER_TOKENS["niah"], evidence)
 
@@ -165,8 +164,8 @@ def variable_tracking(length: int, seed: int, settings: Settings, hops: int = 4)
         before, made, after, _ = parts(size)
         return before + made.text + after
 
-    budget = length - ANSWER_TOKENS["vt"]
-    before, made, after, names = parts(fit("vt", build, settings.count, budget, 5))
+    before, made, after, names = parts(fit("vt", build, settings.count, length, 5,
+                                              ANSWER_TOKENS["vt"]))
     return _single("vt", length, seed, before, made.text, after, names, ANSWER_TOKENS["vt"], made.marks["chain"])
 
 
@@ -197,8 +196,8 @@ def common_words(length: int, seed: int, settings: Settings) -> Item:
         before, made, after, _ = parts(size)
         return before + made.text + after
 
-    budget = length - ANSWER_TOKENS["cwe"]
-    before, made, after, answers = parts(fit("cwe", build, settings.count, budget, 11))
+    before, made, after, answers = parts(fit("cwe", build, settings.count, length, 11,
+                                              ANSWER_TOKENS["cwe"]))
     return _single("cwe", length, seed, before, made.text, after, answers, ANSWER_TOKENS["cwe"], made.marks["common"])
 
 
@@ -224,7 +223,8 @@ def frequent_words(length: int, seed: int, settings: Settings, alpha: float = 2.
         return join(rows, " "), coded[1:4]
 
     least = int(zeta * 4 ** alpha) + 1  # the third word occurs
-    made, answers = parts(fit("fwe", lambda size: before + parts(size)[0].text + after, settings.count, budget, least))
+    made, answers = parts(fit("fwe", lambda size: before + parts(size)[0].text + after, settings.count, length, least,
+                              ANSWER_TOKENS["fwe"]))
     if len({made.text.split().count(answer) for answer in answers}) < 3:
         raise EvalError(f"fwe: got a length of {length} tokens, in which the three words are not told apart: raise "
                         "--lengths")
