@@ -20,7 +20,7 @@ body { margin: 0 auto; max-width: 1020px; padding: 32px 20px 64px; background: v
  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
 h1 { font-size: 25px; margin: 0 0 4px; } h2 { font-size: 18px; margin: 40px 0 6px; }
 p { max-width: 74ch; margin: 6px 0 12px; } .soft, figcaption { color: var(--soft); } .small { font-size: 13px; }
-.grid2 { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
+.grid2 { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 16px; }
 figure { margin: 0; padding: 14px; background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 figcaption { font-size: 13px; margin-bottom: 6px; } figcaption b { color: var(--ink); }
 svg { width: 100%; height: auto; display: block; } svg .grid { stroke: var(--line); }

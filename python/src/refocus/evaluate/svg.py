@@ -74,7 +74,7 @@ def lines(series: Sequence[Series], x_label: str, y_label: str, *, y_range: tupl
         return ""
     xs = sorted({point.x for point in points})
     tops = [value for p in points for value in (p.y, p.low, p.high) if value is not None and (value > 0 or not log_y)]
-    low, high = y_range or (min(tops) if log_y else min(0.0, min(tops)), max(tops))
+    low, high = y_range or (min(tops) if log_y else min(0.0, min(tops)), 1.05 * max(tops))
     if log_y:
         low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(max(high, low * 1.01)))
     elif high == low:
@@ -129,7 +129,7 @@ def _curve(one: Series, offset: float, x_at: Callable[[float], float], y_at: Cal
             hint += f" ({show(p.low)} to {show(p.high)})"
             out.append(f'<line class="bar {color}" x1="{x:.1f}" x2="{x:.1f}" y1="{y_at(p.low):.1f}" '
                        f'y2="{y_at(p.high):.1f}"/>')
-        if not one.dashed and len(points) <= 40:
+        if len(points) <= 40 and (not one.dashed or len(points) == 1):
             out.append(f'<circle class="dot {color}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"><title>{text(hint)}</title>'
                        '</circle>')
     return "".join(out)
