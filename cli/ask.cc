@@ -41,9 +41,6 @@ using Json = nlohmann::json;
 
 constexpr int64_t kMaxConversationBytes = int64_t{16} << 20;
 
-// Between the text and the first question, in the same turn.
-constexpr char kGap[] = "\n\n";
-
 Status BadConversation(const std::string& path, size_t line) {
   return FieldError("--conversation", path + " line " + std::to_string(line),
                     "lines such as {\"question\": \"...\", \"answer\": \"...\"}");
@@ -62,7 +59,7 @@ Status ReadConversation(const std::string& path, v1::Chat* chat) {
       return BadConversation(path, number);
     }
     v1::Chat::Exchange* out = chat->add_earlier();
-    out->set_question((chat->earlier_size() == 1 ? kGap : "") + exchange["question"].get<std::string>());
+    out->set_question((chat->earlier_size() == 1 ? kQuestionGap : "") + exchange["question"].get<std::string>());
     out->set_answer(exchange["answer"].get<std::string>());
   }
   return absl::OkStatus();
@@ -78,7 +75,7 @@ Status AppendConversation(const std::string& path, const std::string& question, 
 
 Status FillQuestion(const AskOptions& options, const std::string& question, v1::Chat* chat) {
   REFOCUS_RETURN_IF_ERROR(ReadConversation(options.conversation, chat));
-  chat->set_question((chat->earlier().empty() ? kGap : "") + question);
+  chat->set_question((chat->earlier().empty() ? kQuestionGap : "") + question);
   chat->set_allow_special(options.special);
   if (!options.thinking.empty()) chat->set_thinking(options.thinking == "on");
   if (options.thinking_budget) chat->set_thinking_budget(*options.thinking_budget);

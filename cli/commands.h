@@ -46,6 +46,9 @@ void AddCommonOptions(CLI::App* verb, Settings* settings);
 // --json-file, for verbs whose events go through EmitEvent.
 void AddEventOptions(CLI::App* verb, Settings* settings);
 
+// Between the text of a context and the first question of a conversation, in the same turn.
+inline constexpr char kQuestionGap[] = "\n\n";
+
 // Which queries answer: --adapter ID, --base, or neither: "default" if the context has it, else the base queries.
 struct AdapterChoice {
   std::string adapter;

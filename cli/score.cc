@@ -19,6 +19,8 @@ struct ScoreOptions {
   std::optional<int64_t> max_bytes;
   int64_t parts = 1;
   std::string prompt;
+  std::string question;
+  std::string thinking;
   AdapterChoice adapter;
   bool as_ids = false;
   bool token_logprobs = false;
@@ -47,6 +49,10 @@ StatusOr<std::vector<v1::ScoreRequest>> MakeRequests(Client& client, const Score
     auto& request = requests.emplace_back();
     request.set_name(context.name());
     request.set_adapter_id(adapter);
+    if (!options.question.empty()) {
+      request.mutable_chat()->set_question(kQuestionGap + options.question);
+      if (!options.thinking.empty()) request.mutable_chat()->set_thinking(options.thinking == "on");
+    }
     if (!options.prompt.empty()) REFOCUS_RETURN_IF_ERROR(Fill(options, options.prompt, request.mutable_prompt()));
     REFOCUS_RETURN_IF_ERROR(Fill(options, target, request.mutable_target()));
     request.set_token_logprobs(options.token_logprobs || options.parts > 1);
@@ -124,7 +130,13 @@ void AddScore(CLI::App& app, Settings* settings, Run* run) {
                    "Of the file: end at the first line that starts so many bytes later (all)")
       ->check(CLI::NonNegativeNumber)
       ->group(targets);
-  verb->add_option("--prompt", o->prompt, "Text between the context and the target, not scored")->group(targets);
+  auto* prompt = verb->add_option("--prompt", o->prompt, "Text between the context and the target, not scored");
+  prompt->group(targets);
+  auto* question = verb->add_option("--question", o->question,
+                                    "Score the targets as answers to it, in a context that opened a conversation");
+  question->excludes(prompt)->group(targets);
+  verb->add_option("--thinking", o->thinking, "on or off: whether a model that reasons would do so before them")
+      ->check(CLI::IsMember({"on", "off"}))->needs(question)->group(targets);
   verb->add_flag("--ids", o->as_ids, "Targets and prompt are token ids in decimal")->group(targets);
   const std::string output = "Output";
   verb->add_option("--parts", o->parts, "Rows in the table for so many equal parts of a target")

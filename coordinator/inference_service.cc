@@ -113,11 +113,14 @@ Status StreamMasses(ProbeCall& call, Hub& hub, const api::ProbeAttentionRequest&
 }
 
 StatusOr<std::shared_ptr<ScoreJob>> StartScore(Hub& hub, const api::ScoreRequest& request, double seconds) {
-  REFOCUS_ASSIGN_OR_RETURN(auto prompt, PromptIds("prompt", request.prompt(), hub.model(), hub.tokenizer()));
+  if (request.chat().has_thinking_budget()) {
+    return FieldError("chat.thinking_budget", std::to_string(request.chat().thinking_budget()), "not set in Score");
+  }
+  REFOCUS_ASSIGN_OR_RETURN(auto prompt, QuestionIds(request, hub.model(), hub.tokenizer(), hub.chat()));
   REFOCUS_ASSIGN_OR_RETURN(auto target, PromptIds("target", request.target(), hub.model(), hub.tokenizer()));
   return hub.With([&](Coordinator& core) {
     const Status admitted = core.Admit();
-    return admitted.ok() ? core.Score(request, std::move(prompt), std::move(target), seconds)
+    return admitted.ok() ? core.Score(request, std::move(prompt.ids), std::move(target), seconds)
                          : StatusOr<std::shared_ptr<ScoreJob>>(admitted);
   });
 }

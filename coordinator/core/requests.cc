@@ -236,6 +236,13 @@ Status CheckKnown(const api::GenerateRequest& request) {
   return absl::OkStatus();
 }
 
+Status CheckConversation(const Session& session) {
+  if (!session.chat_format().empty()) return absl::OkStatus();
+  return Error(StatusCode::kFailedPrecondition, "NO_CONVERSATION",
+               "chat: " + session.name() + " was created without a prologue; create it with one, or ask with `prompt`",
+               {{"name", session.name()}});
+}
+
 }  // namespace
 
 StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::GenerateRequest& request,
@@ -245,12 +252,7 @@ StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::Generate
   REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
   REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
-  if (request.has_chat() && session->chat_format().empty()) {
-    return Error(StatusCode::kFailedPrecondition, "NO_CONVERSATION",
-                 "chat: " + session->name() +
-                     " was created without a prologue; create it with one, or ask with `prompt`",
-                 {{"name", session->name()}});
-  }
+  if (request.has_chat()) REFOCUS_RETURN_IF_ERROR(CheckConversation(*session));
   REFOCUS_ASSIGN_OR_RETURN(GeneratePlan plan,
                            PlanGenerate(request, options_.model, tokenizer_.get(), environment_.random()));
   if (request.chat().has_thinking_budget()) plan.thinking_budget = request.chat().thinking_budget();
@@ -288,6 +290,7 @@ StatusOr<std::shared_ptr<ScoreJob>> Coordinator::Score(const api::ScoreRequest& 
   if (target.empty()) return FieldError("target", "0 tokens", "1 or more");
   if (request.target_id().size() > 256) return FieldError("target_id", "longer", "at most 256 bytes");
   REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
+  if (request.has_chat()) REFOCUS_RETURN_IF_ERROR(CheckConversation(*session));
   ScorePlan plan;
   const auto target_tokens = static_cast<int64_t>(target.size());
   REFOCUS_ASSIGN_OR_RETURN(plan.sequence,

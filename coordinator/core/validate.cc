@@ -140,14 +140,7 @@ ChatFormat::Opening OpeningOf(const api::CreateContextRequest::Header& header) {
   return opening;
 }
 
-StatusOr<ChatFormat::Asked> QuestionIds(const api::GenerateRequest& request, const ModelConfig& model,
-                                        const Tokenizer* tokenizer, const ChatFormat& format) {
-  if (!request.has_chat()) {
-    REFOCUS_ASSIGN_OR_RETURN(auto ids, PromptIds("prompt", request.prompt(), model, tokenizer));
-    return ChatFormat::Asked{std::move(ids), nullptr};
-  }
-  const api::Chat& chat = request.chat();
-  if (request.has_prompt()) return FieldError("chat", "prompt as well", "one of the two");
+StatusOr<ChatFormat::Asked> ChatIds(const api::Chat& chat, const ModelConfig& model, const ChatFormat& format) {
   REFOCUS_RETURN_IF_ERROR(CheckInt("chat.earlier", chat.earlier_size(), 0, kMaxExchanges));
   if (chat.has_thinking_budget()) {
     REFOCUS_RETURN_IF_ERROR(CheckInt("chat.thinking_budget", chat.thinking_budget(), 1, kMaxThinkingTokens));

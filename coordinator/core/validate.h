@@ -36,9 +36,16 @@ StatusOr<std::vector<int32_t>> PromptIds(const char* field, const api::Prompt& p
 
 // Without its texts' tokens, which ChatFormat makes.
 ChatFormat::Opening OpeningOf(const api::CreateContextRequest::Header& header);
+StatusOr<ChatFormat::Asked> ChatIds(const api::Chat& chat, const ModelConfig& model, const ChatFormat& format);
 // The prompt of a request, or its question in a conversation. As PromptIds; NO_CHAT_FORMAT, NO_THINKING.
-StatusOr<ChatFormat::Asked> QuestionIds(const api::GenerateRequest& request, const ModelConfig& model,
-                                        const Tokenizer* tokenizer, const ChatFormat& format);
+template <typename Request>
+StatusOr<ChatFormat::Asked> QuestionIds(const Request& request, const ModelConfig& model, const Tokenizer* tokenizer,
+                                        const ChatFormat& format) {
+  if (request.has_chat() && request.has_prompt()) return FieldError("chat", "prompt as well", "one of the two");
+  if (request.has_chat()) return ChatIds(request.chat(), model, format);
+  REFOCUS_ASSIGN_OR_RETURN(auto ids, PromptIds("prompt", request.prompt(), model, tokenizer));
+  return ChatFormat::Asked{std::move(ids), nullptr};
+}
 
 // INVALID_ARGUMENT CONTEXT_TOO_LONG when context + prompt + answer exceed the model's window.
 Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t window);

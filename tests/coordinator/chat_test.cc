@@ -131,12 +131,97 @@ TEST_F(ChatTest, OneStepAtATimeGivesTheSame) {
   EXPECT_EQ(Ask(kOpen - 1, 8, 4).ids, (std::vector<uint32_t>{64, 65, 66, 67, 68, 74, 10, 10, 11, 12, 13}));
 }
 
+// Meanwhile the others decode on. Nobody's tokens change.
+TEST_F(ChatTest, TheForcedEndLeavesTheBatchAndJoinsItAgain) {
+  for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).command_seconds = 0.06;
+  const auto begin = [&](int32_t last, int64_t max_tokens) {
+    request_.set_max_tokens(max_tokens);
+    return *Generate({last});
+  };
+  const std::shared_ptr<GenerateJob> others[] = {begin('O', 30), begin('o', 30)};
+  request_.mutable_chat()->set_thinking_budget(4);
+  const std::shared_ptr<GenerateJob> talk = begin(kOpen - 1, 8);
+  simulation_.Collect();
+  std::map<int64_t, char> commands;  // 'F': the forced end; else how many decode
+  for (int i = 0; i < 1000; ++i) {
+    for (const auto& message : simulation_.links()[0].inbox) {
+      const wire::Command& command = message.command();
+      if (command.has_decode_steps()) {
+        commands[command.seq()] = static_cast<char>('0' + command.decode_steps().sequences_size());
+      } else if (command.extend_sequence().ids_size() == 4) {
+        commands[command.seq()] = 'F';
+      }
+    }
+    for (auto& link : simulation_.links()) {
+      if (simulation_.CanStepRank(link)) simulation_.StepRank(link);
+      while (!link.outbox.empty()) simulation_.StepAnswer(link);
+    }
+  }
+  std::string order;
+  for (const auto& [seq, what] : commands) order += what;
+  const size_t forced = order.find('F');
+  ASSERT_NE(forced, std::string::npos) << order;
+  EXPECT_EQ(order.find('F', forced + 1), std::string::npos) << order;
+  EXPECT_LT(order.find('3'), forced) << order;
+  EXPECT_NE(order.find('3', forced), std::string::npos) << order;
+  EXPECT_EQ(order[forced + 1], '2') << order;
+  const auto ids = [](GenerateJob& job) {
+    EXPECT_TRUE(job.status().ok()) << job.status();
+    std::vector<uint32_t> out;
+    for (const auto& event : job.TakeEvents()) out.insert(out.end(), event.token_ids().begin(), event.token_ids().end());
+    return out;
+  };
+  EXPECT_EQ(ids(*talk), (std::vector<uint32_t>{64, 65, 66, 67, 68, 74, 10, 10, 11, 12, 13}));
+  for (const uint32_t first : {80u, 112u}) {
+    std::vector<uint32_t> expected;
+    for (uint32_t id = first; id < first + 30; ++id) expected.push_back(id);
+    EXPECT_EQ(ids(*others[first == 112u]), expected);
+  }
+}
+
+// Each ends its own reasoning, also where that is due before all others have forked.
+TEST_F(ChatTest, SamplesHaveABudgetEach) {
+  request_.set_n(3);
+  request_.set_temperature(1);
+  request_.set_max_tokens(6);
+  request_.mutable_chat()->set_thinking_budget(1);
+  for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).command_seconds = 0;  // all are owed the next turn
+  for (const bool inside : {false, true}) {
+    thinking_.begins_inside = inside;
+    const auto first = Generate({kOpen - 1});
+    ASSERT_TRUE(first.ok()) << first.status();
+    simulation_.Collect();
+    simulation_.Run();
+    std::vector<std::shared_ptr<GenerateJob>> samples = (*first)->forks();
+    ASSERT_EQ(samples.size(), 2u);
+    samples.push_back(*first);
+    for (const auto& sample : samples) {
+      EXPECT_TRUE(sample->status().ok()) << sample->status();
+      std::vector<uint32_t> ids;
+      for (const auto& event : sample->TakeEvents()) {
+        ids.insert(ids.end(), event.token_ids().begin(), event.token_ids().end());
+        EXPECT_EQ(event.summary().thinking_cut(), event.has_summary());
+      }
+      // '@' opens, or is what was thought already; 'J' and two line breaks are forced.
+      EXPECT_EQ(ids, inside ? (std::vector<uint32_t>{64, 74, 10, 10, 11, 12, 13, 14, 15})
+                            : (std::vector<uint32_t>{64, 65, 74, 10, 10, 11, 12, 13, 14}));
+    }
+  }
+}
+
 TEST_F(ChatTest, OnlyAConversationCanBeAsked) {
   EXPECT_EQ(simulation_.Get("talk").chat_format(), "qwen3");
   simulation_.CreateReady("plain", 600);
   EXPECT_EQ(simulation_.Get("plain").chat_format(), "");
   request_.set_name("contexts/plain");
   EXPECT_EQ(ReasonOf(simulation_.core().Generate(request_, {1}).status()), "NO_CONVERSATION");
+  api::ScoreRequest score;
+  score.mutable_chat();
+  score.set_name("contexts/plain");
+  EXPECT_EQ(ReasonOf(simulation_.core().Score(score, {1}, {2}).status()), "NO_CONVERSATION");
+  score.set_name("contexts/talk");
+  EXPECT_TRUE(simulation_.core().Score(score, {1}, {2}).ok());
+  simulation_.Collect();
   EXPECT_EQ(simulation_.core().GetModel().chat_format(), "qwen3");
   EXPECT_TRUE(simulation_.core().GetModel().thinks());
 }

@@ -4,7 +4,6 @@
 #include <set>
 
 #include "base/limits.h"
-#include "coordinator/core/answer_text.h"
 #include "coordinator/core/chunk_clock.h"
 #include "coordinator/core/upload.h"
 #include "coordinator/core/validate.h"
@@ -83,69 +82,6 @@ std::string Sha(const std::string& text) {
   Sha256 hash;
   hash.Update(text.data(), text.size());
   return hash.Finish();
-}
-
-std::string Feed(AnswerText& text, const std::vector<std::string>& tokens) {
-  std::string out;
-  for (const std::string& token : tokens) out += text.Push(token);
-  return out + text.Finish();
-}
-
-TEST(AnswerTextTest, EndsBeforeTheFirstStop) {
-  AnswerText one({"END"});
-  EXPECT_EQ(Feed(one, {"some ", "E", "N", "D", "more"}), "some ");
-  EXPECT_EQ(one.stop(), "END");
-  AnswerText earliest({"world", "lo"});
-  EXPECT_EQ(Feed(earliest, {"hel", "lo world"}), "hel");
-  EXPECT_EQ(earliest.stop(), "lo");
-  AnswerText none({"xyz"});
-  EXPECT_EQ(Feed(none, {"x", "xy", "xx"}), "xxyxx");
-  EXPECT_FALSE(none.stopped());
-}
-
-TEST(AnswerTextTest, CutsDoNotMatter) {
-  const std::string said = "xabcde";
-  const std::vector<std::string> stops[] = {{"abcd", "c"}, {"c", "abcd"}, {"bcd", "abcd"}, {"abcd", "d"},
-                                            {"cde", "xabc"}};
-  for (const auto& set : stops) {
-    AnswerText whole(set);
-    const std::string expected = Feed(whole, {said});
-    ASSERT_TRUE(whole.stopped());
-    for (unsigned cuts = 0; cuts < 32; ++cuts) {
-      std::vector<std::string> tokens(1);
-      for (size_t i = 0; i < said.size(); ++i) {
-        if (i > 0 && (cuts >> (i - 1) & 1u) != 0) tokens.emplace_back();
-        tokens.back() += said[i];
-      }
-      AnswerText text(set);
-      EXPECT_EQ(Feed(text, tokens), expected) << set[0] << cuts;
-      EXPECT_EQ(text.stop(), whole.stop()) << set[0] << cuts;
-    }
-  }
-  AnswerText first({"abcd", "c"});
-  EXPECT_EQ(Feed(first, {said}), "xab");
-  EXPECT_EQ(first.stop(), "c");
-}
-
-TEST(AnswerTextTest, HoldsBackOnlyWhatMayBeAStop) {
-  AnswerText text({"aab"});
-  EXPECT_EQ(text.Push("aa"), "");
-  EXPECT_EQ(text.Push("a"), "a");
-  EXPECT_EQ(text.Push("c"), "aac");
-  EXPECT_EQ(text.Push("zaa"), "z");
-  EXPECT_EQ(text.Push("b"), "");
-  EXPECT_TRUE(text.stopped());
-  EXPECT_EQ(text.Push("more"), "");
-  EXPECT_EQ(text.Finish(), "");
-}
-
-TEST(AnswerTextTest, CharactersStayWhole) {
-  AnswerText text({"\xc3\xa9t\xc3\xa9"});
-  EXPECT_EQ(text.Push("a\xc3"), "a");
-  EXPECT_EQ(text.Push("\xa9"), "");
-  EXPECT_EQ(text.Push("t\xc3"), "");
-  EXPECT_EQ(text.Push("\xa9"), "");
-  EXPECT_TRUE(text.stopped());
 }
 
 TEST(ChunkClockTest, FitsALineAndPredicts) {

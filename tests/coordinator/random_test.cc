@@ -10,15 +10,31 @@ namespace {
 constexpr uint64_t kSeeds = 300;
 constexpr int kEvents = 400;
 
+CoordinatorOptions ChatOptions() {
+  CoordinatorOptions options = Simulation::DefaultOptions();
+  options.chat = *ChatFormat::Make("qwen3", FakeTokenizer());
+  return options;
+}
+
+// Reasons from the beginning, until 9 is drawn.
+std::shared_ptr<const ChatFormat::Thinking> Reasons() {
+  ChatFormat::Thinking thinking;
+  thinking.begins_inside = true;
+  thinking.close = 9;
+  thinking.forced_end = {5, 9, 6};
+  return std::make_shared<const ChatFormat::Thinking>(thinking);
+}
+
 class Chaos {
  public:
-  explicit Chaos(uint64_t seed) : random_(seed), simulation_(seed * 31 + 7) { Launch(); }
+  explicit Chaos(uint64_t seed) : random_(seed), simulation_(seed * 31 + 7, ChatOptions()) { Launch(); }
 
   void Run() {
     for (int i = 0; i < kEvents; ++i) Event();
     Settle();
   }
   int64_t answers = 0;  // given
+  int64_t forced = 0;   // of them, ends of their reasoning
 
   // One context and one adapter: commits and answers meet all the time. The number of commits.
   int64_t RunReadaptations() {
@@ -89,7 +105,10 @@ class Chaos {
   }
   // Most texts begin alike.
   void CreateSome() {
-    (void)simulation_.CreateIds(AnyId(), Simulation::Ids(1 + static_cast<int64_t>(Below(5000)), Below(3)));
+    api::CreateContextRequest::Header header;
+    header.set_context_id(AnyId());
+    if (Below(2) == 0) header.mutable_prologue();
+    (void)simulation_.CreateIds(header, Simulation::Ids(1 + static_cast<int64_t>(Below(5000)), Below(3)));
   }
   void AskSome(const std::string& id, uint64_t prompt, uint64_t max_tokens, const std::string& adapter) {
     api::GenerateRequest request;
@@ -103,7 +122,12 @@ class Chaos {
     for (uint64_t i = 0; i < prompt; ++i) asked.prompt.push_back(Below(250));
     const std::vector<int32_t> ids(asked.prompt.begin(), asked.prompt.end());
     const double seconds = Below(8) == 0 ? 0.1 : 1e9;
-    const auto first = simulation_.core().Generate(request, ids, seconds);
+    const auto session = simulation_.core().catalog().Find(request.name());
+    if (session != nullptr && !session->chat_format().empty() && Below(2) == 0) {
+      asked.budget = 1 + static_cast<int64_t>(Below(12));
+      request.mutable_chat()->set_thinking_budget(asked.budget);
+    }
+    const auto first = simulation_.core().Generate(request, ids, seconds, asked.budget > 0 ? Reasons() : nullptr);
     simulation_.Collect();
     if (!first.ok()) return;
     const auto& tokens = simulation_.core().catalog().Find(request.name())->tokens();
@@ -120,8 +144,9 @@ class Chaos {
   struct Asked {
     std::shared_ptr<GenerateJob> job;
     std::vector<uint32_t> context, prompt;
+    int64_t budget = 0;  // of reasoning; 0: there is none
   };
-  static void ExpectAsAlone(const Asked& asked) {
+  void ExpectAsAlone(const Asked& asked) {
     std::vector<uint32_t> said;
     api::GenerateSummary summary;
     for (const api::GenerateEvent& event : asked.job->TakeEvents()) {
@@ -129,13 +154,22 @@ class Chaos {
       if (event.has_summary()) summary = event.summary();
     }
     if (!asked.job->status().ok()) return;
-    EXPECT_EQ(static_cast<int64_t>(said.size()), summary.max_tokens());
     const uint64_t seed = summary.temperature() > 0 ? summary.seed() : 0;
     std::vector<uint32_t> rows = asked.prompt;
-    for (size_t i = 0; i < said.size(); ++i) {
-      ASSERT_EQ(said[i], FakeRank::KeyedToken(asked.context, summary.adapter_revision(), seed, rows)) << i;
-      rows.push_back(said[i]);
+    bool thinks = asked.budget > 0, cut = false;
+    for (int64_t sampled = 0; sampled < summary.max_tokens(); ++sampled) {
+      if (thinks && sampled == asked.budget) {
+        cut = true;
+        thinks = false;
+        rows.insert(rows.end(), {5, 9, 6});
+      }
+      rows.push_back(FakeRank::KeyedToken(asked.context, summary.adapter_revision(), seed, rows));
+      thinks = thinks && rows.back() != 9;
     }
+    rows.erase(rows.begin(), rows.begin() + static_cast<int64_t>(asked.prompt.size()));
+    EXPECT_EQ(said, rows);
+    EXPECT_EQ(summary.thinking_cut(), cut);
+    forced += cut ? 1 : 0;
   }
 
   void AdaptSome() {
@@ -199,15 +233,17 @@ class Chaos {
 };
 
 TEST(RandomTest, EveryInterleavingEndsClean) {
-  int64_t answers = 0;
+  int64_t answers = 0, forced = 0;
   for (uint64_t seed = 1; seed <= kSeeds; ++seed) {
     SCOPED_TRACE("seed " + std::to_string(seed));
     Chaos chaos(seed);
     chaos.Run();
     answers += chaos.answers;
+    forced += chaos.forced;
     if (HasFailure()) return;
   }
   EXPECT_GT(answers, static_cast<int64_t>(kSeeds));
+  EXPECT_GT(forced, static_cast<int64_t>(kSeeds / 10));
 }
 
 TEST(RandomTest, AnswersAndCommitsOfOneAdapter) {

@@ -312,7 +312,37 @@ class Tests:
         self.do(lambda client: client.context("a").ask(chat="Who?"))
         ids, chat = self.server.named("Generate")
         self.assertEqual([1, 2], list(ids.prompt.ids.ids))
-        self.assertEqual((b"Who?", False), (chat.chat.question, chat.HasField("prompt")))
+        self.assertEqual((b"\n\nWho?", False), (chat.chat.question, chat.HasField("prompt")))
+
+    def test_conversations(self):
+        self.server.on["CreateContext"] = created
+        self.server.on["Generate"] = lambda *_: iter([Event(reasoning="caf", token_ids=[1]), Event(reasoning="\u00e9"),
+                                                      Event(text="A", summary=inference_pb2.GenerateSummary())])
+        self.server.on["Score"] = lambda requests, _: (inference_pb2.ScoreEvent(target_id=r.target_id) for r in requests)
+        self.do(lambda client: client.create("text", prefill=False, prologue=refocus.prologue("caf\u00e9", user=b"U")))
+        self.do(lambda client: client.create("text", prefill=False, prologue=refocus.prologue(date="1 May 2026")))
+        told, default = [messages[0].header.prologue for messages in self.server.named("CreateContext")]
+        self.assertEqual(("caf\u00e9".encode(), b"U", ""), (told.system, told.user, told.date))
+        self.assertEqual((False, b"", "1 May 2026"), (default.HasField("system"), default.user, default.date))
+
+        first = refocus.chat("Who?", thinking=False)
+        second = refocus.chat("And \u00e9?", [("Who?", "Anne."), (b"Where?", b"Bath.")], thinking_budget=9, gap="\n",
+                              allow_special=True)
+        answer = self.do(lambda client: client.context("a").ask(chat=first))
+        self.assertEqual(("caf\u00e9", "A"), (answer.reasoning, answer.text))
+        self.do(lambda client: client.context("a").ask(chat=second))
+        one, two = [request.chat for request in self.server.named("Generate")]
+        self.assertEqual((b"\n\nWho?", [], False, False), (one.question, list(one.earlier), one.thinking,
+                                                            one.HasField("thinking_budget")))
+        self.assertTrue(one.HasField("thinking") and not two.HasField("thinking"))
+        self.assertEqual(("And \u00e9?".encode(), 9, True), (two.question, two.thinking_budget, two.allow_special))
+        self.assertEqual([(b"\nWho?", b"Anne."), (b"Where?", b"Bath.")],
+                         [(exchange.question, exchange.answer) for exchange in two.earlier])
+
+        self.do(lambda client: client.context("a").score(["x", "y"], chat=b"Who?"))
+        requests, = self.server.named("Score")
+        self.assertEqual([(b"\n\nWho?", b"x", False), (b"\n\nWho?", b"y", False)],
+                         [(r.chat.question, r.target.text, r.HasField("prompt")) for r in requests])
 
     def test_samples_are_told_apart(self):
         def mixed(request, context):
@@ -555,7 +585,7 @@ class Surface(unittest.TestCase):
             self.assertEqual({field.name for field in message.DESCRIPTOR.fields} - parameters,
                              set(options.__annotations__), message.DESCRIPTOR.full_name)
         score = {field.name for field in inference_pb2.ScoreRequest.DESCRIPTOR.fields}
-        self.assertEqual({"name", "adapter_id", "prompt", "target", "token_logprobs", "target_id"}, score)
+        self.assertEqual({"name", "adapter_id", "prompt", "target", "token_logprobs", "target_id", "chat"}, score)
         probe = {field.name for field in inference_pb2.ProbeAttentionRequest.DESCRIPTOR.fields}
         parameters = set(self.public(refocus.Context)["probe"].parameters)
         self.assertEqual({"name", "adapter_id"}, probe - parameters)

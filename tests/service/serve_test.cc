@@ -113,6 +113,26 @@ TEST_F(ServeTest, Conversation) {
   // and "!" <|im_end|> "\n" <|im_start|> "user\n?" <|im_end|> "\n" <|im_start|> "assistant\n" <think> 2 </think> 2
   EXPECT_EQ(second.summary.prompt_tokens(), 14 + 4 + 6 + 3 + 10 + 6);
 
+  // The fake model finds what counts on from the prompt's last token most likely.
+  api::ScoreRequest score;
+  score.set_name("contexts/talk");
+  *score.mutable_chat() = request.chat();
+  score.mutable_target()->set_text("\x0b\x0c");
+  api::ScoreRequest raw = score;
+  raw.clear_chat();
+  raw.mutable_prompt()->set_text("?");
+  std::vector<api::ScoreEvent> scores;
+  ASSERT_TRUE(Score({score, raw}, &scores).ok());
+  EXPECT_TRUE(scores[0].is_greedy()) << "behind the line break that opens the answer";
+  EXPECT_FALSE(scores[1].is_greedy());
+  EXPECT_EQ(scores[0].token_count(), 2);
+  score.mutable_prompt()->set_text("?");
+  EXPECT_FAILS(Score({score}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
+  score.clear_prompt();
+  score.mutable_chat()->set_thinking_budget(5);
+  EXPECT_FAILS(Score({score}), INVALID_ARGUMENT, "FIELD_OUT_OF_RANGE");
+  score.mutable_chat()->clear_thinking_budget();
+
   prologue->set_system("\xff");
   header.mutable_header()->set_context_id("bad");
   EXPECT_FAILS(Upload({header, TextMessage(0, "x"), FinishMessage()}), INVALID_ARGUMENT, "INVALID_UTF8");
@@ -125,6 +145,8 @@ TEST_F(ServeTest, Conversation) {
   request.mutable_chat()->clear_thinking_budget();
   request.set_name("contexts/plain");
   EXPECT_FAILS(Generate(request).status, FAILED_PRECONDITION, "NO_CONVERSATION");
+  score.set_name("contexts/plain");
+  EXPECT_FAILS(Score({score}), FAILED_PRECONDITION, "NO_CONVERSATION");
 
   StartServer();  // a model whose template nobody knows
   StartGroup(1);
@@ -132,6 +154,7 @@ TEST_F(ServeTest, Conversation) {
   EXPECT_FAILS(Upload({header, TextMessage(0, "x"), FinishMessage()}), FAILED_PRECONDITION, "NO_CHAT_FORMAT");
   CreateReady("plain", "text");
   EXPECT_FAILS(Generate(request).status, FAILED_PRECONDITION, "NO_CHAT_FORMAT");
+  EXPECT_FAILS(Score({score}), FAILED_PRECONDITION, "NO_CHAT_FORMAT");
 }
 
 // What a rank draws depends on all that it may depend on, and on nothing else.

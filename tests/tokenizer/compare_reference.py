@@ -3,8 +3,7 @@
     compare_reference.py BINARY MODEL [--novels Rdata.rdb] [--random N] [--code BYTES] [--seed S]
 
 MODEL is a folder with tokenizer.json, or a GGUF file (needs the `gguf` package; its reference is built from vocabulary,
-merges
-and the documented pre-tokenizer). Not run by ctest, which has golden ids instead and needs no Python.
+merges and the documented pre-tokenizer). Not run by ctest, which has golden ids instead and needs no Python.
 """
 import argparse
 import random
@@ -71,7 +70,8 @@ def main():
     rng = random.Random(args.seed)
     items = ["", " ", "\n", "a", *(chr(c) for c in range(256)),
              *(a + " " + b for a in texts.SPACES for b in texts.SPACES)]
-    items += [texts.random_text(rng, specials) for _ in range(args.random)]
+    items += [make(rng, specials) for _ in range(args.random) for make in (texts.random_text, texts.messy_text)]
+    items += ["x" * 200_000, "\u00e9\u4e2d" * 50_000, "ab c" * 50_000, "\U0001f44d" * 50_000, "1" * 100_000, "\n " * 50_000]
     items += list(texts.novels(args.novels)) if args.novels else []
     items += list(texts.code(args.code)) if args.code else []
     # Every code point, in company.

@@ -96,7 +96,8 @@ def cases(tokenizer, seed, count, excerpts):
              "\u10d50\u1c89x\ua7cdY \U00010d50\U00010d70\U00016d43", "\x00\x01\x1f\x7f\u0080\u009f a\u200db\u200c",
              "  <L>  <R>  <LR>  a <L><R> <LR> ", "\u3000<R>\u2003\u200b<L>\u1680<LR>\u180e", "<L> <L>\n\t<R>\r\n<R>",
              "word words aword a word. word_ word\u0301 \u4e2dword \u00b7word\u2118 1word \u24b6word word\u200d (word)",
-             "  \u00e9te\u0301  e\u0301t\u00e9s \u00e9t\u00e9", *excerpts, *(texts.random_text(rng, specials) for _ in range(count))]
+             "  \u00e9te\u0301  e\u0301t\u00e9s \u00e9t\u00e9", *excerpts, *(texts.random_text(rng, specials) for _ in range(count)),
+             *(texts.messy_text(rng, specials) for _ in range(16))]
     out = []
     for i, text in enumerate(items):
         special = i % 3 != 0

@@ -51,6 +51,47 @@ def random_text(rng, specials=()):
     return "".join(parts)
 
 
+CODE = ("def f(x: int) -> str:\n\treturn f'{x!r}'  # über\n", "if (a<=b && c!=d) { x->y[0] += 0xFFu; }\r\n",
+        "    for(auto&& [k, v] : m)\n        std::cout<<k<<'\\n';\n", "SELECT * FROM t WHERE a='it''s' -- é\n",
+        '{"key": [1, 2.5e-3, null], "\\u00e9": "\\\\n"}', "<p class=\"a-b_c\">&nbsp;</p>\n\n\n",
+        "#!/bin/sh\nrm -rf $HOME/*.o\n", "#include <a/b.h>\n\n\n\n//// x\n/**/\n",
+        "camelCaseHTTPServer2XML snake_case_1 kConst __init__", "\\frac{a}{b}^{2} $$\\alpha$$")
+LANGUAGES = ("The quick brown fox", "Der Fuchs fährt nach Köln", "Быстрая лиса", "敏捷的棕色狐狸。", "すばやいキツネは！",
+             "빠른 갈색 여우", "الثعلب البني", "สุนัขจิ้งจอก", "तेज़ भूरी लोमड़ी", "Γρήγορη αλεπού", "სწრაფი ᲛᲔᲚᲐ", "Nhanh nhẹn cáo")
+EMOJI = ("\U0001f469\u200d\U0001f680", "\U0001f44d\U0001f3fd", "\U0001f1e9\U0001f1ea\U0001f1eb\U0001f1f7",
+         "\u2764\ufe0f\u200d\U0001f525", "#\ufe0f\u20e3", "\U0001f3f4\U000e0067\U000e0062\U000e007f", "\u263a")
+CONTROL = [chr(c) for c in (*range(32), *range(127, 160), 0xad, 0x200e, 0x202e, 0x2066, 0xfff9, 0xe0001)]
+ENDLESS = ("ab", "abcdefghij", "éè", "中文", "0123456789", "=-", " ", "\U0001f44d")
+
+
+def messy_text(rng, specials=()):
+    """What real inputs are made of: languages side by side, emoji, control characters, code, words without end, and text
+    that was cut within a character and decoded all the same."""
+    parts = []
+    for _ in range(rng.randint(2, 10)):
+        kind = rng.randrange(8)
+        if kind == 0:
+            parts.append(rng.choice(CODE))
+        elif kind == 1:
+            parts += [rng.choice(LANGUAGES), rng.choice(("", " ", "\n", "\u3000", ", "))]
+        elif kind == 2:
+            parts += rng.choices(EMOJI, k=rng.randint(1, 4))
+        elif kind == 3:
+            parts += rng.choices(CONTROL, k=rng.randint(1, 5))
+        elif kind == 4:
+            parts.append("".join(rng.choices(rng.choice(ENDLESS), k=rng.choice((30, 100, 300)))))
+        elif kind == 5:
+            whole = "".join(rng.choices(LANGUAGES + EMOJI, k=2)).encode()
+            first, last = sorted(rng.choices(range(len(whole)), k=2))
+            parts.append(whole[first:last].decode(errors="replace"))
+        elif kind == 6 and specials:
+            text = rng.choice(specials)
+            parts.append(text if rng.random() < 0.7 else text[:rng.randint(0, len(text))])
+        else:
+            parts.append(random_text(rng, specials))
+    return "".join(parts)
+
+
 def novels(path):
     """The six texts of an R data file (row by row)."""
     data = open(path, "rb").read()

@@ -228,19 +228,31 @@ TEST_P(LifecycleTest, StopTokensAndSeeds) {
   EXPECT_GE(distinct.size(), 8u) << "of 13: every token has a draw of its own";
 }
 
-// Tokens put in behind sampled ones: what follows is what follows the same tokens in a prompt.
+// Tokens put in behind sampled ones: what follows is what follows the same tokens in a prompt, and who decodes in the same
+// batch before and after, and alone meanwhile, does not see it.
 TEST_P(LifecycleTest, ForcedTokensAreContinued) {
   group_.Prefill(kContext, Ids(0, 300));
+  group_.Do(OpenSequence{4, kContext, 0, 0, 16});
+  std::vector<Token> others = group_.Do(ExtendSequence{4, 300, {3}, true}).tokens;
+  for (const Token& token : group_.Do(DecodeSteps{{4}, 9}).tokens) others.push_back(token);
+  group_.Do(OpenSequence{7, kContext, 0, 0, 16});
+  std::vector<Token> beside = group_.Do(ExtendSequence{7, 300, {3}, true}).tokens;
+  const auto decode = [&](std::vector<uint64_t> sequences, int32_t steps, std::vector<Token>* out) {
+    for (const Token& token : group_.Do(DecodeSteps{std::move(sequences), steps}).tokens) {
+      (token.sequence == 7 ? beside : *out).push_back(token);
+    }
+  };
   group_.Do(OpenSequence{5, kContext, 0, 0, 16});
   std::vector<Token> tokens = group_.Do(ExtendSequence{5, 300, {7, 8, 9}, true}).tokens;
-  for (const Token& token : group_.Do(DecodeSteps{{5}, 3}).tokens) tokens.push_back(token);
+  decode({5, 7}, 3, &tokens);
   ASSERT_EQ(tokens.size(), 4u);
+  decode({7}, 2, &tokens);
   const int32_t last = tokens[3].id;
   ExpectRefused(ExtendSequence{5, 306, {last + 1, 11, 12}, true}, StatusCode::kFailedPrecondition, "another token");
   ExpectRefused(ExtendSequence{5, 307, {last, 11, 12}, true}, StatusCode::kFailedPrecondition, "behind it");
   ExpectRefused(ExtendSequence{5, 306, {}, true}, StatusCode::kInvalidArgument, "nothing");
   std::vector<Token> forced = group_.Do(ExtendSequence{5, 306, {last, 11, 12}, true}).tokens;
-  for (const Token& token : group_.Do(DecodeSteps{{5}, 4}).tokens) forced.push_back(token);
+  decode({7, 5}, 4, &forced);
 
   std::vector<int32_t> prompt = {7, 8, 9};
   for (const Token& token : tokens) prompt.push_back(token.id);
@@ -253,6 +265,11 @@ TEST_P(LifecycleTest, ForcedTokensAreContinued) {
   for (size_t i = 0; i < written.size(); ++i) {
     EXPECT_EQ(forced[i].id, written[i].id) << i;
     EXPECT_NEAR(forced[i].logprob, written[i].logprob, 1e-4) << i;
+  }
+  ASSERT_EQ(beside.size(), others.size());
+  for (size_t i = 0; i < others.size(); ++i) {
+    EXPECT_EQ(beside[i].id, others[i].id) << i;
+    EXPECT_NEAR(beside[i].logprob, others[i].logprob, 1e-4) << i;
   }
 }
 

@@ -12,7 +12,7 @@ from refocus.client import AnswerStream, Client, Context
 from refocus.errors import (AbortedError, AlreadyExistsError, CancelledError, DataLossError, DeadlineExceededError,
                             FailedPreconditionError, InternalError, InvalidArgumentError, NotFoundError,
                             OutOfRangeError, RefocusError, ResourceExhaustedError, UnavailableError, UnimplementedError)
-from refocus.options import AdaptOptions, GenerateOptions, KeyRange, Prompt, Source
+from refocus.options import AdaptOptions, GenerateOptions, KeyRange, Prompt, Question, Source, chat, prologue
 from refocus.results import Adaptation, Answer, AttentionMass, Progress
 from refocus.retry import RetryPolicy
 from refocus.v1.cluster_pb2 import GetClusterResponse as Cluster
@@ -27,6 +27,6 @@ __all__ = [
     "AttentionMass", "CancelledError", "Chat", "Client", "Cluster", "Context", "ContextInfo", "DataLossError",
     "DeadlineExceededError", "FailedPreconditionError", "GenerateEvent", "GenerateOptions", "GenerateSummary",
     "InternalError", "InvalidArgumentError", "KeyRange", "Model", "NotFoundError", "OutOfRangeError", "PrefillEvent",
-    "ProbeAttentionSummary", "Progress", "Prologue", "Prompt", "RefocusError", "ResourceExhaustedError", "RetryPolicy",
-    "Score", "Source", "UnavailableError", "UnimplementedError", "aio",
+    "ProbeAttentionSummary", "Progress", "Prologue", "Prompt", "Question", "RefocusError", "ResourceExhaustedError",
+    "RetryPolicy", "Score", "Source", "UnavailableError", "UnimplementedError", "aio", "chat", "prologue",
 ]

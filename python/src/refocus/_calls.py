@@ -14,7 +14,8 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from refocus.errors import DataLossError
-from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Source
+from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Question, Source
+from refocus.options import chat as chat_message
 from refocus.results import Adaptation, Answer, AttentionMass, Progress
 from refocus.v1 import cluster_pb2, context_pb2, inference_pb2
 
@@ -65,6 +66,14 @@ def prompt_message(prompt: Prompt) -> inference_pb2.Prompt:
     if isinstance(prompt, bytes):
         return inference_pb2.Prompt(text=prompt)
     return inference_pb2.Prompt(ids=context_pb2.TokenIds(ids=prompt))
+
+
+def put_question(request: inference_pb2.GenerateRequest | inference_pb2.ScoreRequest, prompt: Prompt,
+                 chat: Question | None) -> None:
+    if chat is not None:
+        request.chat.CopyFrom(chat if isinstance(chat, inference_pb2.Chat) else chat_message(chat))
+    if chat is None or prompt != "":
+        request.prompt.CopyFrom(prompt_message(prompt))
 
 
 def allow_missing(request: context_pb2.DeleteContextRequest) -> None:
@@ -189,16 +198,11 @@ class AdaptCall(Call[context_pb2.AdaptContextRequest, context_pb2.AdaptEvent]):
 
 
 class GenerateCall(Call[inference_pb2.GenerateRequest, inference_pb2.GenerateEvent]):
-    def __init__(self, name: str, prompt: Prompt, adapter: str, chat: inference_pb2.Chat | str | None,
+    def __init__(self, name: str, prompt: Prompt, adapter: str, chat: Question | None,
                  options: GenerateOptions) -> None:
         super().__init__(GENERATE)
         self._request = inference_pb2.GenerateRequest(name=name, adapter_id=adapter, **options)
-        if isinstance(chat, str):
-            chat = inference_pb2.Chat(question=chat.encode())
-        if chat is not None:
-            self._request.chat.CopyFrom(chat)
-        if chat is None or prompt != "":
-            self._request.prompt.CopyFrom(prompt_message(prompt))
+        put_question(self._request, prompt, chat)
         self.events: list[inference_pb2.GenerateEvent] = []
 
     def request(self) -> inference_pb2.GenerateRequest:
@@ -230,14 +234,15 @@ class GenerateCall(Call[inference_pb2.GenerateRequest, inference_pb2.GenerateEve
 class ScoreCall(Call[inference_pb2.ScoreRequest, inference_pb2.ScoreEvent]):
     """Its requests are a stream; after a failure only those without a result are sent again."""
 
-    def __init__(self, name: str, targets: Iterable[Prompt], prompt: Prompt, adapter: str,
+    def __init__(self, name: str, targets: Iterable[Prompt], prompt: Prompt, adapter: str, chat: Question | None,
                  token_logprobs: bool) -> None:
         super().__init__(SCORE)
-        first = prompt_message(prompt)
         self._requests = [
-            inference_pb2.ScoreRequest(name=name, adapter_id=adapter, prompt=first, target=prompt_message(target),
+            inference_pb2.ScoreRequest(name=name, adapter_id=adapter, target=prompt_message(target),
                                        token_logprobs=token_logprobs, target_id=str(index))
             for index, target in enumerate(targets)]
+        for request in self._requests:
+            put_question(request, prompt, chat)
         self.results: list[inference_pb2.ScoreEvent] = []
 
     def requests(self) -> Iterator[inference_pb2.ScoreRequest]:

@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from refocus import _calls
 from refocus._calls import OnProgress
 from refocus.errors import RefocusError, UnavailableError, from_rpc
-from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Source
+from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Question, Source
 from refocus.results import Adaptation, Answer, AttentionMass
 from refocus.retry import Attempts, RetryPolicy
 from refocus.v1 import cluster_pb2, context_pb2, inference_pb2
@@ -252,22 +252,22 @@ class Context:
         self._client._drain(call)
         return call.result()
 
-    def generate(self, prompt: Prompt = "", *, adapter: str = "", chat: inference_pb2.Chat | str | None = None,
+    def generate(self, prompt: Prompt = "", *, adapter: str = "", chat: Question | None = None,
                  **options: Unpack[GenerateOptions]) -> AnswerStream:
         """An answer as it comes; starts with the first event that is read. `chat`: a question in a conversation, of a
         context that was created with a prologue."""
         call = _calls.GenerateCall(self.name, prompt, adapter, chat, options)
         return AnswerStream(self._client._events(call), call)
 
-    def ask(self, prompt: Prompt = "", *, adapter: str = "", chat: inference_pb2.Chat | str | None = None,
+    def ask(self, prompt: Prompt = "", *, adapter: str = "", chat: Question | None = None,
             **options: Unpack[GenerateOptions]) -> Answer:
         """A whole answer."""
         return self.generate(prompt, adapter=adapter, chat=chat, **options).answer()
 
     def score(self, targets: Iterable[Prompt], *, prompt: Prompt = "", adapter: str = "",
-              token_logprobs: bool = False) -> list[inference_pb2.ScoreEvent]:
-        """Log-probabilities of continuations, in order."""
-        call = _calls.ScoreCall(self.name, targets, prompt, adapter, token_logprobs)
+              chat: Question | None = None, token_logprobs: bool = False) -> list[inference_pb2.ScoreEvent]:
+        """Log-probabilities of continuations, in order; with `chat`, of answers to that question."""
+        call = _calls.ScoreCall(self.name, targets, prompt, adapter, chat, token_logprobs)
         if call.count:
             self._client._drain(call)
         return call.results
