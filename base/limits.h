@@ -46,6 +46,7 @@ inline constexpr int64_t kMaxStopBytes = 256;
 inline constexpr int64_t kMaxStopTokenIds = 64;
 inline constexpr int64_t kMaxLogitBias = 1024;
 inline constexpr int32_t kMaxTopK = 1 << 20;
+inline constexpr int64_t kMaxPromptLogprobs = 65'536;
 inline constexpr int32_t kMaxSamples = 64;            // of one request
 inline constexpr int64_t kMaxExchanges = 1024;        // earlier ones of a conversation
 inline constexpr int64_t kMaxThinkingTokens = 65'536;

@@ -4,10 +4,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <limits>
+#include <random>
 #include <vector>
 
 #include "kernels/few_rows.h"
@@ -171,17 +174,43 @@ void BenchSample(int64_t rows) {
   SamplerState** samplers = m.Get<SamplerState*>(rows);
   Check(cudaMemcpy(samplers, addresses.data(), addresses.size() * sizeof(SamplerState*), cudaMemcpyHostToDevice),
         "cudaMemcpy");
-  const SampleParams params{rows,   kVocab,        m.Float(rows * kVocab), samplers,
+  std::mt19937_64 engine(1);
+  std::normal_distribution<float> normal(0.0f, 3.0f);
+  std::vector<float> values(rows * kVocab);
+  for (float& value : values) value = normal(engine);
+  float* logits = m.Float(rows * kVocab);
+  Check(cudaMemcpy(logits, values.data(), values.size() * sizeof(float), cudaMemcpyHostToDevice), "cudaMemcpy");
+  uint32_t* counts = m.Get<uint32_t>(rows * kVocab);
+  const SampleParams params{rows,   kVocab,        logits, samplers,
                             tokens, m.Float(rows), m.Get<char>(SampleWorkspaceBytes(rows, kVocab))};
-  const auto measure = [&](const char* name, SamplerState state) {
-    const std::vector<SamplerState> all(rows, state);
+  // The rate is that of reading the row once, whatever is read again.
+  const auto measure = [&](const char* name, SamplerState state, bool counting) {
+    std::vector<SamplerState> all(rows, state);
+    for (int64_t row = 0; counting && row < rows; ++row) {
+      all[row].counts = reinterpret_cast<char*>(counts + row * kVocab) - reinterpret_cast<char*>(states + row);
+    }
     Check(cudaMemcpy(states, all.data(), all.size() * sizeof(SamplerState), cudaMemcpyHostToDevice), "cudaMemcpy");
     Measure(name, rows, 4.0 * static_cast<double>(rows * kVocab), [&](cudaStream_t s) { return Sample(params, s); });
   };
-  SamplerState state;
-  measure("Sample greedy", state);
-  state.inverse_temperature = 1 / 0.7;
-  measure("Sample", state);
+  SamplerState plain;
+  plain.min_p_margin = -std::numeric_limits<double>::infinity();
+  measure("Sample greedy", plain, false);
+  plain.inverse_temperature = 1 / 0.7;
+  measure("Sample", plain, false);
+  SamplerState state = plain;
+  state.min_p_margin = 0.7 * std::log(0.05);
+  measure("Sample min-p", state, false);
+  state = plain;
+  state.top_k = 50;
+  measure("Sample top-k", state, false);
+  state = plain;
+  state.top_p = 0.95;
+  measure("Sample top-p", state, false);
+  state.top_k = 50;
+  state.min_p_margin = 0.7 * std::log(0.05);
+  measure("Sample all filters", state, false);
+  state.repetition = 1.1f;
+  measure("Sample all + penalties", state, true);
 }
 
 // Weights of one layer, and the output matrix; as many copies in turn as the L2 cache cannot hold.

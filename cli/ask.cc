@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/input_file.h"
+#include "cli/ask_sampling.h"
 #include "cli/commands.h"
 #include "cli/input.h"
 #include "cli/interrupt.h"
@@ -35,6 +36,7 @@ struct AskOptions {
   std::optional<uint64_t> seed;
   std::optional<int32_t> logprobs;
   std::vector<std::string> stops;
+  SamplingOptions sampling;
 };
 
 using Json = nlohmann::json;
@@ -116,6 +118,7 @@ StatusOr<v1::GenerateRequest> MakeRequest(Client& client, const AskOptions& opti
   if (options.logprobs) request.set_logprobs(*options.logprobs);
   request.set_ignore_eos(options.ignore_eos);
   for (const auto& stop : options.stops) request.add_stop(stop);
+  REFOCUS_RETURN_IF_ERROR(FillSampling(options.sampling, &request));
   return request;
 }
 
@@ -159,7 +162,7 @@ void PrintSummary(const v1::GenerateSummary& summary, const std::string& adapter
             << FormatSeconds(summary.queue_seconds() + summary.prompt_seconds()) << ", then "
             << FormatRate(summary.tokens_per_second()) << " tokens/s";
   if (summary.temperature() > 0) std::cerr << "; temperature " << summary.temperature() << ", seed " << summary.seed();
-  std::cerr << "]" << std::endl;
+  std::cerr << SamplingText(summary) << "]" << std::endl;
 }
 
 int Ask(const Settings& settings, const AskOptions& options) {
@@ -238,6 +241,7 @@ void AddAsk(CLI::App& app, Settings* settings, Run* run) {
   verb->add_flag("--ignore-eos", o->ignore_eos, "Go on after the model's end tokens")->group(sampling);
   verb->add_option("--logprobs", o->logprobs, "Log-probabilities of the tokens and of the N most likely ones, 0 to 20")
       ->type_name("N")->group(sampling);
+  AddSamplingOptions(verb, sampling, &o->sampling);
   AddCommonOptions(verb, settings);
   AddEventOptions(verb, settings);
   verb->callback([=] { *run = [=] { return Ask(*settings, *o); }; });

@@ -32,13 +32,14 @@ std::vector<int64_t> Iota(int64_t first, int64_t count) {
 
 }  // namespace
 
-Sequence::Sequence(const OpenSequence& open, KvChain context, KvChain shared, std::shared_ptr<KvExtent> tail,
-                   QueryDelta delta)
+Sequence::Sequence(const OpenSequence& open, KvChain context, KvChain shared, std::vector<int32_t> shared_ids,
+                   std::shared_ptr<KvExtent> tail, QueryDelta delta)
     : open_(open),
       context_(std::move(context)),
       shared_(std::move(shared)),
       tail_(std::move(tail)),
       delta_(std::move(delta)),
+      ids_(std::move(shared_ids)),
       next_position_(tail_->first_position()) {}
 
 KvChain Sequence::Prompt() const {
@@ -65,7 +66,9 @@ at::Tensor Sequence::Rows(Model& model, const RowPlan& plan, const std::vector<i
 
 void Sequence::Sample(Model& model, const at::Tensor& hidden, Result& result) {
   const auto on_device = at::TensorOptions(model.backend().device());
-  if (!sampler_.defined()) sampler_ = MakeSampler(open_.sampling, model.config().vocab, {}, model.backend().device());
+  if (!sampler_.defined()) {
+    sampler_ = MakeSampler(open_.sampling, model.config().vocab, ids_, model.backend().device());
+  }
   at::Tensor token = at::zeros({1}, on_device.dtype(at::kLong));
   at::Tensor logprob = at::zeros({1}, on_device.dtype(at::kFloat));
   at::Tensor logits;
@@ -82,6 +85,7 @@ void Sequence::Sample(Model& model, const at::Tensor& hidden, Result& result) {
 void Sequence::Advance() {
   if (tail_->SlotOf(next_position_) >= 0) tail_->Advance(1);
   ++next_position_;
+  ids_.push_back(last_token_);
   has_pending_ = false;
 }
 
@@ -120,6 +124,12 @@ void Sequence::Extend(Model& model, const ExtendSequence& command, Result& resul
       rows > kBlockTokens ? RowPlan::ByOwner(positions, model.plan()) : RowPlan::Replicated(positions, model.plan());
   const at::Tensor hidden = Rows(model, plan, command.ids);
   next_position_ = command.first_pos + rows;
+  if (sampler_.defined()) {  // forced tokens of the answer, behind the one that was sampled
+    const std::vector<int32_t> forced(command.ids.begin() + (has_pending_ ? 1 : 0), command.ids.end());
+    CountTokens(sampler_, open_.sampling, model.config().vocab, forced);
+  }
+  const int64_t again = std::clamp(first_position() - command.first_pos, int64_t{0}, rows);  // rows of shared keys
+  ids_.insert(ids_.end(), command.ids.begin() + again, command.ids.end());
   has_pending_ = false;
   if (!command.score_ids.empty()) Score(model, plan, hidden, command, result);
   if (!command.sample || !result.status.ok()) return;
@@ -136,7 +146,8 @@ void Sequence::Extend(Model& model, const ExtendSequence& command, Result& resul
 void Sequence::Score(Model& model, const RowPlan& plan, const at::Tensor& hidden, const ExtendSequence& command,
                      Result& result) {
   const int64_t count = static_cast<int64_t>(command.score_ids.size());
-  const int64_t first = static_cast<int64_t>(command.ids.size()) - count;  // the row that predicts score_ids[0]
+  // The row that predicts score_ids[0].
+  const int64_t first = static_cast<int64_t>(command.ids.size()) - count - (command.sample ? 1 : 0);
   const int64_t ranks = model.collective().size();
   // Whose output layer computes which score: the owner of the row, or equal shares when every rank has every row.
   std::vector<int64_t> counts(ranks, 0), score_order, own_rows, own_targets;
@@ -145,7 +156,7 @@ void Sequence::Score(Model& model, const RowPlan& plan, const at::Tensor& hidden
     const int64_t end = plan.split() ? plan.counts()[rank] : first + count * (rank + 1) / ranks;
     for (int64_t local = begin; local < end; ++local) {
       const int64_t index = (plan.split() ? plan.order()[row++] : local) - first;
-      if (index < 0) continue;
+      if (index < 0 || index >= count) continue;
       ++counts[rank];
       score_order.push_back(index);
       if (rank != model.collective().rank()) continue;

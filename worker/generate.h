@@ -15,15 +15,19 @@ namespace refocus {
 // shared and never written.
 class Sequence {
  public:
-  // Its rows come after `context` and `shared` (rows of the request it forked from; may be empty). `delta`
-  // is none for base queries and is kept alive here.
-  Sequence(const OpenSequence& open, KvChain context, KvChain shared, std::shared_ptr<KvExtent> tail, QueryDelta delta);
+  // Its rows come after `context` and `shared` (rows of the request it forked from, of the tokens `shared_ids`; may be
+  // empty). `delta` is none for base queries and is kept alive here.
+  Sequence(const OpenSequence& open, KvChain context, KvChain shared, std::vector<int32_t> shared_ids,
+           std::shared_ptr<KvExtent> tail, QueryDelta delta);
 
   const OpenSequence& open() const { return open_; }
   const KvChain& context() const { return context_; }
   const KvExtent& tail() const { return *tail_; }
   const QueryDelta& delta() const { return delta_; }
   const at::Tensor& sampler() const { return sampler_; }  // worker/sampler.h; after the first sampled token
+  // Of all rows behind the context, shared ones first. Those before the first sampled token are what penalties count as
+  // the prompt.
+  const std::vector<int32_t>& ids() const { return ids_; }
   // Position of its first own row, of the next row that writes K/V, and behind its last.
   int64_t first_position() const { return tail_->first_position(); }
   int64_t next_position() const { return next_position_; }
@@ -67,6 +71,7 @@ class Sequence {
   KvChain shared_;  // the rows of requests it forked from
   std::shared_ptr<KvExtent> tail_;
   QueryDelta delta_;
+  std::vector<int32_t> ids_;
   at::Tensor sampler_;
   int64_t next_position_;
   bool has_pending_ = false;

@@ -213,7 +213,7 @@ SamplingConfig ReadSampling(const pb::OpenSequence& in, Checker& check) {
   out.stop_ids = check.TokenIds("stop_ids", in.stop_ids(), 0, 2 * kMaxStopTokenIds);
   check.InRange("top_k", in.top_k(), 0, kMaxTopK);
   check.Real("top_p", in.top_p(), 0.0, 1.0 + 1e-9, false);
-  check.Real("min_p", in.min_p(), 0.0, 1.0, false);
+  check.Real("min_p", in.min_p(), 0.0, 1.0 + 1e-9, false);
   check.Real("repetition_penalty", in.repetition_penalty(), 0.0, 1e6, false);
   check.Real("presence_penalty", in.presence_penalty(), -1e6, 1e6, false);
   check.Real("frequency_penalty", in.frequency_penalty(), -1e6, 1e6, false);

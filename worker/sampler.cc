@@ -1,10 +1,13 @@
 #include "worker/sampler.h"
 
+#include <ATen/ops/ones.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -13,18 +16,58 @@
 namespace refocus {
 namespace {
 
-int64_t Choose(const float* logits, int64_t vocab, float max, double inverse_temperature, double u) {
-  double total = 0.0;
-  for (int64_t i = 0; i < vocab; ++i) total += std::exp((static_cast<double>(logits[i]) - max) * inverse_temperature);
-  double rest = u * total;
-  int64_t last = 0;
-  for (int64_t i = 0; i < vocab; ++i) {
-    const double weight = std::exp((static_cast<double>(logits[i]) - max) * inverse_temperature);
-    if (weight <= 0.0) continue;
-    last = i;  // rounding may leave a rest behind the last token that has any weight
-    if ((rest -= weight) < 0.0) break;
+// A list that lies behind the sampler.
+template <typename T>
+const T* List(const SamplerState& s, int64_t offset) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(&s) + offset);
+}
+template <typename T>
+T* List(SamplerState& s, int64_t offset) {
+  return reinterpret_cast<T*>(reinterpret_cast<char*>(&s) + offset);
+}
+
+// Of a list of `count` values of four bytes.
+int64_t ListBytes(int64_t count) { return (count * 4 + 15) / 16 * 16; }
+
+bool HasPenalties(const SamplingConfig& sampling) {
+  return sampling.repetition_penalty != 1.0 || sampling.presence_penalty != 0.0 || sampling.frequency_penalty != 0.0;
+}
+
+using Candidate = SampleDistribution::Candidate;
+
+// Logits after bias, penalties and min_tokens.
+std::vector<float> Adjusted(const float* logits, int64_t vocab, const SamplerState& s) {
+  std::vector<float> out(logits, logits + vocab);
+  for (int32_t i = 0; i < s.bias_count; ++i) out[List<int32_t>(s, s.bias_ids)[i]] += List<float>(s, s.bias_values)[i];
+  if (s.counts != 0) {
+    const uint32_t* counts = List<uint32_t>(s, s.counts);
+    for (int64_t id = 0; id < vocab; ++id) out[id] = Penalized(s, out[id], counts[id]);
   }
-  return last;
+  if (s.index < s.min_tokens) {
+    for (int32_t i = 0; i < s.end_count; ++i) {
+      out[List<int32_t>(s, s.end_ids)[i]] = -std::numeric_limits<float>::infinity();
+    }
+  }
+  return out;
+}
+
+// Keeps the fewest of the most likely candidates whose weights add up to `part` of all.
+void KeepTopP(double part, const std::function<bool(const Candidate&, const Candidate&)>& likelier,
+              std::vector<Candidate>& candidates) {
+  uint64_t total = 0, sum = 0;
+  for (const Candidate& candidate : candidates) total += candidate.weight;
+  const uint64_t share = ShareOf(part, total);
+  // Sorted piece by piece, because a few of many are enough as a rule.
+  for (size_t sorted = 0, more = 256; sorted < candidates.size(); sorted += more, more *= 4) {
+    more = std::min(more, candidates.size() - sorted);
+    const auto begin = candidates.begin() + static_cast<int64_t>(sorted);
+    std::partial_sort(begin, begin + static_cast<int64_t>(more), candidates.end(), likelier);
+    for (size_t i = sorted; i < sorted + more; ++i) {
+      if ((sum += candidates[i].weight) < share) continue;
+      candidates.resize(i + 1);
+      return;
+    }
+  }
 }
 
 // NaN or infinite unless all logits are numbers or -inf and one is finite.
@@ -55,7 +98,7 @@ at::Tensor MakeSampler(const SamplingConfig& sampling, int64_t vocab, const std:
   REFOCUS_CHECK_EQ(sampling.bias_values.size(), sampling.bias_ids.size());
 
   std::vector<uint32_t> counts;
-  if (state.repetition != 1.0f || state.presence != 0.0f || state.frequency != 0.0f) {
+  if (HasPenalties(sampling)) {
     counts.resize(vocab);
     for (const int32_t id : prompt) counts.at(id) = SamplerState::kInPrompt;
   }
@@ -63,7 +106,7 @@ at::Tensor MakeSampler(const SamplingConfig& sampling, int64_t vocab, const std:
   const auto place = [&bytes](size_t count) {
     if (count == 0) return int64_t{0};
     const int64_t at = bytes;
-    bytes += (static_cast<int64_t>(count) * 4 + 15) / 16 * 16;
+    bytes += ListBytes(static_cast<int64_t>(count));
     return at;
   };
   state.bias_ids = place(sampling.bias_ids.size());
@@ -81,6 +124,16 @@ at::Tensor MakeSampler(const SamplingConfig& sampling, int64_t vocab, const std:
   copy(state.end_ids, sampling.stop_ids.data(), state.end_count);
   copy(state.counts, counts.data(), counts.size());
   return memory.to(device);
+}
+
+void CountTokens(const at::Tensor& sampler, const SamplingConfig& sampling, int64_t vocab,
+                 const std::vector<int32_t>& ids) {
+  if (!HasPenalties(sampling) || ids.empty()) return;
+  const at::Tensor index = at::tensor(ids, at::kInt).to(sampler.device());
+  // The counts are the last list.
+  sampler.view(at::kInt)
+      .narrow(0, (sampler.numel() - ListBytes(vocab)) / 4, vocab)
+      .index_add_(0, index, at::ones({index.numel()}, index.options()));
 }
 
 int64_t SamplerAddress(const at::Tensor& sampler) {
@@ -102,15 +155,48 @@ void AddTopLogprobs(const at::Tensor& logits, int64_t count, Token& token) {
   }
 }
 
+SampleDistribution Distribution(const float* logits, int64_t vocab, const SamplerState& sampler) {
+  const std::vector<float> z = Adjusted(logits, vocab, sampler);
+  SampleDistribution result;
+  result.best = std::max_element(z.begin(), z.end()) - z.begin();
+  const float max = z[result.best];
+  result.finite = std::isfinite(max);
+  if (!result.finite || sampler.inverse_temperature == 0.0) return result;
+  std::vector<Candidate>& candidates = result.candidates;
+  for (int64_t id = 0; id < vocab; ++id) {
+    const uint64_t weight = WeightOf(sampler, z[id], max);
+    if (weight > 0) candidates.push_back({id, weight});
+  }
+  const auto likelier = [&z](const Candidate& a, const Candidate& b) {
+    return z[a.id] != z[b.id] ? z[a.id] > z[b.id] : a.id < b.id;
+  };
+  if (sampler.top_k > 0 && static_cast<size_t>(sampler.top_k) < candidates.size()) {
+    std::nth_element(candidates.begin(), candidates.begin() + sampler.top_k, candidates.end(), likelier);
+    candidates.resize(sampler.top_k);
+  }
+  if (sampler.top_p < 1.0) KeepTopP(sampler.top_p, likelier, candidates);
+  std::erase_if(candidates, [&](const Candidate& c) { return !PassesMinP(sampler, z[c.id], max); });
+  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.id < b.id; });
+  return result;
+}
+
 Draw DrawToken(const float* logits, int64_t vocab, SamplerState& sampler) {
-  const int64_t best = std::max_element(logits, logits + vocab) - logits;
   const double lse = LogSumExp(logits, vocab);
   if (!std::isfinite(lse)) return {};
-  const double u = static_cast<double>(UniformBits(sampler.seed, sampler.index)) * 0x1.0p-53;
-  const int64_t id = sampler.inverse_temperature > 0
-                         ? Choose(logits, vocab, logits[best], sampler.inverse_temperature, u)
-                         : best;
+  const SampleDistribution distribution = Distribution(logits, vocab, sampler);
+  if (!distribution.finite) return {};
+  int64_t id = distribution.best;
+  if (sampler.inverse_temperature > 0.0) {
+    uint64_t total = 0, sum = 0;
+    for (const Candidate& candidate : distribution.candidates) total += candidate.weight;
+    const uint64_t target = DrawTarget(sampler.seed, sampler.index, total);
+    for (const Candidate& candidate : distribution.candidates) {
+      id = candidate.id;
+      if ((sum += candidate.weight) > target) break;
+    }
+  }
   ++sampler.index;
+  if (sampler.counts != 0) ++List<uint32_t>(sampler, sampler.counts)[id];
   return {id, static_cast<float>(logits[id] - lse)};
 }
 

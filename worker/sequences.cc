@@ -10,8 +10,8 @@
 
 namespace refocus {
 
-Status Sequences::Add(const OpenSequence& open, const KvChain& context, const KvChain& prompt, const QueryDelta& delta,
-                      int64_t free_bytes) {
+Status Sequences::Add(const OpenSequence& open, const KvChain& context, const KvChain& prompt,
+                      const std::vector<int32_t>& prompt_ids, const QueryDelta& delta, int64_t free_bytes) {
   if (sequences_.count(open.sequence) != 0)
     return Precondition("sequence uid", std::to_string(open.sequence), "a new one");
   if (open.capacity < 0 || open.capacity > kMaxContextTokens) {
@@ -19,12 +19,12 @@ Status Sequences::Add(const OpenSequence& open, const KvChain& context, const Kv
   }
   std::shared_ptr<KvExtent> tail;
   REFOCUS_RETURN_IF_ERROR(memory_.Reserve(std::max(context.end(), prompt.end()), open.capacity, free_bytes, &tail));
-  sequences_.try_emplace(open.sequence, open, context, prompt, std::move(tail), delta);
+  sequences_.try_emplace(open.sequence, open, context, prompt, prompt_ids, std::move(tail), delta);
   return {};
 }
 
 Status Sequences::Open(const OpenSequence& open, const KvChain& context, const QueryDelta& delta, int64_t free_bytes) {
-  return Add(open, context, KvChain(), delta, free_bytes);
+  return Add(open, context, KvChain(), {}, delta, free_bytes);
 }
 
 Status Sequences::Fork(const OpenSequence& open, int64_t free_bytes) {
@@ -41,7 +41,7 @@ Status Sequences::Fork(const OpenSequence& open, int64_t free_bytes) {
     return Precondition("parent " + std::to_string(open.parent), "forked from " + std::to_string(depth) + " prompts",
                         "fewer than " + std::to_string(kMaxTailExtents));
   }
-  return Add(open, parent.context(), prompt, parent.delta(), free_bytes);
+  return Add(open, parent.context(), prompt, parent.ids(), parent.delta(), free_bytes);
 }
 
 Status Sequences::Extend(const ExtendSequence& extend, Result& result) {
@@ -63,8 +63,9 @@ Status Sequences::Extend(const ExtendSequence& extend, Result& result) {
     return FieldError("ids", std::to_string(rows),
                       "1 to " + std::to_string(kMaxChunkRows) + " within the sequence's capacity");
   }
-  if (static_cast<int64_t>(extend.score_ids.size()) > rows) {
-    return FieldError("score_ids", std::to_string(extend.score_ids.size()), "at most " + std::to_string(rows));
+  const int64_t scored = rows - (extend.sample ? 1 : 0);
+  if (static_cast<int64_t>(extend.score_ids.size()) > scored) {
+    return FieldError("score_ids", std::to_string(extend.score_ids.size()), "at most " + std::to_string(scored));
   }
   REFOCUS_RETURN_IF_ERROR(CheckTokenIds(extend.ids, model_.config().vocab));
   REFOCUS_RETURN_IF_ERROR(CheckTokenIds(extend.score_ids, model_.config().vocab));

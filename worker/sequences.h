@@ -40,8 +40,8 @@ class Sequences {
  private:
   // Recorded passes keep no delta that nobody reads.
   void ForgetRetired();
-  Status Add(const OpenSequence& open, const KvChain& context, const KvChain& prompt, const QueryDelta& delta,
-             int64_t free_bytes);
+  Status Add(const OpenSequence& open, const KvChain& context, const KvChain& prompt,
+             const std::vector<int32_t>& prompt_ids, const QueryDelta& delta, int64_t free_bytes);
 
   Model& model_;
   KvMemory& memory_;

@@ -6,7 +6,6 @@
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/log.h"
-#include "base/sampling.h"
 #include "base/shard_plan.h"
 
 namespace refocus {
@@ -98,7 +97,6 @@ void GenerateJob::Fork(const std::shared_ptr<GenerateJob>& first, std::vector<st
 GeneratePlan GenerateJob::ForkPlan(int32_t sample, std::shared_ptr<KvReservation> memory) const {
   GeneratePlan plan = plan_;
   plan.sample = sample;
-  plan.seed = SampleSeed(plan_.seed, sample);
   plan.sequence.memory = std::move(memory);
   return plan;
 }
@@ -138,8 +136,7 @@ void GenerateJob::FillOpen(wire::OpenSequence* open) const {
   const int64_t own_prompt = parent_ != nullptr ? 0 : static_cast<int64_t>(plan_.sequence.prompt.size());
   open->set_parent(parent_ != nullptr ? parent_->id() : 0);
   open->set_capacity(own_prompt + plan_.max_tokens + plan_.forced_tokens());
-  open->set_temperature(plan_.temperature);
-  open->set_seed(plan_.seed);
+  FillSampling(plan_.sampling, plan_.sample, open);
   std::set<int32_t> stops = plan_.eos_ids;
   stops.insert(plan_.stop_ids.begin(), plan_.stop_ids.end());
   for (const int32_t id : stops) open->add_stop_ids(static_cast<uint32_t>(id));
@@ -156,6 +153,10 @@ void GenerateJob::FillExtend(wire::ExtendSequence* extend) {
   extend->set_first_pos(first_pos);
   for (int64_t row = rows_sent_; row < rows_sent_ + count; ++row) {
     extend->add_ids(static_cast<uint32_t>(row == 0 ? session_->tokens().back() : prompt[row - 1]));
+  }
+  if (plan_.sampling.prompt_logprobs) {  // row 0 predicts the prompt's first token, the last row none of it
+    const int64_t end = std::min(rows_sent_ + count, rows - 1);
+    for (int64_t row = rows_sent_; row < end; ++row) extend->add_score_ids(static_cast<uint32_t>(prompt[row]));
   }
   rows_sent_ += count;
   if (rows_sent_ < rows) return;
@@ -196,6 +197,9 @@ void GenerateJob::OnResult(const wire::Command& command, const wire::Result& res
   if (command.has_close_sequence()) opened_ = false;
   if (command.has_extend_sequence()) --extending_;
   if (!ok || stopping()) return;
+  if (command.has_extend_sequence()) {
+    prompt_logprobs_.insert(prompt_logprobs_.end(), result.score_logprobs().begin(), result.score_logprobs().end());
+  }
   if (command.has_decode_steps()) step_seconds_ = result.seconds() / command.decode_steps().steps();
   OnTokens(result, now);
   OnEnded(result, now);
@@ -220,6 +224,8 @@ void GenerateJob::OnTokens(const wire::Result& result, double now) {
   if (stopping() || result.code() != 0 || result.tokens().empty()) return;
   api::GenerateEvent event;
   event.set_sample(plan_.sample);
+  event.mutable_prompt_logprobs()->Assign(prompt_logprobs_.begin(), prompt_logprobs_.end());
+  prompt_logprobs_.clear();
   if (force_sent_ && !force_done_) {
     force_done_ = true;
     for (const int32_t forced : plan_.thinking->forced_end) AddToken(forced, &event);
@@ -279,8 +285,10 @@ void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, do
   summary->set_context_tokens(session_->token_count());
   summary->set_prompt_tokens(static_cast<int64_t>(plan_.sequence.prompt.size()));
   summary->set_generated_tokens(answer_tokens_);
-  summary->set_seed(plan_.seed);
-  summary->set_temperature(plan_.temperature);
+  FillSampling(plan_.sampling, plan_.sample, summary);
+  for (const std::set<int32_t>* ends : {&plan_.eos_ids, &plan_.stop_ids}) {
+    for (const int32_t id : *ends) summary->add_end_token_ids(static_cast<uint32_t>(id));
+  }
   summary->set_max_tokens(plan_.max_tokens);
   summary->set_adapter_revision(plan_.sequence.revision);
   summary->set_queue_seconds(queue_seconds(now));
@@ -290,7 +298,6 @@ void GenerateJob::Finish(api::FinishReason reason, api::GenerateEvent* event, do
   summary->set_tokens_per_second(decode > 0 ? static_cast<double>(tokens_ - 1) / decode : 0);
   summary->set_stop(text_.stop());
   summary->set_request_id(plan_.request_id);
-  summary->set_n(plan_.samples);
   summary->set_reasoning_tokens(reasoning_.tokens());
   summary->set_thinking_cut(force_done_);
   queue_.push_back(std::move(*event));

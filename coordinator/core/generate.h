@@ -19,6 +19,7 @@
 #include "coordinator/core/answer_text.h"
 #include "coordinator/core/job.h"
 #include "coordinator/core/prefill.h"
+#include "coordinator/core/sampling.h"
 #include "coordinator/core/session.h"
 #include "coordinator/tokenizer.h"
 
@@ -40,14 +41,12 @@ struct GeneratePlan {
   SequencePlan sequence;
   std::string request_id;
   int64_t max_tokens = 0;
-  double temperature = 0;
-  uint64_t seed = 0;
+  SamplingPlan sampling;
   std::vector<std::string> stops;
   std::set<int32_t> eos_ids;   // end tokens of the model; empty with ignore_eos
   std::set<int32_t> stop_ids;  // the caller's
   std::optional<int32_t> logprobs;
-  int32_t samples = 1;
-  int32_t sample = 0;  // which of them
+  int32_t sample = 0;  // of sampling.samples
   std::shared_ptr<const ChatFormat::Thinking> thinking;  // null: the answer comes at once
   int64_t thinking_budget = 0;  // tokens of reasoning; 0: no limit
 
@@ -136,6 +135,7 @@ class GenerateJob : public Job {
   api::FinishReason reason_ = api::FINISH_REASON_UNSPECIFIED;
   std::deque<api::GenerateEvent> queue_;
   double full_since_ = -1;
+  std::vector<float> prompt_logprobs_;  // of the next event
 };
 
 }  // namespace refocus

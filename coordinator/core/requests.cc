@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "base/limits.h"
 #include "base/shard_plan.h"
+#include "coordinator/core/check_field.h"
 #include "coordinator/core/coordinator.h"
 #include "coordinator/core/digest.h"
 #include "coordinator/core/prefix.h"
@@ -130,7 +131,11 @@ StatusOr<std::shared_ptr<Session>> Coordinator::DeleteContext(const api::DeleteC
     return found.status();
   }
   const std::shared_ptr<Session> session = *found;
-  if (session->busy() && !request.force()) {
+  // Of work that has answered only the clean-up is left, which its caller cannot wait for.
+  const bool works = std::any_of(tracked_.begin(), tracked_.end(), [&](const Tracked& tracked) {
+    return tracked.session == session && !tracked.job->answered();
+  });
+  if (works && !request.force()) {
     return Busy(StatusCode::kFailedPrecondition, request.name(), "work runs on it; wait, or set force to cancel it");
   }
   session->deleting = true;
@@ -219,23 +224,6 @@ StatusOr<SequencePlan> Coordinator::PlanSequence(const std::shared_ptr<Session>&
 
 namespace {
 
-// What the API has and this version does not do yet is refused, never passed over.
-Status CheckKnown(const api::GenerateRequest& request) {
-  const std::pair<const char*, bool> fields[] = {{"top_k", request.has_top_k()},
-                                                 {"top_p", request.has_top_p()},
-                                                 {"min_p", request.has_min_p()},
-                                                 {"repetition_penalty", request.has_repetition_penalty()},
-                                                 {"presence_penalty", request.has_presence_penalty()},
-                                                 {"frequency_penalty", request.has_frequency_penalty()},
-                                                 {"logit_bias", !request.logit_bias().empty()},
-                                                 {"min_tokens", request.has_min_tokens()},
-                                                 {"prompt_logprobs", request.prompt_logprobs()}};
-  for (const auto& [name, set] : fields) {
-    if (set) return FieldError(name, "a value", "not set: this version does not support it yet");
-  }
-  return absl::OkStatus();
-}
-
 Status CheckConversation(const Session& session) {
   if (!session.chat_format().empty()) return absl::OkStatus();
   return Error(StatusCode::kFailedPrecondition, "NO_CONVERSATION",
@@ -248,7 +236,6 @@ Status CheckConversation(const Session& session) {
 StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::GenerateRequest& request,
                                                              std::vector<int32_t> prompt, double seconds,
                                                              std::shared_ptr<const ChatFormat::Thinking> thinking) {
-  REFOCUS_RETURN_IF_ERROR(CheckKnown(request));
   REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
   REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   REFOCUS_ASSIGN_OR_RETURN(const auto session, catalog_.Get(request.name()));
@@ -257,13 +244,17 @@ StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::Generate
                            PlanGenerate(request, options_.model, tokenizer_.get(), environment_.random()));
   if (request.chat().has_thinking_budget()) plan.thinking_budget = request.chat().thinking_budget();
   plan.thinking = std::move(thinking);
+  if (plan.sampling.prompt_logprobs) {
+    REFOCUS_RETURN_IF_ERROR(CheckInt("prompt (tokens, with prompt_logprobs)", static_cast<int64_t>(prompt.size()), 0,
+                                     kMaxPromptLogprobs));
+  }
   REFOCUS_ASSIGN_OR_RETURN(plan.sequence, PlanSequence(session, request.adapter_id(), std::move(prompt),
                                                        plan.max_tokens + plan.forced_tokens()));
   plan.request_id = request.request_id().empty() ? RandomName(environment_.random()) : request.request_id();
   std::vector<std::shared_ptr<KvReservation>> tails;  // of the further samples, behind the prompt
   const int64_t behind = session->token_count() + static_cast<int64_t>(plan.sequence.prompt.size());
-  REFOCUS_RETURN_IF_ERROR(CheckQueue(plan.samples));
-  for (int32_t sample = 1; sample < plan.samples; ++sample) {
+  REFOCUS_RETURN_IF_ERROR(CheckQueue(plan.sampling.samples));
+  for (int32_t sample = 1; sample < plan.sampling.samples; ++sample) {
     REFOCUS_ASSIGN_OR_RETURN(auto tail, ReserveTail(behind, plan.max_tokens + plan.forced_tokens()));
     tails.push_back(std::move(tail));
   }

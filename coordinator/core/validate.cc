@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 
 #include "base/limits.h"
+#include "coordinator/core/check_field.h"
 
 namespace refocus {
 namespace {
@@ -22,33 +22,11 @@ std::string Shown(const std::string& text) {
   return "\"" + out + (text.size() > 80 ? "...\"" : "\"");
 }
 
-std::string Number(double value) {
-  char text[32];
-  std::snprintf(text, sizeof(text), "%g", value);
-  return text;
-}
-
 bool LowerAlnum(char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9'); }
 
 bool IsId(const std::string& id) {
   if (id.empty() || id.size() > 63 || !LowerAlnum(id.front()) || !LowerAlnum(id.back())) return false;
   return std::all_of(id.begin(), id.end(), [](char c) { return LowerAlnum(c) || c == '-'; });
-}
-
-Status CheckInt(const char* field, int64_t value, int64_t least, int64_t most) {
-  if (value >= least && value <= most) return absl::OkStatus();
-  return FieldError(field, std::to_string(value), std::to_string(least) + " to " + std::to_string(most));
-}
-
-// NaN fails every comparison and so is refused with the rest.
-Status CheckReal(const char* field, double value, double least, double most) {
-  if (value >= least && value <= most) return absl::OkStatus();
-  return FieldError(field, Number(value), Number(least) + " to " + Number(most));
-}
-
-Status CheckRealOrZero(const char* field, double value, double least, double most) {
-  if (value == 0 || (value >= least && value <= most)) return absl::OkStatus();
-  return FieldError(field, Number(value), "0, or " + Number(least) + " to " + Number(most));
 }
 
 }  // namespace
@@ -309,10 +287,8 @@ StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& r, const ModelCo
                                     uint64_t seed) {
   GeneratePlan plan;
   plan.max_tokens = r.has_max_tokens() ? r.max_tokens() : 256;
-  plan.temperature = r.has_temperature() ? r.temperature() : 0;
-  plan.seed = r.has_seed() ? r.seed() : seed;
   REFOCUS_RETURN_IF_ERROR(CheckInt("max_tokens", plan.max_tokens, 1, kMaxGeneratedTokens));
-  REFOCUS_RETURN_IF_ERROR(CheckRealOrZero("temperature", plan.temperature, 0.01, 100));
+  REFOCUS_ASSIGN_OR_RETURN(plan.sampling, PlanSampling(r, model.vocab, plan.max_tokens, seed));
   REFOCUS_RETURN_IF_ERROR(CheckInt("stop", r.stop_size(), 0, kMaxStops));
   for (const std::string& stop : r.stop()) {
     REFOCUS_RETURN_IF_ERROR(CheckInt("stop (bytes)", static_cast<int64_t>(stop.size()), 1, kMaxStopBytes));
@@ -331,10 +307,10 @@ StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& r, const ModelCo
       for (const int32_t id : tokenizer->eos_tokens()) plan.eos_ids.insert(id);
     }
   }
-  plan.samples = r.has_n() ? r.n() : 1;
-  REFOCUS_RETURN_IF_ERROR(CheckInt("n", plan.samples, 1, kMaxSamples));
-  if (plan.samples > 1 && plan.temperature == 0) {
-    return FieldError("n", std::to_string(plan.samples), "1 at temperature 0, where all samples are the same");
+  std::set<int32_t> ends = plan.eos_ids;
+  ends.insert(plan.stop_ids.begin(), plan.stop_ids.end());
+  if (plan.sampling.min_tokens > 0 && static_cast<int64_t>(ends.size()) >= model.vocab) {
+    return FieldError("min_tokens", std::to_string(plan.sampling.min_tokens), "0, because every token ends the answer");
   }
   if (r.has_logprobs()) {
     REFOCUS_RETURN_IF_ERROR(CheckInt("logprobs", r.logprobs(), 0, std::min<int64_t>(kMaxTopLogprobs, model.vocab)));

@@ -136,6 +136,10 @@ TEST(MemoryPlanTest, WorkspaceFollowsWhatPassesTheModelAtOnce) {
   // Logits of 128 rows, fp32 and bf16.
   EXPECT_EQ(workspace(1, 16384, 128) - workspace(1, 16384, 127), 6 * c.vocab);
   EXPECT_EQ(workspace(1, 16384, 129), workspace(1, 16384, 128));
+  // A decode batch's rows by the vocabulary: logits, adjusted ones, counts for the penalties. The layers do not change.
+  ModelConfig twice = c;
+  twice.vocab *= 2;
+  EXPECT_EQ(Planned(twice, Gpus(1, 80 * kGb, 0)).workspace - one, (128 * 6 + kMaxDecodeRows * 12) * c.vocab);
 }
 
 // By brute force: the largest T whose share of rank 0 fits.

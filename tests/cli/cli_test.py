@@ -56,6 +56,13 @@ class Help(unittest.TestCase):
             self.assertIn(word, text)
         self.assertIn("127.0.0.1:7070", refocus("serve", "--help").stdout)
 
+    def test_sampling(self):
+        text = refocus("ask", "--help").stdout
+        for option in ("--temperature", "--seed", "--top-k K", "--top-p", "--min-p", "--repetition-penalty",
+                       "--presence-penalty", "--frequency-penalty", "--logit-bias ID=VALUE", "--min-tokens",
+                       "--stop-token-id ID", "--prompt-logprobs"):
+            self.assertRegex(text, rf"(?m)^ +{option}\b")
+
     def test_version(self):
         plain, as_json = refocus("version"), refocus("version", "--json")
         self.assertEqual(0, plain.returncode)

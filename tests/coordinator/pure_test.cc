@@ -311,6 +311,28 @@ TEST_F(CoreTest, NobodyAttachesToAStoppingAdaptation) {
   simulation_.ExpectConsistent();
 }
 
+// Whoever has the whole answer may go on at once: what is left is between the coordinator and its ranks.
+TEST_F(CoreTest, AContextIsDeletedBehindItsLastAnswer) {
+  simulation_.CreateReady("a", 100);
+  const auto job = *simulation_.Generate("a", 0, 3);
+  api::DeleteContextRequest request;
+  request.set_name("contexts/a");
+  EXPECT_EQ(ReasonOf(simulation_.core().DeleteContext(request).status()), "CONTEXT_BUSY");
+  for (Simulation::Link& link : simulation_.links()) {
+    while (!job->answered() && (simulation_.CanStepRank(link) || !link.outbox.empty())) {
+      if (simulation_.CanStepRank(link)) simulation_.StepRank(link);
+      while (!job->answered() && !link.outbox.empty()) simulation_.StepAnswer(link);
+    }
+  }
+  ASSERT_TRUE(job->answered());
+  ASSERT_FALSE(job->ended());
+  EXPECT_TRUE(simulation_.core().DeleteContext(request).ok());
+  simulation_.Run();
+  EXPECT_TRUE(job->ended());
+  EXPECT_TRUE(job->status().ok());
+  simulation_.ExpectConsistent();
+}
+
 TEST_F(CoreTest, AContextThatIsBeingDeletedIsHidden) {
   simulation_.CreateReady("a", 100);
   const auto job = *simulation_.Generate("a", 0, 1000);

@@ -94,6 +94,35 @@ class Golden(unittest.TestCase):
         self.assertIn("even spread", table)
         self.assertIn("BEGIN:END", service.call("probe", "golden", "--range", "9:3", code=2)[1])
         self.assertIn("FIELD_OUT_OF_RANGE", service.call("probe", "golden", "--layers", 99, code=1)[1])
+    def check_sampling(self, service):
+        want = GOLDEN["answers"]["base.question"]
+        count = len(want["tokens"])
+        greedy = ("--base", "--temperature", 5, "--top-k", 1, "--top-p", 0.5, "--min-p", 0.25, "--min-tokens", 2)
+        tokens, logprobs, summary = answer(service, "golden", want["question"], count, *greedy, "--prompt-logprobs")
+        self.assertEqual(want["tokens"], tokens)
+        self.close(want["logprobs"], logprobs, 1e-4)  # at temperature 1, before any filter
+        self.assertEqual((5, 1, 0.5, 0.25, "2", 1),
+                         tuple(summary[k] for k in ("temperature", "top_k", "top_p", "min_p", "min_tokens",
+                                                    "repetition_penalty")))
+        events = service.events("ask", "golden", ids(want["question"]), "--ids", "--max-tokens", 1, "--base",
+                                "--prompt-logprobs")
+        event, = service.events("score", "golden", "--ids", "--target", ids(want["question"]), "--token-logprobs",
+                                "--base")
+        self.close(event["token_logprobs"], events[0]["prompt_logprobs"], 1e-4)
+        scored = GOLDEN["scores"]["base"]
+        events = service.events("ask", "golden", ids(scored["question"] + scored["targets"]), "--ids", "--max-tokens",
+                                1, "--base", "--prompt-logprobs")
+        self.close(scored["logprobs"], events[0]["prompt_logprobs"][len(scored["question"]):], 1e-4)
+        bias = [part for token in set(want["tokens"]) for part in ("--logit-bias", f"{token}=-1000")]
+        tokens, _, summary = answer(service, "golden", want["question"], count, "--base", *bias)
+        self.assertFalse(set(tokens) & set(want["tokens"]))
+        self.assertEqual(len(set(want["tokens"])), len(summary["logit_bias"]))
+        tokens, _, _ = answer(service, "golden", want["question"], count, "--base", "--repetition-penalty", 100)
+        self.assertEqual(count, len(set(tokens)))
+        drawn = [answer(service, "golden", want["question"], count, "--base", "--temperature", 5, "--top-k", 50,
+                        "--seed", seed)[0] for seed in (3, 3, 4)]
+        self.assertEqual(drawn[0], drawn[1])
+        self.assertNotEqual(drawn[0], drawn[2])
 
     def check_gradient(self, service, which):
         """A step with rate zero measures loss and gradient norm, and must change no bit of any answer."""
@@ -122,6 +151,7 @@ class Golden(unittest.TestCase):
             self.check_answers(service)
             self.check_scores(service)
             self.check_probe(service)
+            self.check_sampling(service)
             self.check_gradient(service, "one_span")
             self.check_gradient(service, "two_spans")
             before = answer(service, "golden", [1, 2, 3], 8, "--base")[:2]
@@ -187,6 +217,10 @@ class Requests(unittest.TestCase):
         self.refused("TOKEN_ID_OUT_OF_RANGE", "ask", "doc", "251", "--ids")
         self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--max-tokens", "0")
         self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--temperature", "nan")
+        for bias in ("7", "x=1", "7=", "=1", "7=one", "7=1e9"):
+            self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--logit-bias", bias)
+        self.refused("TOKEN_ID_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--logit-bias", "9999999=1")
+        self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--top-p", "0")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--learning-rate", "-1")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--steps", "0")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--span", "39:5")

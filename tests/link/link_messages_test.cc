@@ -104,6 +104,17 @@ void FillOpenSequence(pb::Command& c) {
   open.set_top_logprobs(3);
   open.set_job(7);
   open.set_parent(8);
+  open.set_top_k(40);
+  open.set_top_p(0.75);
+  open.set_min_p(0.125);
+  open.set_repetition_penalty(1.25);
+  open.set_presence_penalty(-0.5);
+  open.set_frequency_penalty(0.25);
+  open.set_min_tokens(4);
+  for (const uint32_t id : {5, 1}) {
+    open.add_bias_ids(id);
+    open.add_bias_values(0.5f * static_cast<float>(id));
+  }
 }
 void FillExtend(pb::Command& c) {
   pb::ExtendSequence& extend = *c.mutable_extend_sequence();
@@ -223,6 +234,21 @@ TEST(LinkMessagesTest, SequenceCommands) {
   EXPECT_EQ(open.sampling.seed, 0xffff'ffff'ffff'fff0);
   EXPECT_EQ(open.sampling.stop_ids, std::vector<int32_t>{2});
   EXPECT_EQ(open.sampling.top_logprobs, 3);
+  EXPECT_EQ(open.sampling.top_k, 40);
+  EXPECT_EQ(open.sampling.top_p, 0.75);
+  EXPECT_EQ(open.sampling.min_p, 0.125);
+  EXPECT_EQ(open.sampling.repetition_penalty, 1.25);
+  EXPECT_EQ(open.sampling.presence_penalty, -0.5);
+  EXPECT_EQ(open.sampling.frequency_penalty, 0.25);
+  EXPECT_EQ(open.sampling.min_tokens, 4);
+  EXPECT_EQ(open.sampling.bias_ids, (std::vector<int32_t>{5, 1}));
+  EXPECT_EQ(open.sampling.bias_values, (std::vector<float>{2.5f, 0.5f}));
+  const auto plain = Good<OpenSequence>([](pb::Command& c) {
+    c.mutable_open_sequence()->set_sequence(9);
+    c.mutable_open_sequence()->set_context(3);
+  });
+  EXPECT_EQ(plain.sampling.top_p, 1.0);
+  EXPECT_EQ(plain.sampling.repetition_penalty, 1.0);
   const auto extend = Good<ExtendSequence>(FillExtend);
   EXPECT_EQ(extend.first_pos, 999);
   EXPECT_EQ(extend.ids, (std::vector<int32_t>{1, 2, 3}));
@@ -320,6 +346,21 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
       {"temperature", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_temperature(1e300); }},
       {"top_logprobs", FillOpenSequence,
        [](pb::Command& c) { c.mutable_open_sequence()->set_top_logprobs(kMaxTopLogprobs + 1); }},
+      {"top_k", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_top_k(-1); }},
+      {"top_p", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_top_p(1.5); }},
+      {"min_p", FillOpenSequence, [nan](pb::Command& c) { c.mutable_open_sequence()->set_min_p(nan); }},
+      {"repetition_penalty", FillOpenSequence,
+       [](pb::Command& c) { c.mutable_open_sequence()->set_repetition_penalty(-1); }},
+      {"presence_penalty", FillOpenSequence,
+       [nan](pb::Command& c) { c.mutable_open_sequence()->set_presence_penalty(nan); }},
+      {"frequency_penalty", FillOpenSequence,
+       [](pb::Command& c) { c.mutable_open_sequence()->set_frequency_penalty(1e30); }},
+      {"min_tokens", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_min_tokens(-1); }},
+      {"bias_ids[1]", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_bias_ids(1, kVocab); }},
+      {"bias_ids (distinct)", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_bias_ids(1, 5); }},
+      {"bias_values (count)", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->add_bias_values(1); }},
+      {"bias_values", FillOpenSequence,
+       [nan](pb::Command& c) { c.mutable_open_sequence()->set_bias_values(0, static_cast<float>(nan)); }},
       {"stop_ids[0]", FillOpenSequence, [](pb::Command& c) { c.mutable_open_sequence()->set_stop_ids(0, kVocab); }},
       {"ids (count)", FillExtend, [](pb::Command& c) { c.mutable_extend_sequence()->clear_ids(); }},
       {"score_ids (count)", FillExtend,

@@ -361,6 +361,21 @@ class Tests:
             self.server.on["Generate"] = lambda *_: iter([Event(summary={})])
             self.do(lambda client: client.context("a").generate("q", n=2).answers())
 
+    def test_how_tokens_are_drawn(self):
+        knobs = GenerateOptions(
+            temperature=0.75, seed=2**64 - 1, top_k=40, top_p=0.5, min_p=0.25, repetition_penalty=1.5,
+            presence_penalty=-0.5, frequency_penalty=0.125, logit_bias={7: -2.5, 9: 1.0}, min_tokens=3, max_tokens=5,
+            stop=["x"], stop_token_ids=[4], ignore_eos=True, logprobs=2, prompt_logprobs=True)
+        self.server.on["Generate"] = lambda *_: answer_events()
+        self.do(lambda client: client.context("a").ask("q", **knobs))
+        self.do(lambda client: client.context("a").ask("q", top_k=0, top_p=0.0))
+        full, zeros = self.server.named("Generate")
+        for name, value in knobs.items():
+            got = getattr(full, name)
+            self.assertEqual(value, type(value)(got), name)
+        # What is set to zero is sent (and judged by the server); what is left out is not.
+        self.assertEqual([True, True, False], [zeros.HasField(name) for name in ("top_k", "top_p", "min_p")])
+
     def test_a_break_cancels(self):
         cancelled = threading.Event()
 

@@ -142,23 +142,57 @@ TEST_F(BadRequestTest, Row75Temperature) {
                     [](auto& r) { r.set_temperature(101); });
 }
 
-// Until they do something, they are refused instead of passed over.
-TEST_F(BadRequestTest, FieldsThatAreNotSupportedYet) {
-  ExpectBadGenerate([](auto& r) { r.set_top_k(5); }, [](auto& r) { r.set_top_p(0.9); },
-                    [](auto& r) { r.set_min_p(0.1); }, [](auto& r) { r.set_repetition_penalty(1.1); },
-                    [](auto& r) { r.set_presence_penalty(1); }, [](auto& r) { r.set_frequency_penalty(1); },
-                    [](auto& r) { (*r.mutable_logit_bias())[1] = 2.0f; }, [](auto& r) { r.set_min_tokens(2); },
-                    [](auto& r) { r.set_prompt_logprobs(true); });
+TEST_F(BadRequestTest, Row75Filters) {
+  ExpectBadGenerate([](auto& r) { r.set_top_p(0); }, [](auto& r) { r.set_top_p(1.5); },
+                    [](auto& r) { r.set_top_p(kNan); }, [](auto& r) { r.set_top_p(-0.5); },
+                    [](auto& r) { r.set_min_p(1.01); }, [](auto& r) { r.set_min_p(-0.1); },
+                    [](auto& r) { r.set_min_p(kNan); });
 }
 
-TEST_F(BadRequestTest, Samples) {
+TEST_F(BadRequestTest, Row75Penalties) {
+  ExpectBadGenerate([](auto& r) { r.set_repetition_penalty(0); }, [](auto& r) { r.set_repetition_penalty(kNan); },
+                    [](auto& r) { r.set_repetition_penalty(-1); }, [](auto& r) { r.set_repetition_penalty(kInf); },
+                    [](auto& r) { r.set_presence_penalty(kNan); }, [](auto& r) { r.set_presence_penalty(kInf); },
+                    [](auto& r) { r.set_frequency_penalty(kNan); }, [](auto& r) { r.set_frequency_penalty(-11); });
+}
+
+TEST_F(BadRequestTest, Row76TopK) {
+  ExpectBadGenerate([](auto& r) { r.set_top_k(-1); }, [](auto& r) { r.set_top_k(INT32_MIN); },
+                    [](auto& r) { r.set_top_k(kMaxTopK + 1); });
+  api::GenerateRequest request = GenerateRequest("a", "x", 2);
+  request.set_top_k(kMaxTopK);
+  const Answer answer = Generate(request);
+  ASSERT_TRUE(answer.status.ok());
+  EXPECT_EQ(answer.events.back().summary().top_k(), FakeModel(kWindow).vocab) << "cut to the vocabulary";
+}
+
+TEST_F(BadRequestTest, Row77Samples) {
   const auto n = [](int32_t samples, double temperature) {
     return [=](auto& r) {
       r.set_n(samples);
       r.set_temperature(temperature);
     };
   };
-  ExpectBadGenerate(n(0, 1), n(-1, 1), n(65, 1), n(2, 0));
+  ExpectBadGenerate(n(0, 1), n(-1, 1), n(65, 1), n(1'000'000, 1), n(2, 0));
+}
+
+TEST_F(BadRequestTest, Row78MinTokens) {
+  ExpectBadGenerate([](auto& r) { r.set_min_tokens(-1); }, [](auto& r) { r.set_min_tokens(1'000'000); },
+                    [](auto& r) { r.set_max_tokens(5), r.set_min_tokens(6); });
+}
+
+TEST_F(BadRequestTest, Row79LogitBias) {
+  const auto bias = [](uint32_t id, double value) {
+    return [=](api::GenerateRequest& r) { (*r.mutable_logit_bias())[id] = static_cast<float>(value); };
+  };
+  ExpectBadGenerate(bias(1, kNan), bias(1, kInf), bias(1, -2000), [](auto& r) {
+    for (uint32_t id = 0; id <= kMaxLogitBias; ++id) (*r.mutable_logit_bias())[id] = 1;
+  });
+  for (const uint32_t id : {static_cast<uint32_t>(FakeModel(kWindow).vocab), UINT32_MAX}) {
+    api::GenerateRequest request = GenerateRequest("a", "x", 4);
+    bias(id, 1)(request);
+    EXPECT_FAILS(Generate(request).status, INVALID_ARGUMENT, "TOKEN_ID_OUT_OF_RANGE");
+  }
 }
 
 TEST_F(BadRequestTest, Row77Logprobs) {

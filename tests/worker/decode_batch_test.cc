@@ -7,6 +7,7 @@
 #include <limits>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -111,7 +112,31 @@ class DecodeBatchTest : public ::testing::TestWithParam<int> {
   uint64_t last_alone_ = 10'000;
 };
 
-// Contexts, adapters, lengths, seeds, stop points all differ; requests join and leave.
+// Other knobs for each of nine.
+void SetKnobs(int which, SamplingConfig& sampling) {
+  if (which == 1) sampling.top_k = 5;
+  if (which == 2) sampling.repetition_penalty = 1.7;
+  if (which == 3) sampling.top_p = 0.6;
+  if (which == 5) {
+    sampling.min_p = 0.2;
+    sampling.presence_penalty = 0.5;
+  }
+  if (which == 6) sampling.frequency_penalty = 0.7;
+  if (which == 7) {
+    sampling.temperature = 1.6;
+    sampling.top_k = 40;
+    sampling.top_p = 0.9;
+    sampling.min_p = 0.01;
+    sampling.repetition_penalty = 1.3;
+  }
+  if (which == 8) {
+    sampling.bias_ids = {3, 40, 77};
+    sampling.bias_values = {2.0f, -100.0f, 3.0f};
+    sampling.presence_penalty = 1.5;
+  }
+}
+
+// Contexts, adapters, lengths, seeds, knobs, stop points all differ; requests join and leave.
 std::vector<Asked> Mixed() {
   std::vector<Asked> all;
   for (int i = 0; i < 9; ++i) {
@@ -127,6 +152,7 @@ std::vector<Asked> Mixed() {
       asked.sampling.seed = 100 + static_cast<uint64_t>(i);
     }
     asked.sampling.top_logprobs = i == 3 ? 2 : 0;
+    SetKnobs(i, asked.sampling);
     all.push_back(asked);
   }
   return all;
@@ -337,6 +363,58 @@ TEST_P(ForkTest, ForksEqualRequestsOfTheirOwn) {
     ExpectSameTokens(answers_[100 + i], Alone(alone, 12), "fork " + std::to_string(i));
   }
   EXPECT_NE(answers_[101][0].id * 1000 + answers_[101][1].id, answers_[102][0].id * 1000 + answers_[102][1].id);
+}
+
+// Each with knobs of its own. Penalties count the prompt that all share, then each what it drew; so do least lengths.
+TEST_P(ForkTest, ForksHaveTheirOwnKnobs) {
+  MakeContexts();
+  Asked asked;
+  asked.question = {7, 8, 9, 31, 32, 33};
+  asked.sampling.repetition_penalty = 100;
+  const int64_t behind = 600 + static_cast<int64_t>(asked.question.size());
+  Begin(100, asked);
+  std::vector<Asked> forks(3, asked);
+  forks[1].sampling = {.temperature = 3, .seed = 5, .top_k = 30, .top_p = 0.9, .frequency_penalty = 2};
+  forks[1].sampling.repetition_penalty = 1.5;
+  forks[2].sampling = {.stop_ids = {Alone({.question = asked.question}, 1)[0].id}, .min_tokens = 5};
+  for (uint64_t i = 0; i < forks.size(); ++i) Fork(101 + i, 100, forks[i], behind, asked.question.back());
+  Decode({100, 101, 102, 103}, 4);
+  group_.Do(CloseSequence{100});
+  Decode({103, 101, 102}, 6);
+  for (uint64_t i = 0; i < forks.size(); ++i) {
+    ExpectSameTokens(answers_[101 + i], Alone(forks[i], 11), "fork " + std::to_string(i));
+  }
+  std::set<int32_t> seen(asked.question.begin(), asked.question.end());
+  for (const Token& token : answers_[101]) EXPECT_TRUE(seen.insert(token.id).second) << token.id << " again";
+  const std::vector<Token>& late = answers_[103];
+  for (size_t i = 0; i < 5; ++i) EXPECT_NE(late[i].id, forks[2].sampling.stop_ids[0]) << "token " << i;
+}
+
+// What a parent answered before it was forked is the fork's prompt.
+TEST_P(ForkTest, AnAnswerBecomesAForksPrompt) {
+  MakeContexts();
+  Asked asked;
+  Begin(100, asked);
+  Decode({100}, 5);
+  Asked fork;
+  fork.sampling.repetition_penalty = 100;
+  std::set<int32_t> answered;
+  for (int i = 0; i < 5; ++i) {
+    fork.question.push_back(answers_[100][i].id);
+    answered.insert(answers_[100][i].id);
+  }
+  fork.sampling.bias_ids.assign(answered.begin(), answered.end());
+  fork.sampling.bias_values.assign(answered.size(), 20.0f);  // wins, unless it is penalised
+  fork.question.push_back(60);
+  OpenSequence open{101, kContext, 0, 0, 20};
+  open.sampling = fork.sampling;
+  open.parent = 100;
+  group_.Do(open);
+  Collect(group_.Do(ExtendSequence{101, 608, {60}, true}));
+  Decode({101, 100}, 7);
+  ExpectSameTokens(answers_[101], Alone(fork, 8), "as if asked by itself");
+  std::set<int32_t> seen(fork.question.begin(), fork.question.end());
+  for (const Token& token : answers_[101]) EXPECT_TRUE(seen.insert(token.id).second) << token.id << " again";
 }
 
 // A fork goes on with rows of its own, and is forked again.

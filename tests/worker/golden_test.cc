@@ -100,13 +100,22 @@ TEST_P(GoldenTest, LongQuestionEqualsContext) {
   const Result result = group_.Score(kContext, {ids.begin() + tokens, ids.begin() + tokens + 1}, tokens,
                                      {ids.begin() + tokens + 1, ids.end()});
   ASSERT_EQ(result.score_logprobs.size(), rest.size() - 1);
-  int compared = 0;
+  // The same as a prompt whose own tokens are scored, with an answer after it.
+  group_.Do(OpenSequence{9, kContext, 0, 0, 460});
+  ExtendSequence asked{9, tokens - 1, {ids.begin() + tokens - 1, ids.end()}, true, rest};
+  const Answer answer = group_.Do(asked);
+  const std::vector<float>& prompt = answer.result().score_logprobs;
+  ASSERT_EQ(prompt.size(), rest.size());
   const at::Tensor rows = golden_.tensor("logits.rows");
+  EXPECT_EQ(answer.tokens.at(0).id, golden_.json.at("answers").at("base.plain").at("tokens").at(0).get<int32_t>());
+  int compared = 0;
   for (size_t i = 0; i < golden_.json.at("rows").size(); ++i) {
     const int64_t row = golden_.json.at("rows").at(i);
-    if (row < tokens || row + 1 >= static_cast<int64_t>(ids.size())) continue;
+    if (row < tokens - 1 || row + 1 >= static_cast<int64_t>(ids.size())) continue;
     const double expected =
         at::log_softmax(rows.select(0, static_cast<int64_t>(i)).to(at::kDouble), 0)[ids[row + 1]].item<double>();
+    EXPECT_NEAR(prompt[row + 1 - tokens], expected, kLogprobBound) << "row " << row;
+    if (row < tokens) continue;
     EXPECT_NEAR(result.score_logprobs[row - tokens], expected, kLogprobBound) << "row " << row;
     ++compared;
   }

@@ -273,6 +273,72 @@ TEST_P(LifecycleTest, ForcedTokensAreContinued) {
   }
 }
 
+// The prompt's rows, in two commands, are scored beside the token that is sampled after the last of them.
+TEST_P(LifecycleTest, PromptsAreScoredBesideTheFirstToken) {
+  group_.Prefill(kContext, Ids(0, 300));
+  const std::vector<int32_t> prompt = Ids(600, 9);
+  group_.Do(OpenSequence{5, kContext, 0, 0, 20});
+  ExtendSequence alone{5, 299, {Ids(299, 1)[0]}, false, prompt};
+  alone.ids.insert(alone.ids.end(), prompt.begin(), prompt.end() - 1);
+  const std::vector<float> want = group_.Do(alone).result().score_logprobs;
+  group_.Do(CloseSequence{5});
+  group_.Do(OpenSequence{5, kContext, 0, 0, 20});
+  ExtendSequence rows{5, 299, {Ids(299, 1)[0], prompt[0], prompt[1]}, false, {prompt[0], prompt[1], prompt[2]}};
+  std::vector<float> got = group_.Do(rows).result().score_logprobs;
+  rows = {5, 302, {prompt.begin() + 2, prompt.end()}, true, {prompt.begin() + 3, prompt.end()}};
+  const Answer last = group_.Do(rows);
+  EXPECT_EQ(last.tokens.size(), 1u);
+  got.insert(got.end(), last.result().score_logprobs.begin(), last.result().score_logprobs.end());
+  ASSERT_EQ(got.size(), prompt.size());
+  for (size_t i = 0; i < got.size(); ++i) EXPECT_NEAR(got[i], want[i], 1e-4) << i;
+  group_.Do(CloseSequence{5});
+  group_.Do(OpenSequence{5, kContext, 0, 0, 20});
+  ExpectRefused(ExtendSequence{5, 300, {1, 2}, true, {2, 3}}, StatusCode::kInvalidArgument, "a score of the last row");
+}
+
+// A penalty counts the prompt and what was drawn, not the context; a bias forbids; end tokens wait for min_tokens.
+TEST_P(LifecycleTest, KnobsReachTheDraws) {
+  group_.Prefill(kContext, Ids(0, 300));
+  const auto ask = [&](const SamplingConfig& sampling, const std::vector<int32_t>& prompt) {
+    OpenSequence open{5, kContext, 0, 0, 40};
+    open.sampling = sampling;
+    group_.Do(open);
+    std::vector<int32_t> ids;
+    for (const Token& token : group_.Do(ExtendSequence{5, 300, prompt, true}).tokens) ids.push_back(token.id);
+    for (const Token& token : group_.Do(DecodeSteps{{5}, 12}).tokens) ids.push_back(token.id);
+    group_.Do(CloseSequence{5});
+    return ids;
+  };
+  const auto base = ask({}, {7, 8, 9});
+  ASSERT_EQ(base.size(), 13u);
+  SamplingConfig repeat;
+  repeat.repetition_penalty = 100;
+  const auto distinct = ask(repeat, {7, 8, base[0]});
+  const std::set<int32_t> seen(distinct.begin(), distinct.end());
+  EXPECT_EQ(seen.size(), distinct.size()) << "nothing twice";
+  for (const int32_t id : {7, 8, base[0]}) EXPECT_EQ(seen.count(id), 0u) << "of the prompt";
+  const auto context = Ids(0, 300);
+  EXPECT_TRUE(std::any_of(seen.begin(), seen.end(), [&](int32_t id) {
+    return std::count(context.begin(), context.end(), id) > 0;
+  })) << "the context's tokens are free";
+  SamplingConfig bias;
+  bias.bias_ids = {base[0], 3};
+  bias.bias_values = {-1000.0f, 0.0f};
+  const auto without = ask(bias, {7, 8, 9});
+  EXPECT_EQ(std::count(without.begin(), without.end(), base[0]), 0);
+  SamplingConfig late;
+  late.stop_ids = {base[0]};
+  EXPECT_EQ(ask(late, {7, 8, 9}), std::vector<int32_t>{base[0]});
+  late.min_tokens = 6;
+  const auto longer = ask(late, {7, 8, 9});
+  EXPECT_GE(longer.size(), 6u);
+  EXPECT_EQ(std::count(longer.begin(), longer.begin() + 6, base[0]), 0);
+  SamplingConfig narrow;
+  narrow.temperature = 50;
+  narrow.top_k = 1;
+  EXPECT_EQ(ask(narrow, {7, 8, 9}), base);
+}
+
 TEST_P(LifecycleTest, CancelLeavesTogetherAndSkipsTheRest) {
   group_.Prefill(kContext, Ids(0, 300));
   const auto base = Ask(kContext, 300);

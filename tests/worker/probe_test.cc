@@ -94,7 +94,7 @@ class ProbeTest : public ::testing::TestWithParam<std::pair<std::string, int>> {
           context.Add(rest);
           OpenSequence open{kSequence, kContext};
           open.capacity = kMaxProbePromptTokens;
-          Sequence sequence(open, context, KvChain(), extent(kTokens, open.capacity), delta);
+          Sequence sequence(open, context, KvChain(), {}, extent(kTokens, open.capacity), delta);
           const Status status = sequence.Probe(model, probe, [&, rank](std::vector<float> piece) {
             EXPECT_LE(piece.size(), static_cast<size_t>(kProbeValuesAtOnce));
             masses[rank].insert(masses[rank].end(), piece.begin(), piece.end());
