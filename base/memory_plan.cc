@@ -104,7 +104,7 @@ StatusOr<MemoryPlan> Arithmetic(const ModelConfig& c, const MemoryQuestion& q) {
   MemoryPlan plan;
   plan.memory = q.memory_bytes;
   plan.weights = WeightBytes(c, q.device);
-  plan.kv_per_token = KvBytesPerToken(c, q.device);
+  plan.kv_per_token = KvBytesPerToken(c, q.device, q.kv);
   Bytes workspace;
   if (q.device == DeviceKind::kCuda) {
     workspace = Workspace(c, q);
@@ -164,6 +164,12 @@ std::string Advice(const ModelConfig& config, const MemoryQuestion& question, co
     add("at least " + std::to_string(ranks) + " ranks of this memory");
   }
   if (plan.largest_context > 0) add("at most " + std::to_string(plan.largest_context) + " tokens");
+  if (question.kv != KvType::kInt8) {
+    MemoryQuestion smaller = question;
+    smaller.kv = KvType::kInt8;
+    const StatusOr<MemoryPlan> with = Arithmetic(config, smaller);
+    if (with.ok() && with->fits) add("--kv-dtype int8");
+  }
   const bool adapts = plan.adaptation + plan.adapters > 0;
   if (adapts && plan.largest_context_base >= question.tokens && plan.limit >= 0) add("no adaptation");
   if (!ways.empty()) return "use " + ways;
@@ -182,14 +188,28 @@ StatusOr<DeviceKind> ParseDevice(const std::string& name) {
 
 std::string DeviceName(DeviceKind device) { return device == DeviceKind::kCuda ? "cuda" : "cpu"; }
 
+StatusOr<KvType> ParseKvType(const std::string& name, DeviceKind device) {
+  const std::string own = KvTypeName(KvType::kDevice, device);
+  if (name.empty() || name == own) return KvType::kDevice;
+  if (name == "int8") return KvType::kInt8;
+  const std::string allowed = own + ", int8 with --device " + DeviceName(device);
+  return Error(StatusCode::kInvalidArgument, "CONFIG_INVALID", "--kv-dtype: got " + name + ", allowed " + allowed,
+               {{"field", "kv-dtype"}, {"got", name}, {"allowed", allowed}});
+}
+
+std::string KvTypeName(KvType kv, DeviceKind device) {
+  return kv == KvType::kInt8 ? "int8" : device == DeviceKind::kCuda ? "bf16" : "fp32";
+}
+
 int64_t ElementBytes(DeviceKind device) { return device == DeviceKind::kCuda ? kBf16 : kFp32; }
 
 int64_t WeightBytes(const ModelConfig& config, DeviceKind device) {
   return config.parameters() * ElementBytes(device);
 }
 
-int64_t KvBytesPerToken(const ModelConfig& config, DeviceKind device) {
-  return config.kv_bytes_per_token(ElementBytes(device));
+int64_t KvBytesPerToken(const ModelConfig& config, DeviceKind device, KvType kv) {
+  if (kv == KvType::kDevice) return config.kv_bytes_per_token(ElementBytes(device));
+  return config.kv_bytes_per_token(1) + 2 * config.layers * config.kv_heads * kBf16;  // codes and scales
 }
 
 int64_t DeltaNumbers(const ModelConfig& config, int64_t lora_rank) {

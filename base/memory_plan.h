@@ -2,7 +2,7 @@
 // allocated. What a rank really reserves follows the same functions.
 //
 // CPU: everything fp32. CUDA: weights and K/V bf16; a delta as bf16 for the matrix products beside its fp32 master;
-// gradient and moments fp32.
+// gradient and moments fp32. On both, K/V may be int8 instead (base/kv_int8.h).
 #pragma once
 
 #include <cstdint>
@@ -19,10 +19,16 @@ enum class DeviceKind { kCpu, kCuda };
 StatusOr<DeviceKind> ParseDevice(const std::string& name);
 std::string DeviceName(DeviceKind device);
 
+enum class KvType { kDevice, kInt8 };  // kDevice: what the device computes with
+// "int8", or what the device computes with ("fp32" on cpu, "bf16" on cuda; also ""); anything else is CONFIG_INVALID.
+StatusOr<KvType> ParseKvType(const std::string& name, DeviceKind device);
+std::string KvTypeName(KvType kv, DeviceKind device);
+
 // Of one rank; `config` validated, so none overflows. Every rank holds all weights and all adapters.
-int64_t ElementBytes(DeviceKind device);  // of weights and K/V
+int64_t ElementBytes(DeviceKind device);  // of weights and of K/V of type kDevice
 int64_t WeightBytes(const ModelConfig& config, DeviceKind device);
-int64_t KvBytesPerToken(const ModelConfig& config, DeviceKind device);  // on the rank that owns the token
+// On the rank that owns the token, scales included.
+int64_t KvBytesPerToken(const ModelConfig& config, DeviceKind device, KvType kv = KvType::kDevice);
 
 // What an adaptation trains and with what.
 struct AdaptationShape {
@@ -39,6 +45,7 @@ inline constexpr int64_t kPlannedSpanRows = 512;
 
 struct MemoryQuestion {
   DeviceKind device = DeviceKind::kCpu;
+  KvType kv = KvType::kDevice;
   int64_t ranks = 1;
   int64_t memory_bytes = 0;  // that each rank may use
   int64_t chunk_rows = kMaxChunkRows;

@@ -17,6 +17,7 @@ struct PlanOptions {
   std::string model;
   std::string rope_scaling = "none";
   std::string device = "cuda";
+  std::string kv_dtype;
   int64_t ranks = 1;
   int64_t tokens = 0;
   std::optional<int64_t> memory;
@@ -29,6 +30,7 @@ struct PlanOptions {
 StatusOr<MemoryQuestion> QuestionOf(const PlanOptions& options) {
   MemoryQuestion question;
   REFOCUS_ASSIGN_OR_RETURN(question.device, ParseDevice(options.device));
+  REFOCUS_ASSIGN_OR_RETURN(question.kv, ParseKvType(options.kv_dtype, question.device));
   if (question.device == DeviceKind::kCpu && !options.memory) {
     return Error(StatusCode::kInvalidArgument, "CONFIG_INVALID",
                  "--memory: got none, allowed with --device cpu: what one rank may use, such as 16GiB");
@@ -47,7 +49,8 @@ void PrintTable(const ModelConfig& config, const MemoryQuestion& question, const
   const bool gpu = question.device == DeviceKind::kCuda;
   std::cout << "model       " << config.name << ": " << FamilyName(config.family) << ", "
             << FormatCount(config.parameters() / 1'000'000) << " million parameters, " << (gpu ? "bf16" : "fp32")
-            << ", K/V " << FormatBytes(plan.kv_per_token) << " a token\n"
+            << ", K/V " << FormatBytes(plan.kv_per_token) << " a token ("
+            << KvTypeName(question.kv, question.device) << ")\n"
             << "ranks       " << question.ranks << (gpu ? ", one GPU each, " : " on CPU, ") << FormatBytes(plan.memory)
             << " a rank\n\n";
   Table table({"component", "per rank", "all ranks"});
@@ -127,6 +130,9 @@ void AddPlan(CLI::App& app, Run* run) {
   const std::string memory = "Devices";
   verb->add_option("--device", o->device, "Where to compute")
       ->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str()->group(memory);
+  verb->add_option("--kv-dtype", o->kv_dtype,
+                   "How K and V are kept: fp32 (cpu), bf16 (cuda) or int8 (what the device computes with)")
+      ->envname("REFOCUS_KV_DTYPE")->check(CLI::IsMember({"fp32", "bf16", "int8"}))->type_name("TYPE")->group(memory);
   verb->add_option("--gpus,--ranks", o->ranks, "Ranks, one GPU each; 1 to 256")
       ->check(CLI::Range(1, 256))->capture_default_str()->group(memory);
   verb->add_option("--gpu-memory,--memory", o->memory,

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "base/log.h"
+#include "base/memory_plan.h"
 #include "base/rope.h"
 #include "cli/commands.h"
 #include "cli/supervisor.h"
@@ -20,6 +21,7 @@ struct ServeFlags {
   std::optional<int> threads;
   std::string rope_scaling = "none";
   std::string kv_memory;
+  std::string kv_dtype;
   std::string device;
   std::string chat_template;
   bool check_finite = false;
@@ -42,6 +44,8 @@ std::string FindProblem(const ServeFlags& flags) {
   if (const Status scaling = ParseRopeScaling(flags.rope_scaling).status(); !scaling.ok()) {
     return std::string(scaling.message());
   }
+  const DeviceKind device = flags.device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
+  if (const Status kv = ParseKvType(flags.kv_dtype, device).status(); !kv.ok()) return std::string(kv.message());
   for (const char* name : {"refocus-coordinator", "refocus-worker"}) {
     const std::string path = OwnFolder() + "/" + name;
     if (access(path.c_str(), X_OK) != 0) return path + ": not there; it belongs beside 'refocus'";
@@ -80,6 +84,7 @@ int Serve(ServeFlags flags) {
   if (flags.random_weights) add(&worker, "--random-weights", std::to_string(*flags.random_weights));
   if (flags.threads) add(&worker, "--threads", std::to_string(*flags.threads));
   if (!flags.kv_memory.empty()) add(&worker, "--kv-memory", flags.kv_memory);
+  if (!flags.kv_dtype.empty()) add(&worker, "--kv-dtype", flags.kv_dtype);
   if (flags.collective_deadline) add(&worker, "--collective-deadline", std::to_string(*flags.collective_deadline));
   return Supervisor(flags.options).Run();
 }
@@ -114,6 +119,10 @@ void AddServe(CLI::App& app, Run* run) {
   const std::string memory = "Memory and cores";
   verb->add_option("--kv-memory", f->kv_memory, "Memory for K and V, per rank, such as 4GiB (from the free memory)")
       ->type_name("SIZE")->group(memory);
+  verb->add_option("--kv-dtype", f->kv_dtype,
+                   "How K and V are kept: fp32 (cpu), bf16 (cuda), or int8, a quarter or half of that (what the device "
+                   "computes with)")
+      ->envname("REFOCUS_KV_DTYPE")->check(CLI::IsMember({"fp32", "bf16", "int8"}))->type_name("TYPE")->group(memory);
   verb->add_option("--threads-per-rank", f->threads, "Threads of a rank (its share of the cores)")
       ->check(CLI::Range(1, 1024))->group(memory);
   const std::string network = "Network";

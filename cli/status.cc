@@ -51,7 +51,8 @@ void PrintModel(const v1::Model& model) {
             << "            " << FormatCount(model.max_positions()) << " positions"
             << (model.rope_scaling() == "none" || model.rope_scaling().empty() ? "" : " (RoPE " + model.rope_scaling() + ")")
             << ", K/V "
-            << FormatBytes(model.kv_bytes_per_token()) << " a token, "
+            << FormatBytes(model.kv_bytes_per_token()) << " a token"
+            << (model.kv_dtype().empty() ? "" : " (" + model.kv_dtype() + ")") << ", "
             << (model.has_tokenizer() ? "with tokenizer" : "token ids only")
             << (model.chat_format().empty() ? "" : ", chat format " + model.chat_format())
             << (model.thinks() ? " with reasoning" : "") << '\n';

@@ -30,6 +30,8 @@ struct TailExtent {
   int64_t head_stride = 0;
   int64_t slots = 0;
   int64_t first_index = 0;
+  const void* k_scale = nullptr;  // of eight-bit K and V, as in KvSlots; strides are those of the elements / head_dim
+  const void* v_scale = nullptr;
 };
 inline constexpr int kTailExtents = 4;  // a row
 

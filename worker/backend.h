@@ -1,8 +1,9 @@
 // What a device does for the model: the three operations that sharding changes (partial attention, its gradient with
 // respect to the queries, the combination of partials), the matrix products, and the row-wise steps between them.
-// Implemented by backend_cpu (fp32 throughout) and backend_cuda (bf16 with fp32 accumulation).
+// Implemented by backend_cpu (fp32 throughout) and backend_cuda (bf16 with fp32 accumulation). K and V may be kept in
+// eight bits by both (base/kv_int8.h): the arithmetic is that of the numbers which the codes stand for.
 //
-// Two kinds of floating-point tensors: `dtype()` is what matrix products read (weights, K/V, activations); everything
+// Two kinds of floating-point tensors: `dtype()` is what matrix products read (weights, activations); everything
 // said to be fp32 (residual stream and its gradient, attention partials, logits, dq, gradients of the delta) is fp32 on
 // both devices. All tensors, positions and ids included, are contiguous and live on `device()`.
 //
@@ -21,6 +22,7 @@
 #include <memory>
 #include <vector>
 
+#include "base/memory_plan.h"
 #include "base/model_config.h"
 #include "base/shard_plan.h"
 #include "worker/command.h"
@@ -31,8 +33,10 @@ namespace refocus {
 // rising positions, so the keys that a query at position p may see (key_pos <= p) are the first VisibleSlots(p) ones.
 // They must have been written; no other slot is read.
 struct KvView {
-  at::Tensor k;             // [kv_heads, capacity, head_dim] after RoPE (and QK-norm)
+  at::Tensor k;             // [kv_heads, capacity, head_dim] kv_dtype, after RoPE (and QK-norm)
   at::Tensor v;             // [kv_heads, capacity, head_dim]
+  at::Tensor k_scale;       // [kv_heads, capacity] bf16 (base/kv_int8.h); undefined unless kv_dtype is kByte
+  at::Tensor v_scale;
   int64_t length = 0;       // slots that belong to the extent, written or not; at most capacity
   int64_t first_index = 0;  // local index of slot 0
   ShardPlan plan;
@@ -85,9 +89,10 @@ struct Losses {
 };
 
 // Own keys of a decode row lie in up to kMaxTailExtents (base/limits.h) extents, each told by so many int64 words: address
-// of K, of V, elements from a layer to the next, from a K/V head to the next, slots, and the local index of slot 0. Slots
-// are head_dim elements; without any the addresses are not used. As in KvView, the first VisibleSlots are seen.
-inline constexpr int64_t kTailWords = 6;
+// of K, of V, elements from a layer to the next, from a K/V head to the next, slots, the local index of slot 0, and the
+// addresses of K's and V's scales, whose strides are those of the elements divided by head_dim (0: none). Slots are
+// head_dim elements; without any the addresses are not used. As in KvView, the first VisibleSlots are seen.
+inline constexpr int64_t kTailWords = 8;
 
 // Rows [first, first + rows) of a decode pass read these.
 struct RowSweep {
@@ -110,6 +115,8 @@ class Backend {
 
   virtual at::Device device() const = 0;
   virtual at::ScalarType dtype() const = 0;
+  // Of K and V: dtype(), or kByte with scales.
+  virtual at::ScalarType kv_dtype() const = 0;
   // Fewer rows than this a rank are not worth splitting over the ranks: the linear layers are bound by reading weights.
   virtual int64_t min_split_rows() const = 0;
 
@@ -212,9 +219,9 @@ class Backend {
 };
 
 // fp32; `config` gives rotary frequencies and epsilon.
-std::unique_ptr<Backend> MakeCpuBackend(const ModelConfig& config = {});
+std::unique_ptr<Backend> MakeCpuBackend(const ModelConfig& config = {}, KvType kv = KvType::kDevice);
 
-// bf16 on GPU `index`. Throws c10::Error when the device cannot be used.
-std::unique_ptr<Backend> MakeCudaBackend(const ModelConfig& config, int index);
+// bf16 on GPU `index`; int8 needs a head_dim that is a multiple of 16. Throws c10::Error when the device cannot be used.
+std::unique_ptr<Backend> MakeCudaBackend(const ModelConfig& config, int index, KvType kv = KvType::kDevice);
 
 }  // namespace refocus

@@ -42,6 +42,7 @@ struct Problem {
   std::vector<const KvView*> extents;    // those with keys
   std::vector<int64_t> order;            // rows by rising position, stable
   std::vector<std::vector<int64_t>> visible;  // [extents][rows], in that order
+  bool int8 = false;                     // what the extents hold
   bool few = false;                      // layout of the kernels
   int64_t width = 0;                     // most lanes (or few rows) of a tile
 
@@ -92,14 +93,24 @@ Problem MakeProblem(const at::Tensor& q, const at::Tensor& pos, const std::vecto
   }
   for (const KvView& extent : extents) {
     if (extent.length == 0) continue;
-    if (problem.extents.empty()) problem.kv_heads = extent.k.size(0);
+    if (problem.extents.empty()) {
+      problem.kv_heads = extent.k.size(0);
+      problem.int8 = extent.k.scalar_type() == at::kByte;
+    }
+    const at::ScalarType type = problem.int8 ? at::kByte : at::kFloat;
     for (const at::Tensor* tensor : {&extent.k, &extent.v}) {
-      REFOCUS_CHECK(tensor->scalar_type() == at::kFloat && tensor->is_cpu() && tensor->dim() == 3);
+      REFOCUS_CHECK(tensor->scalar_type() == type && tensor->is_cpu() && tensor->dim() == 3);
       REFOCUS_CHECK_EQ(tensor->size(0), problem.kv_heads);
       REFOCUS_CHECK_LE(extent.length, tensor->size(1));
       REFOCUS_CHECK_EQ(tensor->size(2), problem.head_dim);
       REFOCUS_CHECK(tensor->stride(2) == 1 || problem.head_dim == 1);
       REFOCUS_CHECK_EQ(tensor->stride(1), extent.k.stride(1));
+    }
+    for (const at::Tensor* scale : {&extent.k_scale, &extent.v_scale}) {
+      if (!problem.int8) continue;
+      REFOCUS_CHECK(scale->scalar_type() == at::kBFloat16 && scale->is_cpu());
+      REFOCUS_CHECK_EQ(scale->sizes(), extent.k.sizes().slice(0, 2));
+      REFOCUS_CHECK(scale->stride(1) == 1 || scale->size(1) <= 1);
     }
     problem.extents.push_back(&extent);
     std::vector<int64_t>& visible = problem.visible.emplace_back(problem.rows);
@@ -164,10 +175,13 @@ struct Scratch {
   float* visible;  // [width]
   float* a;        // [width]: peak or lse
   float* b;        // [width]: total or row_dot
+  float* k;        // [kCpuBlockKeys, head_dim] of int8 K in hand
+  float* v;        // the same of V
 
   static int64_t Size(const Problem& problem) {
     const int64_t size = problem.width * (3 * problem.head_dim + 2 * kCpuBlockKeys + 3);
-    return (size + 63) / 64 * 64;  // threads share no cache line
+    const int64_t unpacked = problem.int8 ? 2 * kCpuBlockKeys * problem.head_dim : 0;
+    return (size + unpacked + 63) / 64 * 64;  // threads share no cache line
   }
 
   Scratch(const Problem& problem, float* memory) {
@@ -179,6 +193,8 @@ struct Scratch {
     visible = scores + 2 * kCpuBlockKeys * problem.width;
     a = visible + problem.width;
     b = a + problem.width;
+    k = b + problem.width;
+    v = k + kCpuBlockKeys * problem.head_dim;
   }
 };
 
@@ -242,14 +258,28 @@ class TileRun {
  private:
   CpuKeyBlock BlockAt(const KvView& extent, int64_t key, int64_t visible) const {
     CpuKeyBlock block;
+    block.keys = std::min(kCpuBlockKeys, visible - key);
+    block.head_dim = problem_.head_dim;
+    block.scale = problem_.scale;
+    if (problem_.int8) {
+      block.stride = problem_.head_dim;
+      block.k = Unpacked(extent.k, extent.k_scale, key, block.keys, scratch_.k);
+      block.v = Unpacked(extent.v, extent.v_scale, key, block.keys, scratch_.v);
+      return block;
+    }
     block.stride = extent.k.stride(1);
     block.k = extent.k.const_data_ptr<float>() + tile_.kv_head * extent.k.stride(0) + key * block.stride;
     block.v = extent.v.const_data_ptr<float>() + tile_.kv_head * extent.v.stride(0) + key * block.stride;
-    block.keys = std::min(kCpuBlockKeys, visible - key);
     if (visible - key > kCpuBlockKeys) block.next_k = block.k + kCpuBlockKeys * block.stride;
-    block.head_dim = problem_.head_dim;
-    block.scale = problem_.scale;
     return block;
+  }
+
+  const float* Unpacked(const at::Tensor& from, const at::Tensor& scales, int64_t key, int64_t keys, float* to) const {
+    const uint8_t* const codes = from.const_data_ptr<uint8_t>();
+    const auto* const scale = static_cast<const uint16_t*>(scales.const_data_ptr());
+    kernels_.unpack(keys, problem_.head_dim, codes + tile_.kv_head * from.stride(0) + key * from.stride(1),
+                    from.stride(1), scale + tile_.kv_head * scales.stride(0) + key, to);
+    return to;
   }
 
   void SetVisible(const std::vector<int64_t>& visible, int64_t key, int64_t keys,
@@ -326,7 +356,8 @@ void QueryGradItem(const CpuKernels& kernels, const Problem& problem, const Tile
 
 class CpuBackend : public CpuRowwise {
  public:
-  CpuBackend(const ModelConfig& config, const CpuKernels& kernels) : CpuRowwise(config), kernels_(kernels) {}
+  CpuBackend(const ModelConfig& config, const CpuKernels& kernels, KvType kv)
+      : CpuRowwise(config, kv), kernels_(kernels) {}
 
   Partial Attend(const at::Tensor& q, const at::Tensor& pos, const std::vector<KvView>& extents) override {
     Problem problem = MakeProblem(q, pos, extents);
@@ -453,10 +484,12 @@ class CpuBackend : public CpuRowwise {
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels, const ModelConfig& config) {
-  return std::make_unique<CpuBackend>(config, kernels);
+std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels, const ModelConfig& config, KvType kv) {
+  return std::make_unique<CpuBackend>(config, kernels, kv);
 }
 
-std::unique_ptr<Backend> MakeCpuBackend(const ModelConfig& config) { return MakeCpuBackend(BestCpuKernels(), config); }
+std::unique_ptr<Backend> MakeCpuBackend(const ModelConfig& config, KvType kv) {
+  return MakeCpuBackend(BestCpuKernels(), config, kv);
+}
 
 }  // namespace refocus

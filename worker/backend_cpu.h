@@ -9,6 +9,7 @@
 namespace refocus {
 
 // `kernels` must run on this processor and outlive the backend.
-std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels, const ModelConfig& config = {});
+std::unique_ptr<Backend> MakeCpuBackend(const CpuKernels& kernels, const ModelConfig& config = {},
+                                        KvType kv = KvType::kDevice);
 
 }  // namespace refocus

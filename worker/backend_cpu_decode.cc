@@ -10,32 +10,41 @@
 #include "base/limits.h"
 
 namespace refocus {
-namespace {
 
-// What `words` says of one layer.
-KvView TailView(const int64_t* words, int64_t kv_heads, int64_t head_dim, int64_t layer, const ShardPlan& plan) {
-  const auto tensor = [&](int64_t address) {
-    float* const data = reinterpret_cast<float*>(address) + layer * words[2];
-    return at::from_blob(data, {kv_heads, words[4], head_dim}, {words[3], head_dim, 1}, at::TensorOptions(at::kFloat));
+KvView CpuRowwise::TailView(const int64_t* words, int64_t layer, const ShardPlan& plan) const {
+  const int64_t offset = layer * words[2], slots = words[4];
+  const auto elements = [&](int64_t address) {
+    const auto bytes = static_cast<int64_t>(c10::elementSize(kv_dtype()));
+    return at::from_blob(reinterpret_cast<char*>(address) + offset * bytes, {kv_heads_, slots, head_dim_},
+                         {words[3], head_dim_, 1}, at::TensorOptions(kv_dtype()));
   };
-  return {tensor(words[0]), tensor(words[1]), words[4], words[5], plan};
+  KvView view;
+  view.k = elements(words[0]);
+  view.v = elements(words[1]);
+  view.length = slots;
+  view.first_index = words[5];
+  view.plan = plan;
+  if (kv_ != KvType::kInt8) return view;
+  const auto scales = [&](int64_t address) {
+    return at::from_blob(reinterpret_cast<uint16_t*>(address) + offset / head_dim_, {kv_heads_, slots},
+                         {words[3] / head_dim_, 1}, at::TensorOptions(at::kBFloat16));
+  };
+  view.k_scale = scales(words[6]);
+  view.v_scale = scales(words[7]);
+  return view;
 }
-
-}  // namespace
 
 void CpuRowwise::AppendRows(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
                             const at::Tensor& slots, const at::Tensor& tails, int64_t layer) {
   const int64_t rows = h.size(0);
   const int64_t* const slot = slots.const_data_ptr<int64_t>();
   if (std::all_of(slot, slot + rows, [](int64_t s) { return s < 0; })) return;  // others own them
-  const auto [k, v] = MakeKeysValues(h, weights, rotation);
+  const KeysValues made = MakeKeysValues(h, weights, rotation);
   for (int64_t row = 0; row < rows; ++row) {
     if (slot[row] < 0) continue;
-    const KvView own =
-        TailView(tails.const_data_ptr<int64_t>() + row * tails.stride(0), k.size(1), head_dim_, layer, ShardPlan());
+    const KvView own = TailView(tails.const_data_ptr<int64_t>() + row * tails.stride(0), layer, ShardPlan());
     REFOCUS_CHECK_LT(slot[row], own.length);
-    own.k.select(1, slot[row]).copy_(k.select(0, row));
-    own.v.select(1, slot[row]).copy_(v.select(0, row));
+    Store(made, row, own, slot[row]);
   }
 }
 
@@ -62,7 +71,7 @@ Partial CpuRowwise::AttendRows(const at::Tensor& q, const at::Tensor& pos, const
     std::vector<KvView> own;
     for (int64_t i = 0; i < kMaxTailExtents; ++i) {
       const int64_t* const words = tails.const_data_ptr<int64_t>() + row * tails.stride(0) + i * kTailWords;
-      if (words[4] > 0) own.push_back(TailView(words, kv_heads_, head_dim_, layer, plan));
+      if (words[4] > 0) own.push_back(TailView(words, layer, plan));
     }
     attend(1, row, 1, own);
   }

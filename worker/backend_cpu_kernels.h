@@ -58,6 +58,8 @@ struct CpuKernels {
   // rows <= kCpuFewRows, head_dim a multiple of lanes; q [rows, head_dim]; scratch [rows, kCpuBlockKeys].
   void (*attend_few)(int64_t rows, const CpuKeyBlock& block, const float* q, float* scratch,
                      const CpuAttendState& state);
+  // to [keys, head_dim] = the numbers that codes [keys, stride] and scales [keys] (bf16) stand for (base/kv_int8.h).
+  void (*unpack)(int64_t keys, int64_t head_dim, const uint8_t* codes, int64_t stride, const uint16_t* scales, float* to);
   // y[r * y_stride + o] = x[r] . w[o] for r < rows <= kCpuFewRows, o < outputs; x [rows, in], w [outputs, in].
   void (*linear_few)(int64_t rows, int64_t in, int64_t outputs, const float* x, const float* w, float* y,
                      int64_t y_stride);

@@ -15,9 +15,12 @@
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
+#include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "base/check.h"
+#include "base/kv_int8.h"
 #include "base/rope.h"
 #include "worker/sampler.h"
 
@@ -54,10 +57,28 @@ at::Tensor RmsNormGrad(const at::Tensor& x, const at::Tensor& weight, const at::
   return r * (g - x * (r.square() * (g * x).mean({-1}, /*keepdim=*/true)));
 }
 
+// Codes of `count` numbers; returns the bits of their scale (base/kv_int8.h).
+uint16_t Quantize(const float* from, int64_t count, uint8_t* codes) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, std::bit_cast<uint32_t>(from[i]) & 0x7fffffff);
+  const uint16_t scale = Int8Scale(largest);
+  if (scale == kInt8ScaleNaN) {
+    std::fill_n(codes, count, uint8_t{0});
+    return scale;
+  }
+  const float inverse = Int8Inverse(scale);
+  for (int64_t i = 0; i < count; ++i) {
+    const auto magnitude = std::min(static_cast<int>(std::lrint(std::abs(from[i]) * inverse)), kInt8Largest);
+    codes[i] = static_cast<uint8_t>(magnitude | (std::signbit(from[i]) ? 0x80 : 0));
+  }
+  return scale;
+}
+
 }  // namespace
 
-CpuRowwise::CpuRowwise(const ModelConfig& config)
-    : eps_(config.rms_eps),
+CpuRowwise::CpuRowwise(const ModelConfig& config, KvType kv)
+    : kv_(kv),
+      eps_(config.rms_eps),
       kv_heads_(config.kv_heads),
       head_dim_(config.head_dim),
       inverse_frequencies_(InverseFrequencies(config.rope_theta, config.head_dim, config.rope)),
@@ -163,20 +184,36 @@ void CpuRowwise::Append(const at::Tensor& h, const KeyValueWeights& weights, con
   const at::Tensor index = at::tensor(writing, at::kLong);
   const auto select = [&](const at::Tensor& t) { return all ? t : at::index_select(t, 0, index); };
   const at::Tensor x = select(h);
-  const auto [k, v] =
+  const KeysValues made =
       MakeKeysValues(x, weights, {select(rotation.pos), select(rotation.cos), select(rotation.sin)});
   // In one run of slots, as prefill and decode write them, as a rule.
-  bool run = true;
+  bool run = kv_ != KvType::kInt8;
   for (int64_t i = 1; i < rows; ++i) run = run && targets[i] == targets[0] + i;
   if (run) {
-    extent.k.narrow(1, targets[0], rows).copy_(k.transpose(0, 1));
-    extent.v.narrow(1, targets[0], rows).copy_(v.transpose(0, 1));
+    extent.k.narrow(1, targets[0], rows).copy_(made.k.transpose(0, 1));
+    extent.v.narrow(1, targets[0], rows).copy_(made.v.transpose(0, 1));
     return;
   }
-  for (int64_t i = 0; i < rows; ++i) {
-    extent.k.select(1, targets[i]).copy_(k.select(0, i));
-    extent.v.select(1, targets[i]).copy_(v.select(0, i));
+  for (int64_t i = 0; i < rows; ++i) Store(made, i, extent, targets[i]);
+}
+
+void CpuRowwise::Store(const KeysValues& rows, int64_t row, const KvView& extent, int64_t slot) const {
+  if (kv_ != KvType::kInt8) {
+    extent.k.select(1, slot).copy_(rows.k.select(0, row));
+    extent.v.select(1, slot).copy_(rows.v.select(0, row));
+    return;
   }
+  const int64_t heads = rows.k.size(1);
+  const auto store = [&](const at::Tensor& from, const at::Tensor& to, const at::Tensor& scales) {
+    REFOCUS_CHECK(from.is_contiguous() && to.stride(2) == 1 && scales.stride(1) == 1);
+    for (int64_t head = 0; head < heads; ++head) {
+      uint8_t* const codes = to.data_ptr<uint8_t>() + head * to.stride(0) + slot * to.stride(1);
+      uint16_t* const scale = static_cast<uint16_t*>(scales.data_ptr()) + head * scales.stride(0) + slot;
+      *scale = Quantize(from.const_data_ptr<float>() + (row * heads + head) * head_dim_, head_dim_, codes);
+    }
+  };
+  store(rows.k, extent.k, extent.k_scale);
+  store(rows.v, extent.v, extent.v_scale);
 }
 
 at::Tensor CpuRowwise::SiluMul(const at::Tensor& gate, const at::Tensor& up) { return at::silu(gate).mul_(up); }

@@ -8,10 +8,11 @@ namespace refocus {
 
 class CpuRowwise : public Backend {
  public:
-  explicit CpuRowwise(const ModelConfig& config);
+  CpuRowwise(const ModelConfig& config, KvType kv);
 
   at::Device device() const override { return at::kCPU; }
   at::ScalarType dtype() const override { return at::kFloat; }
+  at::ScalarType kv_dtype() const override { return kv_ == KvType::kInt8 ? at::kByte : at::kFloat; }
   int64_t min_split_rows() const override { return 1; }
   void Bind() override {}
   void Synchronize() override {}
@@ -62,7 +63,12 @@ class CpuRowwise : public Backend {
     at::Tensor k, v;  // [n, kv_heads, head_dim]
   };
   KeysValues MakeKeysValues(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation);
+  // One row of them to a slot of `extent`.
+  void Store(const KeysValues& rows, int64_t row, const KvView& extent, int64_t slot) const;
+  // What a row of `tails` says of one layer of one extent.
+  KvView TailView(const int64_t* words, int64_t layer, const ShardPlan& plan) const;
 
+  const KvType kv_;
   double eps_;
   int64_t kv_heads_;
   int64_t head_dim_;

@@ -52,13 +52,15 @@ T* Data(const at::Tensor& t) {
 
 class CudaBackend : public Backend {
  public:
-  CudaBackend(const ModelConfig& config, int index) : config_(config), device_(at::kCUDA, static_cast<int8_t>(index)) {
+  CudaBackend(const ModelConfig& config, int index, KvType kv)
+      : config_(config), kv_(kv), device_(at::kCUDA, static_cast<int8_t>(index)) {
     REFOCUS_CHECK_EQ(config.head_dim % 8, 0);
     REFOCUS_CHECK_LE(config.head_dim, kernels::kMaxHeadDim);
   }
 
   at::Device device() const override { return device_; }
   at::ScalarType dtype() const override { return at::kBFloat16; }
+  at::ScalarType kv_dtype() const override { return kv_ == KvType::kInt8 ? at::kByte : at::kBFloat16; }
   int64_t min_split_rows() const override { return 192; }
 
   void Bind() override {
@@ -521,6 +523,7 @@ class CudaBackend : public Backend {
   at::cuda::CUDAGraph pool_graph_;
   at::cuda::MempoolId_t pool_{0, 0};
   const ModelConfig config_;
+  const KvType kv_;
   const at::Device device_;
   int sm_count_ = 0;
   std::optional<c10::cuda::CUDAStream> aside_;
@@ -532,8 +535,8 @@ class CudaBackend : public Backend {
 
 }  // namespace
 
-std::unique_ptr<Backend> MakeCudaBackend(const ModelConfig& config, int index) {
-  return std::make_unique<CudaBackend>(config, index);
+std::unique_ptr<Backend> MakeCudaBackend(const ModelConfig& config, int index, KvType kv) {
+  return std::make_unique<CudaBackend>(config, index, kv);
 }
 
 }  // namespace refocus

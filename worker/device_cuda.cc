@@ -92,8 +92,8 @@ int64_t GpuUsedBytes() {
 
 void GpuReleaseCached() { c10::cuda::CUDACachingAllocator::emptyCache(); }
 
-std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig& config, const Gpu& gpu) {
-  return MakeCudaBackend(config, gpu.index);
+std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig& config, const Gpu& gpu, KvType kv) {
+  return MakeCudaBackend(config, gpu.index, kv);
 }
 
 std::string MakeGpuGroupId() { return MakeNcclId(); }

@@ -13,7 +13,7 @@ int64_t GpuUsedBytes() { return 0; }
 void GpuReleaseCached() {}
 
 // Not reached: UseGpu refused.
-std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig&, const Gpu&) {
+std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig&, const Gpu&, KvType) {
   REFOCUS_CHECK(false);
   return nullptr;
 }

@@ -18,14 +18,14 @@ namespace refocus {
 // Tokens [first_position, first_position + capacity) as far as this shard owns them.
 class KvExtent {
  public:
-  // Reserves k and v [layers, kv_heads, slots, head_dim] of the backend's dtype on its device; `poison` fills them with
-  // NaN. Throws c10::Error when the memory cannot be had.
+  // Reserves k and v [layers, kv_heads, slots, head_dim] of the backend's kv_dtype on its device, with the scales of kByte;
+  // `poison` fills them with NaN. Throws c10::Error when the memory cannot be had.
   KvExtent(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity,
            const at::TensorOptions& options, bool poison);
 
-  // Bytes that such an extent takes on this shard, at `element_bytes` an element.
+  // Bytes that such an extent takes on this shard.
   static int64_t Bytes(const ModelConfig& config, const ShardPlan& plan, int64_t first_position, int64_t capacity,
-                       int64_t element_bytes);
+                       at::ScalarType kv_dtype);
 
   // One layer's K/V, all slots.
   KvView View(int64_t layer) const;
@@ -62,6 +62,8 @@ class KvExtent {
   int64_t length_ = 0;
   at::Tensor k_;  // [layers, kv_heads, slots, head_dim]
   at::Tensor v_;
+  at::Tensor k_scale_;  // [layers, kv_heads, slots] bf16; undefined unless k is kByte
+  at::Tensor v_scale_;
 };
 
 // The tokens of an extent below position `end`, all of them written once the holder reads.

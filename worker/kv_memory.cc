@@ -11,7 +11,7 @@ Status KvMemory::Reserve(int64_t first_position, int64_t capacity, int64_t free_
                          std::shared_ptr<KvExtent>* extent) {
   const Backend& backend = model_.backend();
   const int64_t need = KvExtent::Bytes(model_.config(), model_.plan(), first_position, capacity,
-                                       static_cast<int64_t>(c10::elementSize(backend.dtype())));
+                                       backend.kv_dtype());
   const auto refuse = [&](const std::string& why) {
     return Error(StatusCode::kResourceExhausted, "KV_CAPACITY",
                  "K/V memory of rank " + std::to_string(model_.collective().rank()) + ": need " + std::to_string(need) +
@@ -25,7 +25,7 @@ Status KvMemory::Reserve(int64_t first_position, int64_t capacity, int64_t free_
   } else {
     try {
       made = std::make_unique<KvExtent>(model_.config(), model_.plan(), first_position, capacity,
-                                        at::TensorOptions(backend.device()).dtype(backend.dtype()), poison_);
+                                        at::TensorOptions(backend.device()).dtype(backend.kv_dtype()), poison_);
     } catch (const std::exception& error) {  // LibTorch reports a failed allocation as c10::Error
       status = refuse(" but the allocation failed");
     }

@@ -63,6 +63,7 @@ pb::WorkerMessage HelloOf(const RankIdentity& identity) {
   hello->set_device(identity.device);
   hello->set_kv_capacity_bytes(identity.kv_capacity_bytes);
   hello->set_kv_bytes_per_token(identity.kv_bytes_per_token);
+  hello->set_kv_dtype(identity.kv_dtype);
   hello->set_weight_bytes(identity.weight_bytes);
   hello->set_parameters(identity.parameters);
   return message;

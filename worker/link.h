@@ -31,6 +31,7 @@ struct RankIdentity {
   int64_t vocab = 0;  // ids of commands are below it; not sent
   int64_t kv_capacity_bytes = 0;
   int64_t kv_bytes_per_token = 0;
+  std::string kv_dtype = "fp32";  // "fp32", "bf16", "int8"
   int64_t weight_bytes = 0;
   int64_t parameters = 0;
 };

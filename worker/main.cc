@@ -142,6 +142,7 @@ Status Plan(Rank& rank) {
   const bool known = free_bytes >= 0;
   MemoryQuestion question;
   question.device = rank.options.device;
+  question.kv = rank.options.kv;
   question.ranks = launch.size;
   question.memory_bytes = known ? free_bytes / (gpu ? 1 : launch.ranks_on_host) : 0;
   REFOCUS_ASSIGN_OR_RETURN(const MemoryPlan memory, PlanMemory(rank.config, question));
@@ -157,7 +158,7 @@ Status Plan(Rank& rank) {
   const std::string plan =
       "weights " + Size(rank.weight_bytes) +
       (gpu ? ", workspace " + Size(memory.workspace) + ", CUDA and NCCL " + Size(memory.runtime) : "") + ", K/V " +
-      Size(rank.kv_bytes) + " on each of " + std::to_string(launch.ranks_on_host) + " ranks of this host, free " +
+      Size(rank.kv_bytes) + " (" + KvTypeName(rank.options.kv, rank.options.device) + ") on each of " + std::to_string(launch.ranks_on_host) + " ranks of this host, free " +
       (known ? Size(free_bytes) + (gpu ? " on this rank's GPU" : "") : "unknown");
   if (known && (memory.limit < rank.kv_bytes || rank.kv_bytes < memory.kv_per_token)) {
     return Error(StatusCode::kResourceExhausted, "HARDWARE",
@@ -210,7 +211,8 @@ RankIdentity Identity(const Rank& rank, const Weights& weights) {
   identity.device = rank.on_gpu() ? "cuda (" + rank.gpu.name + ")" : "cpu";
   identity.vocab = rank.config.vocab;
   identity.kv_capacity_bytes = rank.kv_bytes;
-  identity.kv_bytes_per_token = KvBytesPerToken(rank.config, rank.options.device);
+  identity.kv_bytes_per_token = KvBytesPerToken(rank.config, rank.options.device, rank.options.kv);
+  identity.kv_dtype = KvTypeName(rank.options.kv, rank.options.device);
   identity.weight_bytes = weights.bytes;
   identity.parameters = rank.config.parameters();
   return identity;
@@ -351,7 +353,8 @@ void Serve(Rank& rank, std::shared_ptr<const Weights> weights, std::shared_ptr<C
   const auto make_engine = [&] {
     EngineOptions options;
     options.kv_capacity_bytes = rank.kv_bytes;
-    auto backend = rank.on_gpu() ? MakeGpuBackend(rank.config, rank.gpu) : MakeCpuBackend(rank.config);
+    const KvType kv = rank.options.kv;
+    auto backend = rank.on_gpu() ? MakeGpuBackend(rank.config, rank.gpu, kv) : MakeCpuBackend(rank.config, kv);
     engine = std::make_unique<Engine>(options, weights, std::move(backend), collective,
                                       [&link](Result result) { link->Send(std::move(result)); });
     slot.Set(engine.get());

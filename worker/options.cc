@@ -49,7 +49,7 @@ void AddModelOptions(CLI::App& app, WorkerOptions& options) {
       ->envname("REFOCUS_RANDOM_WEIGHTS")->type_name("SEED")->group("Model");
 }
 
-void AddResourceOptions(CLI::App& app, WorkerOptions& options) {
+void AddResourceOptions(CLI::App& app, WorkerOptions& options, std::string& kv_dtype) {
   app.add_option_function<std::string>(
          "--device", [&options](const std::string& name) { options.device = *ParseDevice(name); },
          "Where to compute; cuda: each rank takes the visible GPU (CUDA_VISIBLE_DEVICES) with its number on the host")
@@ -64,6 +64,11 @@ void AddResourceOptions(CLI::App& app, WorkerOptions& options) {
                  "work space leave")
       ->envname("REFOCUS_KV_MEMORY")->transform(CLI::AsSizeValue(false))->check(CLI::NonNegativeNumber)
       ->default_str("0")->type_name("BYTES")->group("Resources");
+  app.add_option("--kv-dtype", kv_dtype,
+                 "How K and V are kept: fp32 (cpu), bf16 (cuda) or int8 (both); what the device computes with unless said. "
+                 "The same on all ranks")
+      ->envname("REFOCUS_KV_DTYPE")->check(CLI::IsMember({"fp32", "bf16", "int8"}))->type_name("TYPE")
+      ->group("Resources");
 }
 
 void AddGroupOptions(CLI::App& app, WorkerOptions& options) {
@@ -123,13 +128,13 @@ std::string FindContradiction(WorkerOptions& options) {
 
 WorkerOptions ParseWorkerOptions(int argc, char** argv) {
   WorkerOptions options;
-  std::string level = "info";
+  std::string level = "info", kv_dtype;
   CLI::App app{kAbout, "refocus-worker"};
   app.footer(kExitCodes);
   app.set_version_flag("--version",
                        std::string("refocus-worker ") + REFOCUS_VERSION + ", protocol " + kProtocolVersion);
   AddModelOptions(app, options);
-  AddResourceOptions(app, options);
+  AddResourceOptions(app, options, kv_dtype);
   AddGroupOptions(app, options);
   app.add_option("--log-level", level, "Least important lines to log")
       ->envname("REFOCUS_LOG_LEVEL")->check(CLI::IsMember({"debug", "info", "warning", "error"}))->capture_default_str()
@@ -146,7 +151,15 @@ WorkerOptions ParseWorkerOptions(int argc, char** argv) {
     End(kExitConfig, print, text.str(), std::cerr);
   }
   ParseLogLevel(level, &options.log_level);
-  const std::string problem = FindContradiction(options);
+  std::string problem = FindContradiction(options);
+  if (const StatusOr<KvType> kv = ParseKvType(kv_dtype, options.device); kv.ok()) {
+    options.kv = *kv;
+    if (*kv == KvType::kInt8 && options.device == DeviceKind::kCuda) {
+      problem = "--kv-dtype: got int8 with --device cuda, allowed bf16: this build's GPU kernels read no other";
+    }
+  } else {
+    problem = kv.status().message();
+  }
   if (!problem.empty()) End(kExitConfig, print, problem + " [CONFIG_INVALID]\n", std::cerr);
   return options;
 }

@@ -20,6 +20,7 @@ struct WorkerOptions {
   std::string group_name;      // what the processes of one such group share
   int threads = 0;             // 0: this rank's share of the cores
   int64_t kv_bytes = 0;        // 0: chosen from the free memory
+  KvType kv = KvType::kDevice;
   double deadline_seconds = 120.0;
   bool check_finite = false;
   std::string rope_scaling;              // as in ParseRopeScaling

@@ -341,6 +341,7 @@ api::Model Coordinator::GetModel() const {
   constexpr int64_t kElementBytes = 4;
   const int64_t reported = ledger_.bytes_per_token();  // by the ranks, when there are any
   out.set_kv_bytes_per_token(reported > 0 ? reported : model.kv_bytes_per_token(kElementBytes));
+  if (!group_.ranks().empty()) out.set_kv_dtype(group_.ranks().begin()->second.hello.kv_dtype());
   out.set_dtype(group_.device() == DeviceKind::kCuda ? "bfloat16" : "float32");
   out.set_has_tokenizer(tokenizer_ != nullptr);
   std::vector<int32_t> eos = model.eos_tokens;

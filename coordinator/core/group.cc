@@ -47,6 +47,7 @@ Status Group::CheckHello(const wire::Hello& hello) const {
   if (!hello.wants_rank() && (hello.rank() < 0 || hello.rank() >= hello.size())) {
     return FieldError("rank", std::to_string(hello.rank()), "0 to " + std::to_string(hello.size() - 1));
   }
+  if (hello.kv_dtype().size() > 16) return FieldError("kv_dtype", "longer", "at most 16 characters");
   if (hello.weights_hash().size() > 128) return FieldError("weights_hash", "longer", "at most 128 characters");
   if (hello.nonce().empty() || hello.nonce().size() > 128) return FieldError("nonce", "", "1 to 128 characters");
   if (hello.kv_capacity_bytes() < 0) {
@@ -73,6 +74,9 @@ Status Group::CheckLike(const wire::Hello& hello, const wire::Hello& first) cons
   }
   if (DeviceOf(hello) != DeviceOf(first)) {
     return Mismatch("GROUP_DEVICE", "device", hello.device(), first.device());
+  }
+  if (hello.kv_dtype() != first.kv_dtype()) {
+    return Mismatch("GROUP_KV_DTYPE", "kv_dtype", hello.kv_dtype(), first.kv_dtype());
   }
   if (hello.kv_bytes_per_token() != first.kv_bytes_per_token()) {
     return Mismatch("MODEL_MISMATCH", "kv_bytes_per_token", std::to_string(hello.kv_bytes_per_token()),

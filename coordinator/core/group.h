@@ -56,7 +56,7 @@ class Group {
   explicit Group(GroupOptions options) : options_(std::move(options)) {}
 
   // Refuses (the stream is then ended with the status): FAILED_PRECONDITION VERSION_SKEW, MODEL_MISMATCH, GROUP_SIZE,
-  // GROUP_DEVICE; ALREADY_EXISTS RANK_TAKEN (a process too many, where ranks are handed out); UNAVAILABLE GROUP_TAKEN
+  // GROUP_DEVICE, GROUP_KV_DTYPE; ALREADY_EXISTS RANK_TAKEN (a process too many, where ranks are handed out); UNAVAILABLE GROUP_TAKEN
   // while another launch is there; INVALID_ARGUMENT FIELD_OUT_OF_RANGE.
   Status Hello(uint64_t link, const wire::Hello& hello, double now, Events* events);
   void Key(uint64_t link, const wire::GroupKey& key, double now, Events* events);

@@ -76,6 +76,39 @@ TEST(MemoryPlanTest, PublishedModels) {
   EXPECT_EQ(Planned(llama, Gpus(8, 150 * kGb, int64_t{1} << 20)).kv_all_ranks, int64_t{343'597'383'680});
 }
 
+// A byte a number and two a scale: 36 layers of 8 heads, K and V, 128 numbers each.
+TEST(MemoryPlanTest, KeysAndValuesInEightBits) {
+  const ModelConfig qwen = Qwen3();
+  for (const DeviceKind device : {DeviceKind::kCpu, DeviceKind::kCuda}) {
+    EXPECT_EQ(KvBytesPerToken(qwen, device, KvType::kInt8), 36 * 2 * 8 * (128 + 2));
+    EXPECT_EQ(KvTypeName(KvType::kInt8, device), "int8");
+  }
+  MemoryQuestion question = Gpus(1, 141 * kGb, int64_t{1} << 20);
+  const MemoryPlan plain = Planned(qwen, question);
+  EXPECT_FALSE(plain.fits);
+  EXPECT_NE(plain.advice.find("--kv-dtype int8"), std::string::npos) << plain.advice;
+  question.kv = KvType::kInt8;
+  const MemoryPlan small = Planned(qwen, question);  // a million tokens of a 4B model on one H200
+  EXPECT_TRUE(small.fits);
+  EXPECT_EQ(small.kv, int64_t{78'517'370'880});
+  EXPECT_GT(small.largest_context, int64_t{1} << 20);
+  question.tokens *= 2;
+  EXPECT_EQ(Planned(qwen, question).advice.find("--kv-dtype"), std::string::npos);
+}
+
+TEST(MemoryPlanTest, NamesOfKvTypes) {
+  EXPECT_EQ(*ParseKvType("", DeviceKind::kCpu), KvType::kDevice);
+  EXPECT_EQ(*ParseKvType("fp32", DeviceKind::kCpu), KvType::kDevice);
+  EXPECT_EQ(*ParseKvType("bf16", DeviceKind::kCuda), KvType::kDevice);
+  EXPECT_EQ(*ParseKvType("int8", DeviceKind::kCuda), KvType::kInt8);
+  for (const auto& [name, device] : {std::pair("bf16", DeviceKind::kCpu), std::pair("fp32", DeviceKind::kCuda),
+                                     std::pair("fp8", DeviceKind::kCuda)}) {
+    const Status status = ParseKvType(name, device).status();
+    EXPECT_EQ(DetailOf(status).reason, "CONFIG_INVALID");
+    EXPECT_NE(std::string(status.message()).find("got " + std::string(name)), std::string::npos) << status;
+  }
+}
+
 // The rules that CPU ranks and the coordinator's ledger follow: fp32, four copies while adapting, half of what is left.
 TEST(MemoryPlanTest, CpuRules) {
   const ModelConfig c = Qwen3();

@@ -162,6 +162,19 @@ class Plan(unittest.TestCase):
         self.assertEqual(fields["total_bytes"], sum(fields[part + "_bytes"] for part in parts))
         self.assertEqual(80 * 10 ** 9, fields["total_bytes"] + fields["free_bytes"])
 
+    def test_eight_bit_keys_and_values(self):
+        arguments = ("--model", self.model, "--gpu-memory", "141GB", "--tokens", "1048576")
+        self.assertIn("or --kv-dtype int8", self.plan(*arguments, code=4).stderr)
+        result = self.plan(*arguments, "--kv-dtype", "int8")
+        self.assertIn("73.1 KiB a token (int8)", result.stdout)
+        fields = json.loads(self.plan(*arguments, "--json", REFOCUS_KV_DTYPE="int8").stdout)
+        self.assertEqual(1048576 * 36 * 2 * 8 * 130, fields["kv_bytes"])
+        for device, dtype, word in (("cuda", "fp32", "allowed bf16, int8"), ("cpu", "bf16", "allowed fp32, int8"),
+                                    ("cpu", "fp8", "not in {fp32,bf16,int8}")):
+            result = self.plan("--model", self.model, "--device", device, "--memory", "40GiB", "--kv-dtype", dtype,
+                               code=2)
+            self.assertIn(word, result.stdout + result.stderr)
+
     def test_what_does_not_fit(self):
         result = self.plan("--tokens", "1048576", "--json", code=4, REFOCUS_MODEL=self.model)
         fields = json.loads(result.stdout)

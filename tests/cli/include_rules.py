@@ -10,7 +10,7 @@ import re
 import sys
 
 FOLDERS = ("base", "cli", "coordinator", "kernels", "worker")
-KERNELS_BASE = ("base/sampling.h", "base/shard_plan.h")
+KERNELS_BASE = ("base/kv_int8.h", "base/sampling.h", "base/shard_plan.h")
 SUFFIXES = (".h", ".cc", ".cu", ".cuh", ".inc")
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 

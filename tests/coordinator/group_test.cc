@@ -224,6 +224,23 @@ TEST_F(GroupTest, RanksOnAnotherKindOfDeviceAreRefused) {
   EXPECT_TRUE(Join(hello).ok());
 }
 
+TEST_F(GroupTest, RanksThatKeepKvOtherwiseAreRefused) {
+  EXPECT_EQ(simulation_.core().GetModel().kv_dtype(), "");
+  wire::Hello hello = Hello(0, 2);
+  hello.set_kv_dtype("int8");
+  ASSERT_TRUE(Join(hello).ok());
+  EXPECT_EQ(simulation_.core().GetModel().kv_dtype(), "int8");
+  hello = Hello(1, 2);
+  hello.set_kv_dtype("fp32");
+  const Status status = Join(hello);
+  EXPECT_EQ(ReasonOf(status), "GROUP_KV_DTYPE");
+  EXPECT_NE(std::string(status.message()).find("kv_dtype: got fp32, allowed int8"), std::string::npos) << status;
+  hello.set_kv_dtype(std::string(17, 'x'));
+  EXPECT_EQ(ReasonOf(Join(hello)), "FIELD_OUT_OF_RANGE");
+  hello.set_kv_dtype("int8");
+  EXPECT_TRUE(Join(hello).ok());
+}
+
 TEST_F(GroupTest, EveryRankIsToldItsNumber) {
   ASSERT_TRUE(Join(Hello(2, 3)).ok());
   ASSERT_TRUE(Join(Hello(0, 3)).ok());

@@ -62,6 +62,23 @@ class RealModel(unittest.TestCase):
     def test_2_ranks(self):
         self.run_on(2)
 
+    def test_eight_bit_keys_and_values(self):
+        """Perplexity within 1% of transformers in fp32, and a first step like that of fp32 on one rank."""
+        with harness.Service(BIN, MODEL, 2, "--chat-template", "chatml", "--kv-dtype", "int8") as service:
+            self.assertRegex(service.call("status"), r"K/V [\d.]+ KiB a token \(int8\)")
+            service.call("context", "create", TEXT, "--id", "novel", "--max-bytes", "2600", "--chat")
+            shown, = service.events("context", "show", "novel")
+            self.assertEqual(706 * 30 * 2 * 3 * (64 + 2), int(shown["kv_bytes"]))
+            score, = service.events("score", "novel", "--target-file", TEXT, "--skip-bytes", "2600", "--max-bytes",
+                                    "600", "--base")
+            self.assertNotAlmostEqual(-541.228 / 147, score["sum_logprob"] / 147, delta=2e-4)
+            self.assertAlmostEqual(-541.228 / 147, score["sum_logprob"] / 147, delta=0.01)
+            events = service.events("adapt", "novel", "--steps", 1, "--span-tokens", 64, "--seed", 3)
+            step, = [event["step"] for event in events if "step" in event]
+            self.assertAlmostEqual(2.6240, step["loss"], delta=0.01)
+            self.assertAlmostEqual(0.9858, step["grad_norm"], delta=0.01)
+            self.assertEqual(0, service.stop())
+
     def wait_for(self, service, state, seconds):
         harness.wait_until(state, lambda: service.events("context", "show", "novel")[0]["state"] == state, seconds)
 

@@ -112,6 +112,7 @@ inline RankIdentity Identity() {
   identity.vocab = kVocab;
   identity.kv_capacity_bytes = 1'000'000;
   identity.kv_bytes_per_token = 46'080;
+  identity.kv_dtype = "int8";
   identity.weight_bytes = 5'000'000'000;
   identity.parameters = 1'250'000'000;
   return identity;

@@ -29,6 +29,7 @@ TEST(LinkTest, SaysHelloAndForms) {
   EXPECT_EQ(hello.device(), "cpu");
   EXPECT_EQ(hello.kv_capacity_bytes(), 1'000'000);
   EXPECT_EQ(hello.kv_bytes_per_token(), 46'080);
+  EXPECT_EQ(hello.kv_dtype(), "int8");
   EXPECT_EQ(hello.weight_bytes(), 5'000'000'000);
   EXPECT_EQ(hello.parameters(), 1'250'000'000);
   EXPECT_TRUE(engine.losses.empty());

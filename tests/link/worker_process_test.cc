@@ -382,6 +382,7 @@ TEST(WorkerProcessTest, ServesAloneAndByMpirunAndEndsAsPlanned) {
       EXPECT_EQ(hello.weights_hash().find_first_not_of("0123456789abcdef"), std::string::npos);
       EXPECT_EQ(hello.kv_capacity_bytes(), 64 << 20);
       EXPECT_EQ(hello.kv_bytes_per_token(), 2 * 2 * 3 * 80 * 4);
+      EXPECT_EQ(hello.kv_dtype(), "fp32");
       EXPECT_GT(hello.weight_bytes(), 100'000);
     }
     served.push_back(Serve(group));

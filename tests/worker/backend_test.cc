@@ -58,6 +58,7 @@ struct Scene {
   std::vector<int64_t> cuts = {};  // positions where a new extent starts
   float scale = 1;                 // of q: logits grow with it
   int threads = 1;
+  bool int8 = false;               // K and V in eight bits
 
   std::string Text() const {
     std::string text = std::to_string(pos.size()) + " rows, " + std::to_string(keys) + " keys, " +
@@ -65,24 +66,52 @@ struct Scene {
                        std::to_string(head_dim) + ", " +
                        std::to_string(shards) + " shards, cuts";
     for (const int64_t cut : cuts) text.append(1, ' ').append(std::to_string(cut));
-    return text;
+    return text + (int8 ? ", int8" : "");
   }
 };
 
-OracleInput MakeInput(const Scene& scene) {
+// K or V in eight bits, as base/kv_int8.h says, and what they stand for.
+struct Packed {
+  at::Tensor codes;   // like the numbers, uint8
+  at::Tensor scales;  // bf16, without the last dimension
+};
+
+at::Tensor Unpacked(const Packed& packed) {
+  const at::Tensor codes = packed.codes.to(at::kInt);
+  const at::Tensor magnitude = codes.bitwise_and(127).to(at::kFloat).mul(packed.scales.to(at::kFloat).unsqueeze(-1));
+  return magnitude.to(at::kBFloat16).to(at::kFloat).mul(codes.ge(128).to(at::kFloat).mul(-2).add(1));
+}
+
+Packed Pack(const at::Tensor& x) {
+  const at::Tensor scales = x.abs().amax({-1}).div(127).to(at::kBFloat16);
+  const at::Tensor magnitude = x.abs().div(scales.to(at::kFloat).unsqueeze(-1)).round().clamp_max(127);
+  return {magnitude.add(x.lt(0).to(at::kFloat).mul(128)).to(at::kByte), scales};
+}
+
+struct SceneInput : OracleInput {
+  Packed packed_k, packed_v;  // of a scene in eight bits; k and v are then what they stand for
+};
+
+SceneInput MakeInput(const Scene& scene) {
   std::mt19937_64 random(scene.keys * 1000 + static_cast<int64_t>(scene.pos.size()) * 10 + scene.head_dim);
   const int64_t rows = static_cast<int64_t>(scene.pos.size());
-  OracleInput input;
+  SceneInput input;
   input.q = Random({rows, scene.heads, scene.head_dim}, random, scene.scale);
   input.dout = Random({rows, scene.heads, scene.head_dim}, random);
   input.k = Random({scene.kv_heads, scene.keys, scene.head_dim}, random);
   input.v = Random({scene.kv_heads, scene.keys, scene.head_dim}, random);
   input.pos = at::tensor(at::ArrayRef<int64_t>(scene.pos), at::TensorOptions(at::kLong));
+  if (scene.int8 && scene.keys > 0) {
+    input.packed_k = Pack(input.k);
+    input.packed_v = Pack(input.v);
+    input.k = Unpacked(input.packed_k);
+    input.v = Unpacked(input.packed_v);
+  }
   return input;
 }
 
 // The keys at positions [begin, end) that `plan` owns, in a longer buffer full of NaN, heads far apart.
-KvView MakeView(const OracleInput& input, const ShardPlan& plan, int64_t begin, int64_t end) {
+KvView MakeView(const SceneInput& input, const ShardPlan& plan, int64_t begin, int64_t end) {
   KvView view;
   view.plan = plan;
   view.first_index = 0;
@@ -99,12 +128,24 @@ KvView MakeView(const OracleInput& input, const ShardPlan& plan, int64_t begin, 
     slots.narrow(1, 0, view.length).copy_(from.index_select(1, index));
     return slots;
   };
-  view.k = place(input.k);
-  view.v = place(input.v);
+  if (!input.packed_k.codes.defined()) {
+    view.k = place(input.k);
+    view.v = place(input.v);
+    return view;
+  }
+  // Codes have no NaN: their scales have.
+  const auto place_codes = [&](const at::Tensor& from) {
+    return place(from.to(at::kFloat)).nan_to_num(255.0).to(at::kByte);
+  };
+  const auto place_scales = [&](const at::Tensor& from) { return place(from.unsqueeze(-1)).select(2, 0); };
+  view.k = place_codes(input.packed_k.codes);
+  view.v = place_codes(input.packed_v.codes);
+  view.k_scale = place_scales(input.packed_k.scales);
+  view.v_scale = place_scales(input.packed_v.scales);
   return view;
 }
 
-std::vector<KvView> MakeViews(const OracleInput& input, const Scene& scene, int64_t shard) {
+std::vector<KvView> MakeViews(const SceneInput& input, const Scene& scene, int64_t shard) {
   std::vector<KvView> views;
   int64_t begin = 0;
   for (size_t i = 0; i <= scene.cuts.size(); ++i) {
@@ -138,7 +179,7 @@ void ExpectClose(const at::Tensor& ours, const at::Tensor& plain, const at::Tens
 // Sums and partials of all shards against the oracle.
 void CheckScene(Backend& backend, const Scene& scene) {
   SCOPED_TRACE(scene.Text());
-  const OracleInput input = MakeInput(scene);
+  const SceneInput input = MakeInput(scene);
   const OracleResult exact = Oracle(input);
   const at::Tensor lse32 = exact.lse.to(at::kFloat), dot32 = exact.row_dot.to(at::kFloat);
   const PlainResult plain = PlainTorch(input, lse32, dot32);
@@ -275,7 +316,7 @@ TEST_P(BackendTest, RowsOlderThanEveryKey) {
     const std::vector<std::vector<int64_t>> cases = {{299}, {0, 299, 10}, Range(290, 310), Range(200, 299)};
     for (const std::vector<int64_t>& pos : cases) {
       scene.pos = pos;
-      const OracleInput input = MakeInput(scene);
+      const SceneInput input = MakeInput(scene);
       for (int64_t shard = 0; shard < shards; ++shard) {
         const std::vector<KvView> views = {MakeViews(input, scene, shard)[1]};
         const Partial partial = backend_->Attend(input.q, input.pos, views);
@@ -295,7 +336,7 @@ TEST_P(BackendTest, RowsOlderThanEveryKey) {
 
 TEST_P(BackendTest, NoKeysAtAll) {
   const Scene scene{.pos = {0, 5, 9}, .keys = 10, .heads = 4, .kv_heads = 2, .head_dim = 8};
-  const OracleInput input = MakeInput(scene);
+  const SceneInput input = MakeInput(scene);
   KvView undefined;
   for (const std::vector<KvView>& views :
        {std::vector<KvView>{}, {undefined}, {MakeView(input, {}, 0, 0), MakeView(input, {}, 4, 4)}}) {
@@ -305,6 +346,98 @@ TEST_P(BackendTest, NoKeysAtAll) {
     const at::Tensor dq = backend_->QueryGrad(input.q, input.pos, views, input.dout, partial.lse, partial.lse);
     EXPECT_EQ(dq.sizes(), input.q.sizes());
     EXPECT_TRUE(dq.eq(0).all().item<bool>());
+  }
+}
+
+TEST_P(BackendTest, EightBits) {
+  for (const int64_t rows : {1, 2, 5, 33, 129}) {
+    for (const int64_t shards : {1, 3}) {
+      for (const int64_t depth : {3, 16, 64, 80}) {
+        CheckScene(*backend_, {.pos = Range(520 - rows, 520),
+                               .keys = 520,
+                               .heads = 6,
+                               .kv_heads = 2,
+                               .head_dim = depth,
+                               .shards = shards,
+                               .cuts = {1, 300, 519},
+                               .threads = rows == 129 ? 2 : 1,
+                               .int8 = true});
+      }
+    }
+  }
+  for (const float scale : {0.0f, 1e4f}) {
+    CheckScene(*backend_, {.pos = {0, 130, 100000}, .keys = 257, .head_dim = 32, .scale = scale, .int8 = true});
+  }
+  CheckScene(*backend_, {.pos = {0, 7}, .keys = 1, .head_dim = 16, .int8 = true});
+}
+
+// Every code under scales from the least to the most; a scale of NaN makes the whole vector NaN.
+TEST_P(BackendTest, EveryCode) {
+  Packed packed;
+  packed.codes = at::arange(256, at::kByte).view({1, 1, 256}).repeat({1, 300, 1});
+  packed.scales = at::zeros({1, 300}, at::kBFloat16);
+  std::mt19937_64 random(5);
+  for (int64_t i = 1; i < 300; ++i) {
+    packed.scales[0][i] = std::ldexp(1.0 + static_cast<double>(random() % 128) / 128, static_cast<int>(i % 213) - 100);
+  }
+  packed.scales[0][299] = kNaN;
+  const at::Tensor exact = Unpacked(packed), got = at::empty({300, 256}, at::kFloat);
+  GetParam()->unpack(300, 256, packed.codes.const_data_ptr<uint8_t>(), 256,
+                     static_cast<const uint16_t*>(packed.scales.const_data_ptr()), got.data_ptr<float>());
+  EXPECT_TRUE(at::equal(got.narrow(0, 0, 299), exact[0].narrow(0, 0, 299)));
+  EXPECT_TRUE(got[299].isnan().all().item<bool>());
+}
+
+// What Append writes lies within half a step of what the fp32 backend writes, and the scale is the largest's.
+TEST_P(BackendTest, AppendInEightBits) {
+  ModelConfig config;
+  config.kv_heads = 3;
+  config.heads = 3;
+  config.head_dim = 48;
+  config.hidden = 20;
+  std::mt19937_64 random(11);
+  const at::Tensor h = Random({9, 20}, random, 3);
+  h[2].zero_();           // a vector of zeros
+  h[3].mul_(1e-38f);      // of numbers too small for a scale
+  h[4][1] = kInfinity;
+  h[5][1] = kNaN;
+  h[6].mul_(1e30f);
+  const KeyValueWeights weights{Random({144, 20}, random), Random({144, 20}, random), {}, {}};
+  const at::Tensor slots = at::tensor(std::vector<int64_t>{5, 0, 7, 6, 1, 2, 3, 8, -1}, at::kLong);
+  KvView plain, small;
+  plain.length = small.length = 9;
+  plain.k = at::full({3, 9, 48}, 0.0, at::kFloat);
+  plain.v = plain.k.clone();
+  small.k = at::full({3, 9, 48}, 255, at::kByte);
+  small.v = small.k.clone();
+  small.k_scale = at::full({3, 9}, kNaN, at::kBFloat16);
+  small.v_scale = small.k_scale.clone();
+  const auto append = [&](KvType kv, const KvView& to) {
+    const std::unique_ptr<Backend> backend = MakeCpuBackend(*GetParam(), config, kv);
+    const at::Tensor pos = at::arange(100, 109, at::kLong);
+    backend->Append(h, weights, backend->RotationAt(pos), slots, to);
+  };
+  append(KvType::kDevice, plain);
+  append(KvType::kInt8, small);
+  for (const auto& [x, codes, scales] : {std::tuple(plain.k, small.k, small.k_scale),
+                                         std::tuple(plain.v, small.v, small.v_scale)}) {
+    const at::Tensor largest = x.abs().amax({-1}), got = Unpacked({codes, scales});
+    const at::Tensor step = scales.to(at::kFloat).unsqueeze(-1);
+    for (int64_t slot = 0; slot < 9; ++slot) {
+      if (slot == 4) continue;  // nobody's
+      SCOPED_TRACE(slot);
+      if (slot == 1 || slot == 2) {
+        EXPECT_TRUE(got.select(1, slot).isnan().all().item<bool>());
+        continue;
+      }
+      const auto of = [&](const at::Tensor& t) { return t.select(1, slot); };
+      const float floor = slot == 6 ? 0.0f : 1.0f;  // too small for a scale
+      EXPECT_TRUE(at::equal(of(largest).mul(floor / 127).to(at::kBFloat16), of(scales)));
+      // Half a step, what the scale's rounding cuts off the largest, and a last bit of bf16.
+      EXPECT_TRUE((of(got) - of(x)).abs().le(of(step).mul(0.5001 + 127.0 / 512) + of(x).abs().mul(1.001 / 512) + 1e-30f).all()
+                      .item<bool>());
+    }
+    EXPECT_TRUE(codes.select(1, 4).eq(255).all().item<bool>() && scales.select(1, 4).isnan().all().item<bool>());
   }
 }
 
@@ -327,7 +460,7 @@ TEST_P(BackendTest, NanQueryStaysLoud) {
   for (const int64_t keys : {200, 230}) {
     const Scene scene{.pos = Range(180, 200), .keys = keys, .heads = 3, .kv_heads = 1, .head_dim = 16};
     for (const int64_t rows : {1, 20}) {
-      OracleInput input = MakeInput(scene);
+      SceneInput input = MakeInput(scene);
       const at::Tensor q = input.q.narrow(0, 0, rows).clone();
       q[rows - 1][1][3] = kNaN;
       const Partial partial = backend_->Attend(q, input.pos.narrow(0, 20 - rows, rows), MakeViews(input, scene, 0));
@@ -345,7 +478,7 @@ TEST_P(BackendTest, NanQueryStaysLoud) {
 
 TEST_P(BackendTest, FiniteDifferences) {
   const Scene scene{.pos = {4, 260, 2, 300}, .keys = 301, .heads = 2, .kv_heads = 1, .head_dim = 3, .shards = 2};
-  const OracleInput input = MakeInput(scene);
+  const SceneInput input = MakeInput(scene);
   const OracleResult exact = Oracle(input);
   at::Tensor dq = at::zeros(input.q.sizes(), input.q.options());
   for (int64_t shard = 0; shard < 2; ++shard) {
@@ -367,7 +500,7 @@ TEST_P(BackendTest, FiniteDifferences) {
 TEST_P(BackendTest, SameBitsTwiceAndThreadsAgree) {
   for (const int64_t rows : {1, 4, 129}) {
     const Scene scene{.pos = Range(3000 - rows, 3000), .keys = 3000, .heads = 9, .kv_heads = 3, .head_dim = 64};
-    const OracleInput input = MakeInput(scene);
+    const SceneInput input = MakeInput(scene);
     const std::vector<KvView> views = MakeViews(input, scene, 0);
     std::vector<Partial> results;
     std::vector<at::Tensor> grads;
@@ -390,7 +523,7 @@ TEST_P(BackendTest, SameBitsTwiceAndThreadsAgree) {
 
 TEST_P(BackendTest, LopsidedMergeIsOneShot) {
   Scene scene{.pos = Range(3136 - 9, 3136), .keys = 3136, .heads = 6, .kv_heads = 2, .head_dim = 64};
-  const OracleInput input = MakeInput(scene);
+  const SceneInput input = MakeInput(scene);
   const OracleResult exact = Oracle(input);
   const at::Tensor unused = at::zeros(exact.lse.sizes(), input.q.options());
   const PlainResult plain = PlainTorch(input, unused, unused);
@@ -453,7 +586,7 @@ TEST_P(BackendTest, StridesBeyond31Bits) {
   void* memory = mmap(nullptr, kBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) GTEST_SKIP() << "no " << kBytes << " bytes of address space";
   const Scene scene{.pos = Range(100, 140), .keys = 140, .heads = 4, .kv_heads = 2, .head_dim = 16};
-  const OracleInput input = MakeInput(scene);
+  const SceneInput input = MakeInput(scene);
   KvView view;
   view.length = scene.keys;
   view.k = at::from_blob(memory, {2, scene.keys, 16}, {kStride, 16, 1}, at::TensorOptions(at::kFloat));

@@ -48,11 +48,11 @@ bool Answer::ok() const {
 
 std::string Answer::reason() const { return DetailOf(result().status).reason; }
 
-Group::Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capacity_bytes)
+Group::Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capacity_bytes, KvType kv)
     : Group(
           ranks,
-          [&weights, collectives = MakeLocalCollectives(ranks, kCollectiveSeconds)](int rank) {
-            return RankParts{weights, MakeCpuBackend(weights->config), collectives[rank]};
+          [&weights, kv, collectives = MakeLocalCollectives(ranks, kCollectiveSeconds)](int rank) {
+            return RankParts{weights, MakeCpuBackend(weights->config, kv), collectives[rank]};
           },
           kv_capacity_bytes) {}
 

@@ -13,6 +13,7 @@
 #include <variant>
 #include <vector>
 
+#include "base/memory_plan.h"
 #include "worker/command.h"
 #include "worker/engine.h"
 #include "worker/weights.h"
@@ -46,7 +47,8 @@ struct Answer {
 class Group {
  public:
   // Every slot of K/V starts as NaN. One thread per rank. CPU backend, local collectives.
-  Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capacity_bytes = int64_t{1} << 30);
+  Group(std::shared_ptr<const Weights> weights, int ranks, int64_t kv_capacity_bytes = int64_t{1} << 30,
+        KvType kv = KvType::kDevice);
   // The same with other parts, made on each rank's thread.
   Group(int ranks, const std::function<RankParts(int)>& make, int64_t kv_capacity_bytes = int64_t{1} << 30);
   // Stops and joins. A rank that ended on its own is a test failure, unless the test took its status with Ended().

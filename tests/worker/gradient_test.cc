@@ -48,6 +48,11 @@ struct Rank {
   int index;
 };
 
+double Cosine(const at::Tensor& a, const at::Tensor& b) {
+  const at::Tensor x = a.to(at::kDouble), y = b.to(at::kDouble);
+  return (x * y).sum().item<double>() / std::sqrt(x.square().sum().item<double>() * y.square().sum().item<double>());
+}
+
 class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int>> {
  protected:
   GradientTest()
@@ -56,7 +61,8 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
         ranks_(std::get<1>(GetParam())) {}
 
   // Runs `body` on every rank in a thread of its own, after prefilling `ids`.
-  void OnRanks(const std::vector<int32_t>& ids, const std::function<void(const Rank&)>& body) {
+  void OnRanks(const std::vector<int32_t>& ids, const std::function<void(const Rank&)>& body,
+               KvType kv = KvType::kDevice) {
     const std::vector<std::shared_ptr<Collective>> collectives = MakeLocalCollectives(ranks_, 30.0);
     std::vector<std::thread> threads;
     for (int r = 0; r < ranks_; ++r) {
@@ -64,11 +70,12 @@ class GradientTest : public ::testing::TestWithParam<std::tuple<std::string, int
         const c10::InferenceMode inference;
         at::set_num_threads(1);
         std::atomic<int64_t> progress{0};
-        const std::unique_ptr<Backend> backend = MakeCpuBackend(weights_->config);
+        const std::unique_ptr<Backend> backend = MakeCpuBackend(weights_->config, kv);
         try {
           Model model(*weights_, *backend, *collectives[r], progress);
           const auto context = std::make_shared<KvExtent>(weights_->config, model.plan(), 0,
-                                                          static_cast<int64_t>(ids.size()), at::kFloat, /*poison=*/true);
+                                                          static_cast<int64_t>(ids.size()), backend->kv_dtype(),
+                                                          /*poison=*/true);
           PrefillRows(model, KvChain(), *context, 0, ids);
           body(Rank{model, KvChain(context), r});
         } catch (const std::exception& error) {
@@ -146,6 +153,26 @@ TEST_P(GradientTest, EqualsAutogradInEveryLayer) {
     });
     for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << name << ": every rank holds the same bits";
   }
+}
+
+// Eight bits turn the gradient by less than 8 degrees in every layer, and all ranks see the same keys.
+TEST_P(GradientTest, PointsTheSameWayInEightBits) {
+  const json& expected = golden_.json.at("gradients").at("two_spans");
+  const at::Tensor gradient = golden_.layers("gradient.two_spans");
+  OnRanks(
+      golden_.context(),
+      [&](const Rank& rank) {
+        at::Tensor actual = NewDelta();
+        const double loss =
+            SpanGradient(rank.model, rank.context, NewDelta(), golden_.spans(expected.at("spans")), actual);
+        EXPECT_NEAR(loss, expected.at("loss").get<double>(), 0.01);  // 1% of perplexity
+        for (int64_t layer = 0; layer < actual.size(0); ++layer) {
+          const double cosine = Cosine(actual.select(0, layer), gradient.select(0, layer));
+          EXPECT_GE(cosine, 0.99) << "layer " << layer;
+          EXPECT_LE(cosine, 1 - 1e-7) << "layer " << layer << ": eight bits cannot be as good as 32";
+        }
+      },
+      KvType::kInt8);
 }
 
 // At a delta that is not zero, which the stored gradients do not reach: along a layer's gradient the loss rises by its

@@ -38,12 +38,12 @@ struct Request {
   bool ended = false;
 };
 
-class SharingTest : public ::testing::TestWithParam<std::tuple<int, int>> {
+class SharingTest : public ::testing::TestWithParam<std::tuple<int, int, KvType>> {
  protected:
   SharingTest()
       : random_(static_cast<uint64_t>(std::get<1>(GetParam()))),
-        group_(TestWeights("qwen3"), std::get<0>(GetParam())),
-        alone_(TestWeights("qwen3"), 1) {}
+        group_(TestWeights("qwen3"), std::get<0>(GetParam()), int64_t{1} << 30, kv_),
+        alone_(TestWeights("qwen3"), 1, int64_t{1} << 30, kv_) {}
 
   int64_t Pick(int64_t below) { return static_cast<int64_t>(random_() % static_cast<uint64_t>(below)); }
   template <typename Map>
@@ -57,9 +57,10 @@ class SharingTest : public ::testing::TestWithParam<std::tuple<int, int>> {
   }
 
   Held Reserve(int64_t first, int64_t capacity) {
+    const at::ScalarType dtype = kv_ == KvType::kInt8 ? at::kByte : at::kFloat;
     auto bytes = std::make_shared<std::vector<int64_t>>();
     for (int rank = 0; rank < group_.size(); ++rank) {
-      bytes->push_back(KvExtent::Bytes(TestWeights("qwen3")->config, {group_.size(), rank}, first, capacity, 4));
+      bytes->push_back(KvExtent::Bytes(TestWeights("qwen3")->config, {group_.size(), rank}, first, capacity, dtype));
     }
     all_.push_back(bytes);
     return bytes;
@@ -223,13 +224,16 @@ class SharingTest : public ::testing::TestWithParam<std::tuple<int, int>> {
     ASSERT_GE(request.got.size(), 1u);
     for (size_t i = 0; i < std::min(request.got.size(), request.want.size()); ++i) {
       EXPECT_EQ(request.got[i].id, request.want[i].id) << "token " << i;
-      // AdamW's first step moves by its rate whichever way a gradient near 0 was rounded.
-      EXPECT_NEAR(request.got[i].logprob, request.want[i].logprob, request.adapter == 0 ? 1e-5 : 1e-4)
+      // AdamW's first step moves by its rate whichever way a gradient near 0 was rounded. In eight bits a last bit of the
+      // keys may be a whole step of the code.
+      const double bound = kv_ == KvType::kInt8 ? 2e-3 : request.adapter == 0 ? 1e-5 : 1e-4;
+      EXPECT_NEAR(request.got[i].logprob, request.want[i].logprob, bound)
           << "token " << i << ", adapter " << request.adapter;
     }
     checked_ += static_cast<int64_t>(request.got.size());
   }
 
+  const KvType kv_ = std::get<2>(GetParam());
   std::mt19937_64 random_;
   Group group_, alone_;
   std::map<uint64_t, Context> contexts_;
@@ -264,11 +268,18 @@ TEST_P(SharingTest, AnyOrderGivesTheSameAnswersAndAllMemoryBack) {
   EXPECT_GE(checked_, 40);
 }
 
-INSTANTIATE_TEST_SUITE_P(Seeds, SharingTest, ::testing::Combine(::testing::Values(1, 2, 3), ::testing::Values(1, 2, 3)),
-                         [](const auto& info) {
-                           return std::to_string(std::get<0>(info.param)) + "_ranks_seed_" +
-                                  std::to_string(std::get<1>(info.param));
-                         });
+std::string NameOf(const testing::TestParamInfo<std::tuple<int, int, KvType>>& info) {
+  return std::to_string(std::get<0>(info.param)) + "_ranks_seed_" + std::to_string(std::get<1>(info.param));
+}
+
+INSTANTIATE_TEST_SUITE_P(Seeds, SharingTest,
+                         ::testing::Combine(::testing::Values(1, 2, 3), ::testing::Values(1, 2, 3),
+                                            ::testing::Values(KvType::kDevice)),
+                         NameOf);
+INSTANTIATE_TEST_SUITE_P(EightBits, SharingTest,
+                         ::testing::Combine(::testing::Values(1, 3), ::testing::Values(4, 5),
+                                            ::testing::Values(KvType::kInt8)),
+                         NameOf);
 
 }  // namespace
 }  // namespace refocus
