@@ -35,6 +35,7 @@ namespace {
 struct Options {
   std::string model;
   std::string device = "cpu";
+  std::string kv_dtype;
   std::string ids_file;  // int32, little-endian
   std::string jsonl;
   std::string results;
@@ -54,6 +55,8 @@ struct Options {
   int threads = 1;
   bool synthetic_cache = false;
   bool cuda() const { return device == "cuda"; }
+  DeviceKind kind() const { return cuda() ? DeviceKind::kCuda : DeviceKind::kCpu; }
+  KvType kv() const { return *ParseKvType(kv_dtype, kind()); }  // checked before
 };
 
 double Now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -229,7 +232,7 @@ class ContextBench {
     const double count = Real(options_.decode);
     row.flops = (LinearFlops(c_, true, true) + attention_row() * Real(tokens_)) * count;
     row.bytes = count * (weight_bytes() + (adapter == 0 ? 0.0 : Real(c_.query_parameters() * element_)) +
-                         Real(c_.kv_bytes_per_token(element_)) * Real(tokens_) / ranks_);
+                         Real(KvBytesPerToken(c_, options_.kind(), options_.kv())) * Real(tokens_) / ranks_);
     row.floor_seconds = row.bytes / ceilings_.copy_bytes;
     rows_.push_back(row);
     driver_.Run(CloseSequence{open.sequence});
@@ -269,7 +272,7 @@ class ContextBench {
     const double steps = Real(options_.decode);
     row.flops = (LinearFlops(c_, true, true) + attention_row() * Real(tokens_)) * Real(row.units);
     row.bytes = steps * (weight_bytes() + Real(std::min(adapters, rows) * c_.query_parameters() * element_) +
-                         Real(c_.kv_bytes_per_token(element_)) * Real(tokens_) / ranks_);
+                         Real(KvBytesPerToken(c_, options_.kind(), options_.kv())) * Real(tokens_) / ranks_);
     row.floor_seconds = row.bytes / ceilings_.copy_bytes;
     rows_.push_back(row);
     for (const uint64_t uid : decode.sequences) driver_.Run(CloseSequence{uid});
@@ -300,7 +303,8 @@ void Report(const std::vector<Row>& rows, const std::string& device, int ranks, 
                 row.bytes / static_cast<double>(row.units) / unit / 1e12, floor * 1e3, 100.0 * floor / unit);
     if (jsonl) {
       jsonl << "{\"phase\":\"" << row.what << "\",\"tokens\":" << row.tokens << ",\"ranks\":" << ranks << ",\"device\":\""
-            << device << "\",\"synthetic_cache\":" << (options.synthetic_cache ? "true" : "false")
+            << device << "\",\"kv_dtype\":\"" << KvTypeName(options.kv(), options.kind())
+            << "\",\"synthetic_cache\":" << (options.synthetic_cache ? "true" : "false")
             << ",\"threads\":" << options.threads << ",\"units\":" << row.units << ",\"seconds\":" << row.seconds
             << ",\"unit_ms\":" << unit * 1e3 << ",\"floor_ms\":" << floor * 1e3
             << ",\"tflops\":" << row.flops / static_cast<double>(row.units) / unit / 1e12 << "}\n";
@@ -373,10 +377,10 @@ Status RunRank(const Options& options, const Launch& launch) {
     if (launch.size > 1 && launch.rank == 0) id = MakeGpuGroupId();
     if (launch.size > 1) ShareFromRankZero(&id);
     collective = MakeGpuCollective(id, launch.rank, launch.size, 600.0);
-    backend = MakeGpuBackend(config, gpu);
+    backend = MakeGpuBackend(config, gpu, options.kv());
   } else {
     collective = MakeMpiCollective(600.0);
-    backend = MakeCpuBackend(config);
+    backend = MakeCpuBackend(config, options.kv());
   }
   LoadOptions load;
   load.threads = options.cuda() ? std::max(launch.threads, 1) : options.threads;
@@ -389,10 +393,12 @@ Status RunRank(const Options& options, const Launch& launch) {
   const Ceilings ceilings = MeasureCeilings(*backend);
   GpuReleaseCached();  // what the ceilings took is not the engine's
   const int64_t element_bytes = static_cast<int64_t>(c10::elementSize(backend->dtype()));
+  const std::string kept =
+      ", K/V " + KvTypeName(options.kv(), options.kind()) + (options.synthetic_cache ? ", synthetic" : "");
   if (launch.rank == 0) {
     std::printf("# %s, %lld layers, %d x %s%s; GEMM %.3f TFLOP/s, copy %.3f TB/s; %.2f GB of weights in %.1f s\n",
                 config.name.c_str(), static_cast<long long>(config.layers), launch.size, device.c_str(),
-                options.synthetic_cache ? ", synthetic cache" : "", ceilings.gemm_flops / 1e12,
+                kept.c_str(), ceilings.gemm_flops / 1e12,
                 ceilings.copy_bytes / 1e12, static_cast<double>(weights->bytes) / 1e9, load_seconds);
     std::printf("| phase | tokens | seconds | ms a unit | units/s | TFLOP/s | TB/s a rank | floor ms | of floor |\n");
     std::printf("|---|---:|---:|---:|---:|---:|---:|---:|---:|\n");
@@ -433,6 +439,11 @@ int Main(int argc, char** argv) {
   CLI::App app("Contexts through the engine: prefill, adaptation steps, decode");
   app.add_option("--model", options.model, "Hugging Face folder or GGUF file")->required();
   app.add_option("--device", options.device, "cpu or cuda")->check(CLI::IsMember({"cpu", "cuda"}))->capture_default_str();
+  app.add_option("--kv-dtype", options.kv_dtype, "How K and V are kept: fp32 (cpu), bf16 (cuda) or int8")
+      ->check([&options](const std::string& name) {
+        const Status status = ParseKvType(name, options.kind()).status();
+        return status.ok() ? "" : std::string(status.message());
+      }, "");
   app.add_option("--random-weights", options.random_weights, "Weights made from this seed instead of read");
   app.add_option("--layers", options.layers, "With random weights: fewer layers than the configuration says");
   app.add_option("--ids", options.ids_file, "Token ids, little-endian int32; random ids without it");

@@ -2,7 +2,8 @@
 // each a replayed CUDA graph of enough calls to take about two milliseconds. Calls walk through one large K/V cache, so
 // that a short context is not read from the L2 cache.
 //
-//   kernel_bench [part of a row's name [portable]]
+//   kernel_bench [part of a row's name [portable] [int8]]
+// int8: K and V in eight bits, any codes with one scale.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -42,6 +43,12 @@ __global__ void FillRandom(__nv_bfloat16* to, int64_t size, uint64_t seed) {
   }
 }
 
+__global__ void FillScales(uint16_t* to, int64_t size) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < size; i += int64_t{gridDim.x} * blockDim.x) {
+    to[i] = 0x3c80;  // 1 / 64
+  }
+}
+
 template <typename T>
 T* Allocate(int64_t size) {
   T* data = nullptr;
@@ -71,6 +78,8 @@ struct Memory {
     row_dot = Allocate<float>(rows);
     pos = Allocate<int64_t>(kLongestPrefill);
     workspace = Allocate<unsigned char>(workspace_bytes);
+    scales = Allocate<uint16_t>(kCacheTokens * model.kv_heads);
+    FillScales<<<4096, 256>>>(scales, kCacheTokens * model.kv_heads);
     FillRandom<<<4096, 256>>>(k, cache, 1);
     FillRandom<<<4096, 256>>>(v, cache, cache);
     FillRandom<<<4096, 256>>>(q, rows * model.head_dim, 5);
@@ -80,7 +89,7 @@ struct Memory {
   ~Memory() {
     for (void* data : {static_cast<void*>(k), static_cast<void*>(v), static_cast<void*>(q), static_cast<void*>(dout),
                        static_cast<void*>(out), static_cast<void*>(lse), static_cast<void*>(row_dot),
-                       static_cast<void*>(pos), static_cast<void*>(workspace)}) {
+                       static_cast<void*>(pos), static_cast<void*>(workspace), static_cast<void*>(scales)}) {
       cudaFree(data);
     }
   }
@@ -97,6 +106,7 @@ struct Memory {
   float* row_dot;
   int64_t* pos;
   unsigned char* workspace;
+  uint16_t* scales;  // of int8: K's are V's
 };
 
 // Milliseconds a call: median and worst of the samples. `call` gets the call's number.
@@ -140,11 +150,12 @@ std::pair<double, double> Time(cudaStream_t stream, const std::function<cudaErro
 
 class Bench {
  public:
-  Bench(const Model& model, const char* filter, bool portable_only, int sm_count, cudaStream_t stream)
+  Bench(const Model& model, const char* filter, bool portable_only, bool int8, int sm_count, cudaStream_t stream)
       : model_(model),
         memory_(model),
         filter_(filter),
         portable_only_(portable_only),
+        int8_(int8),
         sm_count_(sm_count),
         stream_(stream) {}
 
@@ -229,14 +240,18 @@ class Bench {
     shape.pos = memory_.pos;
     shape.expected_keys = keys;
     shape.portable_only = portable_only_;
+    shape.int8 = int8_;
+    shape.kv[0].k_scale = shape.kv[0].v_scale = memory_.scales;
     return shape;
   }
 
   // The cache's next stretch of `keys` tokens.
   AttentionShape Window(AttentionShape shape, int64_t keys, int call) const {
-    const int64_t first = call % (kCacheTokens / keys) * keys * model_.head_dim;
-    shape.kv[0].k = memory_.k + first;
-    shape.kv[0].v = memory_.v + first;
+    const int64_t first = call % (kCacheTokens / keys) * keys;
+    const int64_t bytes = first * model_.head_dim * (int8_ ? 1 : 2);
+    shape.kv[0].k = reinterpret_cast<const char*>(memory_.k) + bytes;
+    shape.kv[0].v = reinterpret_cast<const char*>(memory_.v) + bytes;
+    shape.kv[0].k_scale = shape.kv[0].v_scale = memory_.scales + first;
     return shape;
   }
 
@@ -246,7 +261,10 @@ class Bench {
     return pairs * model_.heads * model_.head_dim;
   }
 
-  double KvBytes(int64_t keys) const { return 4.0 * static_cast<double>(keys) * model_.kv_heads * model_.head_dim; }
+  double KvBytes(int64_t keys) const {
+    const double of_head = int8_ ? 2.0 * (model_.head_dim + 2) : 4.0 * model_.head_dim;
+    return static_cast<double>(keys) * model_.kv_heads * of_head;
+  }
 
   void CheckWorkspace(int64_t bytes) const {
     if (bytes <= Memory::workspace_bytes) return;
@@ -264,12 +282,14 @@ class Bench {
   Memory memory_;
   const std::string filter_;
   const bool portable_only_;
+  const bool int8_;
   const int sm_count_;
   cudaStream_t stream_;
 };
 
-void RunModel(const Model& model, const char* filter, bool portable_only, int sm_count, cudaStream_t stream) {
-  Bench bench(model, filter, portable_only, sm_count, stream);
+void RunModel(const Model& model, const char* filter, bool portable_only, bool int8, int sm_count,
+              cudaStream_t stream) {
+  Bench bench(model, filter, portable_only, int8, sm_count, stream);
   for (const int64_t keys : {4096, 32768, 131072, 524288}) bench.Forward("span", 128, keys);
   for (const int64_t keys : {4096, 32768, 131072, 524288}) bench.Backward("span-grad", 128, keys);
   bench.Forward("span", 512, 131072);
@@ -286,7 +306,11 @@ void RunModel(const Model& model, const char* filter, bool portable_only, int sm
 
 int Main(int argc, char** argv) {
   const char* filter = argc > 1 ? argv[1] : "";
-  const bool portable_only = argc > 2 && std::strcmp(argv[2], "portable") == 0;
+  bool portable_only = false, int8 = false;
+  for (int i = 2; i < argc; ++i) {
+    portable_only = portable_only || std::strcmp(argv[i], "portable") == 0;
+    int8 = int8 || std::strcmp(argv[i], "int8") == 0;
+  }
   cudaDeviceProp properties;
   Require(cudaGetDeviceProperties(&properties, 0), "no CUDA device");
   cudaStream_t stream;
@@ -296,7 +320,7 @@ int Main(int argc, char** argv) {
   std::printf("| model, work, rows x keys (combine: x parts) | splits | median us | worst us | TFLOP/s | K/V TB/s |\n");
   std::printf("|---|---:|---:|---:|---:|---:|\n");
   for (const Model& model : {Model{"qwen3-4b", 32, 8, 128}, Model{"smollm2", 9, 3, 64}}) {
-    RunModel(model, filter, portable_only, properties.multiProcessorCount, stream);
+    RunModel(model, filter, portable_only, int8, properties.multiProcessorCount, stream);
   }
   return 0;
 }

@@ -74,10 +74,13 @@ check nccl each "$bin/collective_nccl_test"
 check service python3 -B "$root/tests/e2e/gpu_test.py" "$bin" "$root"
 wanted service && grep -E '^(cuda|cpu|context|adapt|ask|1048576|\|)' "$logs/service.log"
 table kernels "$bin/kernel_bench"
+table kernels_int8 "$bin/kernel_bench" "" int8
 table context_one "${bench[@]}" --tokens 8192,32768,131072 --steps 12
 [ "$gpus" -gt 1 ] && table context_all each "${bench[@]}" --tokens 8192,32768,131072 --steps 12
 table batch "${bench[@]}" --tokens 131072 --synthetic-cache --steps 2 --batch 1,4,16,64 --adapters 0,1,8
 table context_million each "${bench[@]}" --tokens 1048576 --synthetic-cache --steps 12
+table context_int8 "${bench[@]}" --kv-dtype int8 --tokens 32768,131072 --steps 12
+table context_million_int8 "${bench[@]}" --kv-dtype int8 --tokens 1048576 --synthetic-cache --steps 12
 table transformers python3 -B "$root/bench/peer_gpu.py" "$shape" --tokens 8192,32768,131072
 # Losses of adapted steps, real shapes at reduced depth.
 for name in qwen3-4b llama3-8b; do

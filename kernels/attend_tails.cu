@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "kernels/attention.h"
+#include "kernels/int8_tiles.cuh"
 #include "kernels/key_tiles.cuh"
 
 namespace refocus::kernels {
@@ -27,8 +28,7 @@ struct Columns {
   float v[8];
 };
 
-__device__ __forceinline__ Columns Load(const __nv_bfloat16* from) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+__device__ __forceinline__ Columns ToColumns(const uint4& raw) {
   Columns columns;
   const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(&raw);
 #pragma unroll
@@ -38,6 +38,17 @@ __device__ __forceinline__ Columns Load(const __nv_bfloat16* from) {
     columns.v[2 * i + 1] = pair.y;
   }
   return columns;
+}
+
+__device__ __forceinline__ Columns Load(const __nv_bfloat16* from) {
+  return ToColumns(*reinterpret_cast<const uint4*>(from));
+}
+
+__device__ __forceinline__ Columns Load(const uint8_t* codes, uint16_t scale_bits) {
+  const uint2 raw = *reinterpret_cast<const uint2*>(codes);
+  const CodeScale scale(scale_bits);
+  const uint2 low = WidenCodes(raw.x, scale), high = WidenCodes(raw.y, scale);
+  return ToColumns(make_uint4(low.x, low.y, high.x, high.y));
 }
 
 // The running softmax of one group of lanes: maximum in base-2 units of scale, sum of weights, weighted sum of V.
@@ -82,11 +93,25 @@ struct Running {
 };
 
 struct Share {
-  const __nv_bfloat16* k;
-  const __nv_bfloat16* v;
+  const void* k;
+  const void* v;
+  const uint16_t* k_scale;  // of int8
+  const uint16_t* v_scale;
   int64_t begin, end;  // slots
+
+  // Eight columns of a slot, which lie `place` elements behind k or v.
+  template <bool kInt8>
+  __device__ __forceinline__ Columns LoadColumns(bool value, int64_t slot, int64_t place) const {
+    const void* const from = value ? v : k;
+    if constexpr (kInt8) {
+      return Load(static_cast<const uint8_t*>(from) + place, (value ? v_scale : k_scale)[slot]);
+    } else {
+      return Load(static_cast<const __nv_bfloat16*>(from) + place);
+    }
+  }
 };
 
+template <bool kInt8>
 __device__ __forceinline__ Share ShareOf(const Args& a, const TailExtent& tail, int64_t count, int kv_head, int split) {
   Share share;
   const int64_t seen = count - tail.first_index;
@@ -96,12 +121,17 @@ __device__ __forceinline__ Share ShareOf(const Args& a, const TailExtent& tail, 
   share.begin = split * keys < visible ? split * keys : visible;
   share.end = share.begin + keys < visible ? share.begin + keys : visible;
   const int64_t offset = a.p.layer * tail.layer_stride + kv_head * tail.head_stride;
-  share.k = reinterpret_cast<const __nv_bfloat16*>(tail.k) + offset;
-  share.v = reinterpret_cast<const __nv_bfloat16*>(tail.v) + offset;
+  constexpr int kBytes = kInt8 ? 1 : 2;
+  share.k = static_cast<const char*>(tail.k) + offset * kBytes;
+  share.v = static_cast<const char*>(tail.v) + offset * kBytes;
+  if constexpr (kInt8) {
+    share.k_scale = static_cast<const uint16_t*>(tail.k_scale) + offset / a.p.head_dim;
+    share.v_scale = static_cast<const uint16_t*>(tail.v_scale) + offset / a.p.head_dim;
+  }
   return share;
 }
 
-template <int kHeads, int kLanes>
+template <int kHeads, int kLanes, bool kInt8>
 __global__ void __launch_bounds__(kThreads) AttendTailsKernel(const __grid_constant__ Args a) {
   constexpr int kGroups = 32 / kLanes;  // keys that a warp looks at together
   constexpr int kStep = kWarps * kGroups;
@@ -133,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) AttendTailsKernel(const __grid_const
   for (int e = 0; e < kTailExtents; ++e) {
     const TailExtent tail = p.tails[row * kTailExtents + e];
     if (tail.slots == 0) continue;
-    const Share share = ShareOf(a, tail, count, kv_head, split);
+    const Share share = ShareOf<kInt8>(a, tail, count, kv_head, split);
     for (int64_t base = share.begin + warp * kGroups; base < share.end; base += kAhead * kStep) {
       Columns key[kAhead] = {}, value[kAhead] = {};
       bool there[kAhead];
@@ -142,8 +172,8 @@ __global__ void __launch_bounds__(kThreads) AttendTailsKernel(const __grid_const
         const int64_t slot = base + i * kStep + member;
         there[i] = slot < share.end;
         if (!there[i] || !active) continue;
-        key[i] = Load(share.k + slot * p.head_dim + lane * 8);
-        value[i] = Load(share.v + slot * p.head_dim + lane * 8);
+        key[i] = share.LoadColumns<kInt8>(false, slot, slot * p.head_dim + lane * 8);
+        value[i] = share.LoadColumns<kInt8>(true, slot, slot * p.head_dim + lane * 8);
       }
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
@@ -207,16 +237,16 @@ __global__ void __launch_bounds__(kThreads) AttendTailsKernel(const __grid_const
   }
 }
 
-template <int kHeads>
+template <int kHeads, bool kInt8>
 void Launch(const Args& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(a.p.rows), static_cast<unsigned>(a.p.kv_heads * a.chunks),
                   static_cast<unsigned>(a.splits));
   if (a.p.head_dim <= 64) {
-    AttendTailsKernel<kHeads, 8><<<grid, kThreads, 0, stream>>>(a);
+    AttendTailsKernel<kHeads, 8, kInt8><<<grid, kThreads, 0, stream>>>(a);
   } else if (a.p.head_dim <= 128) {
-    AttendTailsKernel<kHeads, 16><<<grid, kThreads, 0, stream>>>(a);
+    AttendTailsKernel<kHeads, 16, kInt8><<<grid, kThreads, 0, stream>>>(a);
   } else {
-    AttendTailsKernel<kHeads, 32><<<grid, kThreads, 0, stream>>>(a);
+    AttendTailsKernel<kHeads, 32, kInt8><<<grid, kThreads, 0, stream>>>(a);
   }
 }
 
@@ -226,16 +256,16 @@ cudaError_t AttendTails(const AttendTailsParams& params, int sm_count, cudaStrea
   const AttendTailsParams& p = params;
   if (p.rows < 0 || p.rows > 65535 || p.kv_heads <= 0 || p.heads <= 0 || p.heads % p.kv_heads != 0)
     return cudaErrorInvalidValue;
-  if (p.head_dim <= 0 || p.head_dim % 8 != 0 || p.head_dim > kMaxHeadDim) return cudaErrorInvalidValue;
+  if (p.head_dim <= 0 || p.head_dim % (p.int8 ? 16 : 8) != 0 || p.head_dim > kMaxHeadDim) return cudaErrorInvalidValue;
   if (p.shards < 1 || p.shard < 0 || p.shard >= p.shards || !(p.scale > 0.0f)) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
   const int group = p.heads / p.kv_heads;
   Args a{p, TailSplits(p.rows, p.kv_heads, sm_count), 1, p.scale * kLog2E};
-  if (group == 1) {
-    Launch<1>(a, stream);
+  a.chunks = group == 1 ? 1 : (group + kMostHeads - 1) / kMostHeads;
+  if (p.int8) {
+    group == 1 ? Launch<1, true>(a, stream) : Launch<kMostHeads, true>(a, stream);
   } else {
-    a.chunks = (group + kMostHeads - 1) / kMostHeads;
-    Launch<kMostHeads>(a, stream);
+    group == 1 ? Launch<1, false>(a, stream) : Launch<kMostHeads, false>(a, stream);
   }
   return cudaGetLastError();
 }

@@ -41,6 +41,7 @@ struct AttendTailsParams {
   const void* q = nullptr;       // bf16 [rows, heads, head_dim]
   const int64_t* pos = nullptr;  // [rows]
   const TailExtent* tails = nullptr;
+  bool int8 = false;             // what the extents hold; head_dim is then a multiple of 16
   float* out = nullptr;          // [TailSplits(rows, kv_heads, sm_count), rows, heads, head_dim]
   float* lse = nullptr;          // [splits, rows, heads]
 };

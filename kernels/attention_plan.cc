@@ -59,7 +59,7 @@ int ChooseSplits(const AttentionShape& shape, BlockRates tile, int products, int
   if (blocks >= kFullRounds * slots) return 1;
 
   const double flops = 2.0 * products * tile.rows * tile.keys * PaddedHeadDim(shape.head_dim);
-  const double bytes = 4.0 * tile.keys * shape.head_dim;
+  const double bytes = (shape.int8 ? 2.0 : 4.0) * tile.keys * shape.head_dim;
   const double tile_us = tile.blocks_per_sm * std::max(flops / tile.flops_per_us, bytes / kBytesPerUs);
   // Written, then read.
   const double partial_us = 2.0 * static_cast<double>(partial_bytes) / (kBytesPerUs * sm_count);
@@ -82,12 +82,15 @@ int ChooseSplits(const AttentionShape& shape, BlockRates tile, int products, int
 bool ValidShape(const AttentionShape& s) {
   if (s.rows < 0 || s.heads <= 0 || s.kv_heads <= 0 || s.heads % s.kv_heads != 0) return false;
   if (s.head_dim <= 0 || s.head_dim > kMaxHeadDim || s.head_dim % 8 != 0) return false;
+  if (s.int8 && s.head_dim % 16 != 0) return false;
   if (!(s.scale > 0.0f) || s.shards <= 0 || s.shard < 0 || s.shard >= s.shards) return false;
   if (s.extents < 0 || s.extents > kMaxExtents) return false;
   for (int i = 0; i < s.extents; ++i) {
     const KvSlots& kv = s.kv[i];
     if (kv.slots < 0 || kv.first_index < 0 || kv.head_stride % 8 != 0) return false;
     if (kv.slots > 0 && (kv.k == nullptr || kv.v == nullptr)) return false;
+    if (s.int8 && kv.head_stride % s.head_dim != 0) return false;
+    if (s.int8 && kv.slots > 0 && (kv.k_scale == nullptr || kv.v_scale == nullptr)) return false;
     const auto bits = reinterpret_cast<uintptr_t>(kv.k) | reinterpret_cast<uintptr_t>(kv.v);
     if (bits % 16 != 0) return false;
   }
@@ -95,7 +98,7 @@ bool ValidShape(const AttentionShape& s) {
 }
 
 bool UsesHopper(const AttentionShape& shape) {
-  if (shape.portable_only || (shape.head_dim != 64 && shape.head_dim != 128)) return false;
+  if (shape.int8 || shape.portable_only || (shape.head_dim != 64 && shape.head_dim != 128)) return false;
   // The copy engine counts in 32 bits.
   constexpr int64_t kMost = 0x7fffff00;
   for (int i = 0; i < shape.extents; ++i) {

@@ -19,6 +19,10 @@ struct KvSlots {
   int64_t head_stride = 0;  // elements from one K/V head to the next
   int64_t slots = 0;
   int64_t first_index = 0;
+  // In eight bits (base/kv_int8.h) k and v are codes with head_dim, head_stride and the pointers' alignment multiples of
+  // 16, and these are bf16 scales [kv_heads, slots], head_stride / head_dim from one head to the next. Else unused.
+  const void* k_scale = nullptr;
+  const void* v_scale = nullptr;
 };
 
 // All layers of K and V of a few tokens that one row of a decode step reads by itself, in device memory. `slots` and
@@ -30,7 +34,7 @@ struct TailExtent {
   int64_t head_stride = 0;
   int64_t slots = 0;
   int64_t first_index = 0;
-  const void* k_scale = nullptr;  // of eight-bit K and V, as in KvSlots; strides are those of the elements / head_dim
+  const void* k_scale = nullptr;  // of K and V in eight bits: bf16, strides are those of the codes / head_dim
   const void* v_scale = nullptr;
 };
 inline constexpr int kTailExtents = 4;  // a row
@@ -49,6 +53,7 @@ struct AttentionShape {
   int extents = 0;       // used entries of `kv`, may be 0
   KvSlots kv[kMaxExtents];
   const int64_t* pos = nullptr;  // [rows]
+  bool int8 = false;             // what all extents hold
   // Upper bound of what one row sees over all extents, for choosing the number of key splits only; a wrong one costs
   // time, never correctness. Must be the same whenever the same bits are wanted.
   int64_t expected_keys = 0;

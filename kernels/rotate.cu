@@ -1,6 +1,7 @@
 // Bias and QK-norm with rotary embedding, its gradient, and the append of rotated keys and values to the cache. A group of lanes
 // takes one head of one row: each lane four neighbouring pairs, elements i..i+3 and half+i..half+i+3. The angles of a
 // row are the same for all its heads: the block forms them once, in shared memory.
+#include "base/kv_int8.h"
 #include "kernels/rowwise.cuh"
 #include "kernels/rowwise.h"
 
@@ -10,7 +11,9 @@ namespace {
 using row::Bf16;
 using row::Four;
 
-enum class Task { kRotate, kGrad, kAppend };
+enum class Task { kRotate, kGrad, kAppend, kAppendInt8 };
+
+constexpr bool Appends(Task task) { return task == Task::kAppend || task == Task::kAppendInt8; }
 
 constexpr int kMaxThreads = 512;
 constexpr int kScalarWarps = 8;
@@ -52,7 +55,7 @@ __device__ Share LoadShare(const Arguments& a, int64_t first_row, int items, int
   s.active = item < items && 8 * lane < p.head_dim;
   if (!s.active) return s;
   const int row = item / p.heads;
-  if constexpr (kTask == Task::kAppend) {
+  if constexpr (Appends(kTask)) {
     s.slot = a.append.slots[first_row + row];
     s.active = s.slot >= 0;
     if (!s.active) return s;
@@ -76,7 +79,7 @@ __device__ Share LoadShare(const Arguments& a, int64_t first_row, int items, int
     s.dlow = row::Load(a.dq + head + 4 * lane);
     s.dhigh = row::Load(a.dq + head + half + 4 * lane);
   }
-  if constexpr (kTask == Task::kAppend)
+  if constexpr (Appends(kTask))
     s.value = *reinterpret_cast<const uint4*>(static_cast<const Bf16*>(a.append.value) + head + 8 * lane);
   return s;
 }
@@ -150,6 +153,70 @@ __device__ __forceinline__ Target TargetOf(const AppendParams& append, int64_t r
   return {static_cast<Bf16*>(const_cast<void*>(tail.k)) + to, static_cast<Bf16*>(const_cast<void*>(tail.v)) + to};
 }
 
+// The largest magnitude's bits over a group; all lanes of the warp take part.
+__device__ uint32_t GroupLargest(uint32_t magnitude, int width) {
+  for (int mask = width / 2; mask > 0; mask /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, magnitude, mask);
+    magnitude = other > magnitude ? other : magnitude;
+  }
+  return magnitude;
+}
+
+__device__ uint32_t LargestOf(const Four& a) {
+  uint32_t most = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const uint32_t bits = __float_as_uint(a.v[j]) & 0x7fffffffu;
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+__device__ uint32_t Codes(const Four& a, float inverse) {
+  uint32_t codes = 0;
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const int whole = __float2int_rn(fabsf(a.v[j]) * inverse);  // NaN gives 0
+    const uint32_t magnitude = whole < kInt8Largest ? whole : kInt8Largest;
+    codes |= (magnitude | (__float_as_uint(a.v[j]) >> 31 << 7)) << (8 * j);
+  }
+  return codes;
+}
+
+// A head's K and V as codes with their scales. All lanes of the warp take part.
+__device__ void StoreCodes(const Arguments& a, int64_t first_row, int item, int lane, const Share& s) {
+  const RotateParams& p = a.p;
+  const Four value_low = {row::Unpack(s.value.x, 0), row::Unpack(s.value.x, 1), row::Unpack(s.value.y, 0),
+                          row::Unpack(s.value.y, 1)};
+  const Four value_high = {row::Unpack(s.value.z, 0), row::Unpack(s.value.z, 1), row::Unpack(s.value.w, 0),
+                           row::Unpack(s.value.w, 1)};
+  const uint16_t k_scale = Int8Scale(GroupLargest(max(LargestOf(s.low), LargestOf(s.high)), a.width));
+  const uint16_t v_scale = Int8Scale(GroupLargest(max(LargestOf(value_low), LargestOf(value_high)), a.width));
+  if (!s.active) return;
+  const AppendParams& append = a.append;
+  const int head = item % p.heads;
+  auto* k = static_cast<uint8_t*>(append.k);
+  auto* v = static_cast<uint8_t*>(append.v);
+  auto* k_scales = static_cast<uint16_t*>(append.k_scale);
+  auto* v_scales = static_cast<uint16_t*>(append.v_scale);
+  int64_t to = head * append.head_stride + s.slot * p.head_dim;
+  if (append.tails != nullptr) {
+    const TailExtent& tail = append.tails[(first_row + item / p.heads) * kTailExtents];
+    k = static_cast<uint8_t*>(const_cast<void*>(tail.k));
+    v = static_cast<uint8_t*>(const_cast<void*>(tail.v));
+    k_scales = static_cast<uint16_t*>(const_cast<void*>(tail.k_scale));
+    v_scales = static_cast<uint16_t*>(const_cast<void*>(tail.v_scale));
+    to = append.layer * tail.layer_stride + head * tail.head_stride + s.slot * p.head_dim;
+  }
+  const float k_inverse = Int8Inverse(k_scale), v_inverse = Int8Inverse(v_scale);
+  *reinterpret_cast<uint32_t*>(k + to + 4 * lane) = Codes(s.low, k_inverse);
+  *reinterpret_cast<uint32_t*>(k + to + p.head_dim / 2 + 4 * lane) = Codes(s.high, k_inverse);
+  *reinterpret_cast<uint2*>(v + to + 8 * lane) = make_uint2(Codes(value_low, v_inverse), Codes(value_high, v_inverse));
+  if (lane != 0) return;
+  k_scales[to / p.head_dim] = k_scale;
+  v_scales[to / p.head_dim] = v_scale;
+}
+
 template <Task kTask>
 __device__ void StoreShare(const Arguments& a, int64_t first_row, int item, int lane, const Share& s) {
   const RotateParams& p = a.p;
@@ -198,7 +265,11 @@ __global__ void __launch_bounds__(kMaxThreads) RotateKernel(Arguments a) {
     } else {
       RotateShare(p, a.width, angle, weight_low, weight_high, s);
     }
-    if (s.active) StoreShare<kTask>(a, first_row, item, lane, s);
+    if constexpr (kTask == Task::kAppendInt8) {
+      StoreCodes(a, first_row, item, lane, s);
+    } else if (s.active) {
+      StoreShare<kTask>(a, first_row, item, lane, s);
+    }
   }
 }
 
@@ -267,7 +338,8 @@ cudaError_t Run(Arguments a, bool aligned, cudaStream_t stream) {
   if (p.rows < 0 || p.heads <= 0 || p.head_dim <= 0 || p.head_dim % 2 != 0) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
   if (p.head_dim % 8 != 0 || p.head_dim > kMaxVectorDim || !aligned) {
-    return row::Launch(RotateScalarKernel<kTask>, row::CeilDiv(p.rows * p.heads, kScalarWarps),
+    if constexpr (kTask == Task::kAppendInt8) return cudaErrorInvalidValue;
+    else return row::Launch(RotateScalarKernel<kTask>, row::CeilDiv(p.rows * p.heads, kScalarWarps),
                        kScalarWarps * row::kWarp, 0, stream, a);
   }
   a.width = row::GroupWidth(p.head_dim / 8);
@@ -305,7 +377,9 @@ cudaError_t Append(const AppendParams& params, cudaStream_t stream) {
   a.append = params;
   const bool aligned = row::Aligned(a.p.raw, a.p.bias, a.p.norm, params.value, params.k, params.v) &&
                        params.head_stride % 8 == 0;
-  return Run<Task::kAppend>(a, aligned, stream);
+  if (!params.int8) return Run<Task::kAppend>(a, aligned, stream);
+  const bool whole = a.p.head_dim > 0 && a.p.head_dim % 16 == 0 && params.head_stride % a.p.head_dim == 0;
+  return Run<Task::kAppendInt8>(a, aligned && whole, stream);
 }
 
 }  // namespace refocus::kernels

@@ -87,6 +87,11 @@ struct AppendParams {
   // Instead of k, v and head_stride: row i goes to the first of tails[i], [rows, kTailExtents] in device memory.
   const TailExtent* tails = nullptr;
   int64_t layer = 0;
+  // In eight bits (base/kv_int8.h): k and v are codes, and these their scales as in KvSlots (kernels/attention_shape.h),
+  // which also says what must be a multiple of 16. `int8` alone says it of tails.
+  bool int8 = false;
+  void* k_scale = nullptr;
+  void* v_scale = nullptr;
 };
 cudaError_t Append(const AppendParams& params, cudaStream_t stream);
 

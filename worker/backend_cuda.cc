@@ -56,6 +56,7 @@ class CudaBackend : public Backend {
       : config_(config), kv_(kv), device_(at::kCUDA, static_cast<int8_t>(index)) {
     REFOCUS_CHECK_EQ(config.head_dim % 8, 0);
     REFOCUS_CHECK_LE(config.head_dim, kernels::kMaxHeadDim);
+    REFOCUS_CHECK(kv != KvType::kInt8 || config.head_dim % 16 == 0);
   }
 
   at::Device device() const override { return device_; }
@@ -274,6 +275,10 @@ class CudaBackend : public Backend {
     params.k = extent.k.data_ptr();
     params.v = extent.v.data_ptr();
     params.head_stride = extent.k.stride(0);
+    if (kv_ == KvType::kInt8) {
+      params.k_scale = extent.k_scale.data_ptr();
+      params.v_scale = extent.v_scale.data_ptr();
+    }
     AppendTo(h, weights, rotation, slots, params);
   }
 
@@ -354,6 +359,7 @@ class CudaBackend : public Backend {
     params.q = Data(q);
     params.pos = Data<int64_t>(pos);
     params.tails = Tails(tails, rows);
+    params.int8 = kv_ == KvType::kInt8;
     const int64_t splits = kernels::TailSplits(rows, params.kv_heads, sm_count_);
     const at::Tensor out = Empty({1 + splits, rows, config_.heads, config_.head_dim}, at::kFloat);
     const at::Tensor lse = Empty({1 + splits, rows, config_.heads}, at::kFloat);
@@ -387,6 +393,7 @@ class CudaBackend : public Backend {
   void AppendTo(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
                 kernels::AppendParams params) {
     const auto [raw, value] = KeysAndValues(h, weights);
+    params.int8 = kv_ == KvType::kInt8;
     params.key = RotateOf(raw, weights.k, rotation);
     params.value = Data(value);
     params.slots = Data<int64_t>(slots);
@@ -454,9 +461,14 @@ class CudaBackend : public Backend {
 
   void CheckExtent(const KvView& view) const {
     for (const at::Tensor* t : {&view.k, &view.v}) {
-      REFOCUS_CHECK(t->is_cuda() && t->scalar_type() == dtype() && t->dim() == 3);
+      REFOCUS_CHECK(t->is_cuda() && t->scalar_type() == kv_dtype() && t->dim() == 3);
       REFOCUS_CHECK(t->stride(2) == 1 && t->stride(1) == config_.head_dim && t->stride(0) == view.k.stride(0));
       REFOCUS_CHECK_LE(view.length, t->size(1));
+    }
+    for (const at::Tensor* t : {&view.k_scale, &view.v_scale}) {
+      if (kv_ != KvType::kInt8) break;
+      REFOCUS_CHECK(t->is_cuda() && t->scalar_type() == at::kBFloat16 && t->dim() == 2 && t->stride(1) == 1);
+      REFOCUS_CHECK_EQ(t->stride(0) * config_.head_dim, view.k.stride(0));
     }
   }
 
@@ -471,6 +483,7 @@ class CudaBackend : public Backend {
     REFOCUS_CHECK(q.size(1) == shape.heads && q.size(2) == shape.head_dim);
     shape.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(shape.head_dim)));
     shape.pos = Data<int64_t>(pos);
+    shape.int8 = kv_ == KvType::kInt8;
     for (const KvView& view : extents) {
       if (view.length == 0) continue;
       CheckExtent(view);
@@ -481,6 +494,10 @@ class CudaBackend : public Backend {
       slots.head_stride = view.k.stride(0);
       slots.slots = view.length;
       slots.first_index = view.first_index;
+      if (shape.int8) {
+        slots.k_scale = view.k_scale.data_ptr();
+        slots.v_scale = view.v_scale.data_ptr();
+      }
       shape.shards = view.plan.shards;
       shape.shard = view.plan.shard;
       shape.expected_keys += view.length;

@@ -140,6 +140,11 @@ Status Plan(Rank& rank) {
   const bool gpu = rank.on_gpu();
   const int64_t free_bytes = gpu ? rank.gpu_free_bytes : launch.free_bytes;
   const bool known = free_bytes >= 0;
+  if (gpu && rank.options.kv == KvType::kInt8 && rank.config.head_dim % 16 != 0) {
+    return Error(StatusCode::kInvalidArgument, "CONFIG_INVALID",
+                 "--kv-dtype: got int8, allowed bf16 with --device cuda and heads of " +
+                     std::to_string(rank.config.head_dim) + " numbers: eight bits need a multiple of 16");
+  }
   MemoryQuestion question;
   question.device = rank.options.device;
   question.kv = rank.options.kv;

@@ -154,11 +154,8 @@ WorkerOptions ParseWorkerOptions(int argc, char** argv) {
   std::string problem = FindContradiction(options);
   if (const StatusOr<KvType> kv = ParseKvType(kv_dtype, options.device); kv.ok()) {
     options.kv = *kv;
-    if (*kv == KvType::kInt8 && options.device == DeviceKind::kCuda) {
-      problem = "--kv-dtype: got int8 with --device cuda, allowed bf16: this build's GPU kernels read no other";
-    }
   } else {
-    problem = kv.status().message();
+    problem = std::string(kv.status().message());
   }
   if (!problem.empty()) End(kExitConfig, print, problem + " [CONFIG_INVALID]\n", std::cerr);
   return options;

@@ -10,16 +10,18 @@ namespace {
 struct Shape {
   int heads, kv_heads, head_dim;
   int64_t shards;
+  bool int8 = false;
 };
 
 // One row of a launch, with a case of its own for its keys.
 struct Row {
   Inputs in;
   const AttentionShape& shape(int64_t shard) const { return in.shards[shard].shape; }
+  const AttentionShape& packed(int64_t shard) const { return in.shards[shard].packed; }
 };
 
 constexpr int64_t kLayer = 3;
-constexpr int64_t kLayerStride = 1 << 20;  // the other layers are never read, so they need not exist
+constexpr int64_t kLayerStride = int64_t{5} << 20;  // the other layers are never read, so they need not exist
 
 std::vector<Row> MakeRows(const Shape& shape) {
   std::vector<Row> rows;
@@ -31,6 +33,7 @@ std::vector<Row> MakeRows(const Shape& shape) {
     c.head_dim = shape.head_dim;
     c.shards = shape.shards;
     c.keys = keys;
+    c.int8 = shape.int8;
     c.seed = seed++;
     if (keys % 2 == 1) c.cuts = {0.0, 0.3, 1.0};
     if (keys == 1100) c.cuts = {0.0, 0.1, 0.4, 0.8, 1.0};
@@ -50,14 +53,19 @@ struct Tables {
 Tables MakeTables(const std::vector<Row>& rows, int64_t shard) {
   Tables tables;
   for (const Row& row : rows) {
-    const AttentionShape& shape = row.shape(shard);
+    const AttentionShape& shape = row.packed(shard);
+    const int64_t bytes = shape.int8 ? 1 : 2;
     tables.pos.push_back(row.in.pos_host[0]);
     for (int e = 0; e < kTailExtents; ++e) {
       TailExtent tail;
       if (e < shape.extents) {
         const KvSlots& kv = shape.kv[e];
-        tail.k = static_cast<const __nv_bfloat16*>(kv.k) - kLayer * kLayerStride;
-        tail.v = static_cast<const __nv_bfloat16*>(kv.v) - kLayer * kLayerStride;
+        tail.k = static_cast<const char*>(kv.k) - kLayer * kLayerStride * bytes;
+        tail.v = static_cast<const char*>(kv.v) - kLayer * kLayerStride * bytes;
+        if (shape.int8) {
+          tail.k_scale = static_cast<const uint16_t*>(kv.k_scale) - kLayer * kLayerStride / shape.head_dim;
+          tail.v_scale = static_cast<const uint16_t*>(kv.v_scale) - kLayer * kLayerStride / shape.head_dim;
+        }
         tail.layer_stride = kLayerStride;
         tail.head_stride = kv.head_stride;
         tail.slots = kv.slots;
@@ -94,6 +102,7 @@ class Launch {
     params_.shards = shape.shards;
     params_.shard = shard;
     params_.layer = kLayer;
+    params_.int8 = shape.int8;
     params_.q = q_.get();
     params_.pos = pos_.get();
     params_.tails = tails_.get();
@@ -145,7 +154,8 @@ class AttendTailsTest : public Attention {};
 TEST_F(AttendTailsTest, RaggedRowsEqualTheReference) {
   Worst worst;
   for (const Shape& shape : {Shape{32, 8, 128, 1}, Shape{9, 3, 64, 2}, Shape{28, 4, 128, 3}, Shape{4, 4, 80, 1},
-                             Shape{8, 1, 256, 1}, Shape{4, 1, 16, 2}}) {
+                             Shape{8, 1, 256, 1}, Shape{4, 1, 16, 2}, Shape{32, 8, 128, 1, true},
+                             Shape{9, 3, 64, 2, true}, Shape{4, 4, 80, 1, true}, Shape{8, 1, 256, 3, true}}) {
     const std::vector<Row> rows = MakeRows(shape);
     for (int64_t shard = 0; shard < shape.shards; ++shard) {
       for (const int sms : {1, sm_count_}) {  // one split, and several
@@ -239,6 +249,10 @@ TEST_F(AttendTailsTest, RefusesWhatItCannotDo) {
   };
   EXPECT_TRUE(refused([](AttendTailsParams& p) { p.head_dim = 12; }));
   EXPECT_TRUE(refused([](AttendTailsParams& p) { p.head_dim = 264; }));
+  EXPECT_TRUE(refused([](AttendTailsParams& p) {
+    p.head_dim = 72;
+    p.int8 = true;
+  }));
   EXPECT_TRUE(refused([](AttendTailsParams& p) { p.heads = 3; }));
   EXPECT_TRUE(refused([](AttendTailsParams& p) { p.rows = 65536; }));
   EXPECT_TRUE(refused([](AttendTailsParams& p) { p.shard = 1; }));

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <random>
 
+#include "kernels/attention_plan.h"
 #include "tests/kernels/attention_fixture.cuh"
 
 namespace refocus::kernels {
@@ -32,6 +33,23 @@ double Rms(const std::vector<double>& values) {
 }
 
 }  // namespace
+
+void PackShard(Shard* shard) {
+  AttentionShape& packed = shard->packed;
+  packed.int8 = true;
+  for (int e = 0; e < packed.extents; ++e) {
+    KvSlots& kv = packed.kv[e];
+    const int64_t vectors = kv.head_stride / packed.head_dim * packed.kv_heads;
+    for (int value = 0; value < 2; ++value) {
+      shard->codes.emplace_back(vectors * packed.head_dim);
+      shard->scales.emplace_back(vectors);
+      PackExtent<<<512, 256>>>(shard->memory[2 * e + value].get(), vectors, packed.head_dim, shard->codes.back().get(),
+                               shard->scales.back().get());
+      (value == 0 ? kv.k : kv.v) = shard->codes.back().get();
+      (value == 0 ? kv.k_scale : kv.v_scale) = shard->scales.back().get();
+    }
+  }
+}
 
 Inputs MakeInputs(const Case& c) {
   Inputs in;
@@ -73,6 +91,8 @@ Inputs MakeInputs(const Case& c) {
         (value == 0 ? kv.k : kv.v) = made.memory.back().get();
       }
     }
+    made.packed = shape;
+    if (c.int8) PackShard(&made);
     in.shards.push_back(std::move(made));
   }
   return in;
@@ -245,6 +265,16 @@ std::vector<float> RowDot(const Bf16Buffer& dout, const std::vector<double>& out
   return row_dot;
 }
 
+// The portable kernel does the same arithmetic on codes as on the numbers that they stand for.
+void ExpectSameAsWidened(AttentionShape shape, const AttentionShape& packed, const Bf16Buffer& q, int sm_count,
+                         const PartialOut& got) {
+  shape.portable_only = true;
+  if (AttendSplits(shape, sm_count) != AttendSplits(packed, sm_count)) return;
+  PartialOut want;
+  RunAttend(shape, q, sm_count, &want);
+  EXPECT_TRUE(SameBits(got.out, want.out) && SameBits(got.lse, want.lse)) << "other bits than in bf16";
+}
+
 // Every shard forward, the combination, every shard backward: each against fp64.
 void Check(const Case& c, int sm_count, Worst* forward, Worst* backward) {
   SCOPED_TRACE(c.Describe());
@@ -254,11 +284,13 @@ void Check(const Case& c, int sm_count, Worst* forward, Worst* backward) {
   Worst here;
   for (int64_t shard = 0; shard < c.shards; ++shard) {
     const AttentionShape& shape = in.shards[shard].shape;
-    RunAttend(shape, in.q, sm_count, &parts[shard]);
+    const AttentionShape& packed = in.shards[shard].packed;
+    RunAttend(packed, in.q, sm_count, &parts[shard]);
+    if (c.int8 && !UsesHopper(packed)) ExpectSameAsWidened(shape, packed, in.q, sm_count, parts[shard]);
     if (::testing::Test::HasFatalFailure()) return;
     wants.push_back(ReferenceAttend(shape, in.q));
     here.Merge(CompareAttend(parts[shard].out, parts[shard].lse, wants.back(), c.head_dim),
-               "shard " + std::to_string(shard) + " in " + std::to_string(AttendSplits(shape, sm_count)) + " splits");
+               "shard " + std::to_string(shard) + " in " + std::to_string(AttendSplits(packed, sm_count)) + " splits");
   }
   Combined combined;
   RunCombine(c, parts, &combined);
@@ -279,13 +311,14 @@ void Check(const Case& c, int sm_count, Worst* forward, Worst* backward) {
   here = Worst();
   for (int64_t shard = 0; shard < c.shards; ++shard) {
     const AttentionShape& shape = in.shards[shard].shape;
+    const AttentionShape& packed = in.shards[shard].packed;
     std::vector<float> dq;
-    RunQueryGrad(shape, in, lse, row_dot, sm_count, &dq);
+    RunQueryGrad(packed, in, lse, row_dot, sm_count, &dq);
     if (::testing::Test::HasFatalFailure()) return;
     here.Merge(
         CompareQueryGrad(dq, ReferenceQueryGrad(shape, in.q, in.dout, lse, row_dot), wants[shard], lse_host,
                          c.head_dim),
-        "shard " + std::to_string(shard) + " in " + std::to_string(QueryGradSplits(shape, sm_count)) + " splits");
+        "shard " + std::to_string(shard) + " in " + std::to_string(QueryGradSplits(packed, sm_count)) + " splits");
   }
   EXPECT_LE(here.share, 1.0) << here.where;
   backward->Merge(here, c.Describe());

@@ -104,6 +104,30 @@ static __global__ void FillExtent(__nv_bfloat16* to, int64_t head_stride, int kv
   }
 }
 
+// An extent that FillExtent wrote, in eight bits; what the codes stand for takes its place. Vectors with a NaN, as
+// where nothing was written, get a scale of NaN. A thread a vector.
+static __global__ void PackExtent(__nv_bfloat16* numbers, int64_t vectors, int head_dim, uint8_t* codes,
+                                  uint16_t* scales) {
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < vectors; i += int64_t{gridDim.x} * blockDim.x) {
+    __nv_bfloat16* const vector = numbers + i * head_dim;
+    float most = 0.0f;
+    bool nan = false;
+    for (int c = 0; c < head_dim; ++c) {
+      const float x = __bfloat162float(vector[c]);
+      nan = nan || isnan(x);
+      most = fmaxf(most, fabsf(x));
+    }
+    const __nv_bfloat16 scale = __float2bfloat16(nan ? NAN : most / 127.0f);
+    scales[i] = __bfloat16_as_ushort(scale);
+    for (int c = 0; c < head_dim; ++c) {
+      const float x = __bfloat162float(vector[c]), step = __bfloat162float(scale);
+      const float magnitude = nan ? 127.0f : most == 0.0f ? 0.0f : fminf(rintf(fabsf(x) / step), 127.0f);
+      codes[i * head_dim + c] = static_cast<uint8_t>(static_cast<int>(magnitude) + (x < 0.0f ? 128 : 0));
+      vector[c] = __float2bfloat16(x < 0.0f ? -magnitude * step : magnitude * step);
+    }
+  }
+}
+
 struct Case {
   int64_t rows = 1;
   int heads = 1;
@@ -117,19 +141,23 @@ struct Case {
   float gain = 1.0f;  // of q
   int64_t expected_keys = -1;  // -1: the truth
   uint64_t seed = 1;
+  bool int8 = false;  // the kernels read K and V in eight bits, the references what these stand for
 
   std::string Describe() const {
     return "rows " + std::to_string(rows) + ", heads " + std::to_string(heads) + "/" + std::to_string(kv_heads) +
            " x " + std::to_string(head_dim) + ", keys " + std::to_string(keys) + ", shards " + std::to_string(shards) +
            ", extents " + std::to_string(cuts.size() - 1) + ", " + order + ", gain " + std::to_string(gain) +
-           ", expected " + std::to_string(expected_keys) + ", seed " + std::to_string(seed);
+           ", expected " + std::to_string(expected_keys) + ", seed " + std::to_string(seed) + (int8 ? ", int8" : "");
   }
 };
 
 // One shard's K and V on the device.
 struct Shard {
   std::vector<Bf16Buffer> memory;
-  AttentionShape shape;
+  AttentionShape shape;  // in bf16
+  std::vector<DeviceBuffer<uint8_t>> codes;
+  std::vector<DeviceBuffer<uint16_t>> scales;
+  AttentionShape packed;  // in eight bits, if the case says so; else the same
 };
 
 struct Inputs {

@@ -55,6 +55,9 @@ TEST_F(Attention, SmallestOfEveryPath) {
   for (const int head_dim : {40, 64, 128}) {
     for (const int64_t rows : {1, 33}) {  // split over the keys, and not
       cases.push_back({.rows = rows, .heads = 4, .kv_heads = 2, .head_dim = head_dim, .keys = 300, .seed = 77});
+      if (head_dim == 40) continue;
+      cases.push_back(cases.back());
+      cases.back().int8 = true;
     }
   }
   CheckAll(cases, sm_count_);
@@ -69,6 +72,33 @@ TEST_F(Attention, EveryHeadDimension) {
     cases.push_back({.rows = 17, .heads = 6, .kv_heads = 2, .head_dim = head_dim, .keys = 300, .seed = ++seed});
     cases.push_back(
         {.rows = 65, .heads = 6, .kv_heads = 2, .head_dim = head_dim, .keys = 700, .shards = 2, .seed = ++seed});
+  }
+  CheckAll(cases, sm_count_);
+}
+
+TEST_F(Attention, EightBits) {
+  std::vector<Case> cases;
+  uint64_t seed = 20000;
+  const std::vector<std::vector<double>> cuts = {{0.0, 1.0}, {0.0, 0.0, 0.4, 1.0}, {0.1, 0.33, 0.34, 1.0}};
+  for (int head_dim = 16; head_dim <= 256; head_dim += 16) {
+    for (const int64_t rows : {1, 3, 9, 40, 150}) {  // tiles of 16, of 64 and of 128 rows
+      for (const int64_t keys : {1, 63, 65, 513, 2000}) {
+        ++seed;
+        const char* order = seed % 3 == 0 ? "tail" : seed % 3 == 1 ? "random" : "early";
+        cases.push_back({.rows = rows,
+                         .heads = 4,
+                         .kv_heads = 2,
+                         .head_dim = head_dim,
+                         .keys = keys,
+                         .shards = 1 + static_cast<int64_t>(seed % 3),
+                         .cuts = cuts[seed % 5 % 3],
+                         .order = order,
+                         .gain = seed % 7 == 0 ? 30.0f : 1.0f,
+                         .expected_keys = seed % 2 == 0 ? -1 : 100000,
+                         .seed = seed,
+                         .int8 = true});
+      }
+    }
   }
   CheckAll(cases, sm_count_);
 }
@@ -325,6 +355,15 @@ TEST_F(Attention, RefusesShapesOutsideItsLimits) {
   QueryGradParams gradient;
   gradient.shape = params.shape;
   EXPECT_EQ(QueryGrad(gradient, sm_count_, nullptr), cudaErrorInvalidValue);
+  params.shape.head_dim = 64;
+  params.shape.int8 = true;
+  params.shape.extents = 1;
+  const Bf16Buffer some(64);
+  params.shape.kv[0] = {some.get(), some.get(), 64, 1, 0};  // no scales
+  EXPECT_EQ(Attend(params, sm_count_, nullptr), cudaErrorInvalidValue);
+  params.shape.extents = 0;
+  params.shape.head_dim = 72;
+  EXPECT_EQ(Attend(params, sm_count_, nullptr), cudaErrorInvalidValue);
   CombineParams combine;
   combine.parts = -1;
   EXPECT_EQ(Combine(combine, nullptr), cudaErrorInvalidValue);

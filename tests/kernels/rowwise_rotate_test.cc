@@ -1,3 +1,9 @@
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+
+#include "base/kv_int8.h"
 #include "kernels/rowwise.h"
 #include "tests/kernels/rowwise_support.h"
 
@@ -279,6 +285,114 @@ TEST_F(RotateTest, AppendToTailsEqualsAppend) {
       EXPECT_TRUE(SameBits(own, expected)) << Name("tails", c);
     }
   }
+}
+
+// In eight bits. Values are known exactly, so their codes are, too; keys are rounded from fp32 and lie within half a step.
+struct PackedExtent {
+  explicit PackedExtent(int64_t vectors, int64_t head_dim)
+      : k(vectors * head_dim), v(vectors * head_dim), k_scale(vectors), v_scale(vectors) {}
+  DeviceArray<uint8_t> k, v;
+  DeviceArray<Bits> k_scale, v_scale;
+};
+
+void CheckCodes(const std::string& what, const std::vector<double>& x, const uint8_t* codes, Bits scale, bool exact) {
+  float most = 0.0f;
+  for (const double value : x) most = std::max(most, static_cast<float>(std::fabs(value)));
+  const Bits want = Int8Scale(std::bit_cast<uint32_t>(most));
+  ASSERT_LE(std::abs(int{scale} - int{want}), exact ? 0 : 1) << what << ": bits of the scale";
+  const double step = Wide(scale);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double got = (codes[i] & 127) * step * (codes[i] >= 128 ? -1 : 1);
+    const double cut = std::min(std::fabs(x[i]), 127 * step);  // the scale may have been rounded down
+    ASSERT_LE(std::fabs(std::fabs(got) - cut), 0.501 * step + 1e-4 * std::fabs(x[i])) << what << ", element " << i;
+    ASSERT_TRUE((codes[i] & 127) <= 1 || (got < 0) == (x[i] < 0)) << what << ", element " << i;
+    if (!exact) continue;
+    const auto whole = std::lrint(std::fabs(static_cast<float>(x[i])) * Int8Inverse(scale));
+    ASSERT_EQ(codes[i] & 127, std::min<long>(whole, 127)) << what << ", element " << i;
+  }
+}
+
+TEST_F(RotateTest, AppendInEightBits) {
+  for (const Case& c : kCases) {
+    if (c.head_dim % 16 != 0 || c.head_dim > 256 || c.rows == 0) continue;
+    Inputs in = MakeInputs(c, 19);
+    for (int64_t i = 0; i < c.head_dim; ++i) in.value[i] = 0;  // a vector of zeros
+    const std::vector<double> want = ForwardAll(in, c);
+    const int64_t capacity = c.rows + 5, d = c.head_dim, layer = c.heads * 2 * d;
+    std::vector<int64_t> slots, tail_slots;
+    for (int64_t row = 0; row < c.rows; ++row) {
+      slots.push_back(row % 3 == 1 ? -1 : capacity - 1 - row);
+      tail_slots.push_back(row % 3 == 1 ? -1 : row % 2);
+    }
+    Device device(in, c, 0);
+    DeviceArray<Bits> value(in.value);
+    PackedExtent extent(c.heads * capacity, d), tail(c.rows * 2 * c.heads * 2, d);
+    std::vector<TailExtent> extents(c.rows * kTailExtents);
+    for (int64_t row = 0; row < c.rows; ++row) {
+      const int64_t at = row * 2 * layer;
+      extents[row * kTailExtents] = {tail.k.get() + at, tail.v.get() + at, layer, 2 * d, 2, 0,
+                                     tail.k_scale.get() + at / d, tail.v_scale.get() + at / d};
+    }
+    DeviceArray<int64_t> device_slots(slots), device_tail_slots(tail_slots);
+    DeviceArray<TailExtent> tails(extents);
+    AppendParams params{device.Params(nullptr), value.get(), device_slots.get(), extent.k.get(), extent.v.get(),
+                        capacity * d};
+    params.int8 = true;
+    params.k_scale = extent.k_scale.get();
+    params.v_scale = extent.v_scale.get();
+    REFOCUS_CUDA(Append(params, nullptr));
+    AppendParams to_tails{device.Params(nullptr), value.get(), device_tail_slots.get()};
+    to_tails.int8 = true;
+    to_tails.tails = tails.get();
+    to_tails.layer = 1;
+    REFOCUS_CUDA(Append(to_tails, nullptr));
+    const auto k = extent.k.Download(), v = extent.v.Download(), tail_k = tail.k.Download(), tail_v = tail.v.Download();
+    const auto k_scale = extent.k_scale.Download(), v_scale = extent.v_scale.Download();
+    const auto tail_k_scale = tail.k_scale.Download(), tail_v_scale = tail.v_scale.Download();
+    std::vector<bool> written(k_scale.size(), false);
+    for (int64_t item = 0; item < c.rows * c.heads; ++item) {
+      const int64_t row = item / c.heads, head = item % c.heads;
+      if (slots[row] < 0) continue;
+      const std::string what = Name("append in eight bits", c) + ", item " + std::to_string(item);
+      const int64_t at = head * capacity + slots[row];
+      written[at] = true;
+      std::vector<double> values;
+      for (int64_t i = 0; i < d; ++i) values.push_back(Wide(in.value[item * d + i]));
+      CheckCodes(what + " K", {want.begin() + item * d, want.begin() + (item + 1) * d}, &k[at * d], k_scale[at], false);
+      CheckCodes(what + " V", values, &v[at * d], v_scale[at], true);
+      if (HasFatalFailure()) return;
+      const int64_t own = row * 4 * c.heads + 2 * c.heads + head * 2 + tail_slots[row];
+      EXPECT_TRUE(std::equal(&k[at * d], &k[at * d] + d, &tail_k[own * d]) && k_scale[at] == tail_k_scale[own]) << what;
+      EXPECT_TRUE(std::equal(&v[at * d], &v[at * d] + d, &tail_v[own * d]) && v_scale[at] == tail_v_scale[own]) << what;
+    }
+    for (size_t i = 0; i < written.size(); ++i) {
+      ASSERT_TRUE(written[i] || (k_scale[i] == 0xffff && v_scale[i] == 0xffff && k[i * d] == 0xff)) << "vector " << i;
+    }
+  }
+}
+
+TEST_F(RotateTest, EightBitsOfWhatIsNotFinite) {
+  const Case c{3, 1, 32, false};
+  Inputs in = MakeInputs(c, 20);
+  in.raw[3] = INFINITY;
+  in.raw[32 + 5] = NAN;
+  in.value[2 * 32 + 7] = 0x7f80;  // infinite
+  Device device(in, c, 0);
+  DeviceArray<Bits> value(in.value);
+  DeviceArray<int64_t> slots(std::vector<int64_t>{0, 1, 2});
+  PackedExtent extent(3, 32);
+  AppendParams params{device.Params(nullptr), value.get(), slots.get(), extent.k.get(), extent.v.get(), 3 * 32};
+  params.int8 = true;
+  params.k_scale = extent.k_scale.get();
+  params.v_scale = extent.v_scale.get();
+  REFOCUS_CUDA(Append(params, nullptr));
+  const std::vector<Bits> k = extent.k_scale.Download(), v = extent.v_scale.Download();
+  for (int slot = 0; slot < 3; ++slot) {
+    EXPECT_EQ(k[slot] == kInt8ScaleNaN, slot < 2) << slot;
+    EXPECT_EQ(v[slot] == kInt8ScaleNaN, slot == 2) << slot;
+  }
+  params.head_stride = 3 * 32 + 16;  // scales would not lie head_dim times as dense
+  EXPECT_EQ(Append(params, nullptr), cudaErrorInvalidValue);
 }
 
 TEST_F(RotateTest, RefusesOddHeads) {
