@@ -11,9 +11,13 @@ cudaError_t Attend(const AttendParams& params, int sm_count, cudaStream_t stream
   const int splits = AttendSplits(shape, sm_count);
   float* const out = splits == 1 ? params.out : static_cast<float*>(params.workspace);
   float* const lse = splits == 1 ? params.lse : out + splits * shape.rows * shape.heads * shape.head_dim;
-  const cudaError_t error = UsesHopper(shape) ? AttendHopper(params, splits, out, lse, sm_count, stream)
-                            : shape.int8      ? AttendInt8(params, splits, out, lse, stream)
-                                              : AttendTiles<false>(params, splits, out, lse, stream);
+  const auto run = [&] {
+    if (UsesHopper(shape)) {
+      return (shape.int8 ? AttendHopperInt8 : AttendHopper)(params, splits, out, lse, sm_count, stream);
+    }
+    return (shape.int8 ? AttendInt8 : AttendTiles<false>)(params, splits, out, lse, stream);
+  };
+  const cudaError_t error = run();
   if (error != cudaSuccess || splits == 1) return error;
   CombineParams combine;
   combine.parts = splits;

@@ -98,7 +98,7 @@ bool ValidShape(const AttentionShape& s) {
 }
 
 bool UsesHopper(const AttentionShape& shape) {
-  if (shape.int8 || shape.portable_only || (shape.head_dim != 64 && shape.head_dim != 128)) return false;
+  if (shape.portable_only || (shape.head_dim != 64 && shape.head_dim != 128)) return false;
   // The copy engine counts in 32 bits.
   constexpr int64_t kMost = 0x7fffff00;
   for (int i = 0; i < shape.extents; ++i) {
@@ -109,7 +109,7 @@ bool UsesHopper(const AttentionShape& shape) {
 }
 
 HopperTile HopperAttendTileOf(const AttentionShape& shape) {
-  return HopperAttendTile(shape.head_dim, HopperFillsTallTiles(PackedRows(shape)));
+  return HopperAttendTile(shape.head_dim, HopperFillsTallTiles(PackedRows(shape)), shape.int8);
 }
 
 int TailSplits(int64_t rows, int kv_heads, int sm_count) {
@@ -135,7 +135,7 @@ int64_t AttendWorkspaceBytes(const AttentionShape& shape, int sm_count) {
 
 int QueryGradSplits(const AttentionShape& shape, int sm_count) {
   if (!ValidShape(shape)) return 1;
-  const BlockRates rates = UsesHopper(shape) ? HopperRates(HopperQueryGradTile(shape.head_dim))
+  const BlockRates rates = UsesHopper(shape) ? HopperRates(HopperQueryGradTile(shape.head_dim, shape.int8))
                                              : PortableRates(shape, QueryGradTile(PaddedHeadDim(shape.head_dim)));
   return ChooseSplits(shape, rates, 3, QueryGradPartialBytes(shape), sm_count);
 }

@@ -58,12 +58,13 @@ constexpr int MergeBytes(int padded_dim, TileConfig tile) {
 }
 
 // The tile of a Hopper block: 64 rows for each consuming warpgroup, keys of a tile, how many tiles of K and of V lie in
-// shared memory.
+// shared memory, and how many tiles of codes on their way there (K and V in eight bits).
 struct HopperTile {
   int rows;
   int keys;
   int k_stages;
   int v_stages;
+  int code_stages = 0;
 
   constexpr int consumers() const { return rows / 64; }
   constexpr int threads() const { return 128 * (1 + consumers()); }
@@ -71,7 +72,9 @@ struct HopperTile {
 
 // As many keys as the registers hold scores and weights of. Tall tiles, of three warpgroups, read K and V least often
 // and hide most.
-constexpr HopperTile HopperAttendTile(int head_dim, bool tall) {
+constexpr HopperTile HopperAttendTile(int head_dim, bool tall, bool int8 = false) {
+  if (int8 && head_dim <= 64) return {192, 128, 4, 4, 4};
+  if (int8) return tall ? HopperTile{192, 80, 3, 3, 4} : HopperTile{128, 128, 2, 2, 3};
   if (head_dim <= 64) return {192, 128, 4, 4};
   return tall ? HopperTile{192, 80, 4, 4} : HopperTile{128, 176, 2, 2};
 }
@@ -84,13 +87,15 @@ constexpr bool HopperFillsTallTiles(int64_t packed_rows) {
 }
 
 // Two products of a tile lie beside each other in registers.
-constexpr HopperTile HopperQueryGradTile(int head_dim) {
+constexpr HopperTile HopperQueryGradTile(int head_dim, bool int8 = false) {
+  if (int8) return head_dim <= 64 ? HopperTile{192, 80, 4, 4, 4} : HopperTile{128, 96, 3, 2, 3};
   return head_dim <= 64 ? HopperTile{192, 80, 4, 4} : HopperTile{128, 96, 3, 3};
 }
 
 // Row operands (q; q and dout) and stages.
 constexpr int HopperTileBytes(int head_dim, HopperTile tile, int row_operands) {
-  return 2 * head_dim * (row_operands * tile.rows + (tile.k_stages + tile.v_stages) * tile.keys);
+  return head_dim * (2 * row_operands * tile.rows +
+                     (2 * (tile.k_stages + tile.v_stages) + tile.code_stages) * tile.keys);
 }
 
 // Whether Hopper's warpgroup kernels take the shape: many rows, and columns that fill their panels.

@@ -11,9 +11,13 @@ cudaError_t QueryGrad(const QueryGradParams& params, int sm_count, cudaStream_t 
   if (shape.rows == 0) return cudaSuccess;
   const int splits = QueryGradSplits(shape, sm_count);
   float* const dq = splits == 1 ? params.dq : static_cast<float*>(params.workspace);
-  const cudaError_t error = UsesHopper(shape) ? QueryGradHopper(params, splits, dq, sm_count, stream)
-                            : shape.int8      ? QueryGradInt8(params, splits, dq, stream)
-                                              : QueryGradTiles<false>(params, splits, dq, stream);
+  const auto run = [&] {
+    if (UsesHopper(shape)) {
+      return (shape.int8 ? QueryGradHopperInt8 : QueryGradHopper)(params, splits, dq, sm_count, stream);
+    }
+    return (shape.int8 ? QueryGradInt8 : QueryGradTiles<false>)(params, splits, dq, stream);
+  };
+  const cudaError_t error = run();
   if (error != cudaSuccess || splits == 1) return error;
   return SumParts(dq, splits, shape.rows * shape.heads * shape.head_dim, params.dq, stream);
 }

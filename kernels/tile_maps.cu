@@ -27,14 +27,16 @@ PFN_cuTensorMapEncodeTiled_v12000 EncodeFunction() {
 // strides: bytes, of all dimensions but the first.
 template <int kRank>
 cudaError_t Encode(const void* data, const uint64_t (&sizes)[kRank], const uint64_t (&strides)[kRank - 1],
-                   const uint32_t (&box)[kRank], CUtensorMap* map) {
+                   const uint32_t (&box)[kRank], CUtensorMap* map,
+                   CUtensorMapDataType type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                   CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   const PFN_cuTensorMapEncodeTiled_v12000 encode = EncodeFunction();
   if (encode == nullptr) return cudaErrorNotSupported;
   uint32_t steps[kRank];
   for (uint32_t& step : steps) step = 1;
-  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, kRank, const_cast<void*>(data), sizes, strides,
-                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, type, kRank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+             swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
@@ -57,6 +59,15 @@ cudaError_t MapKeys(const AttentionShape& shape, const KvSlots& kv, const void* 
   return Encode<4>(data, {kPanelColumns, slots, panels, static_cast<uint64_t>(shape.kv_heads)},
                    {dim * kElementBytes, kPanelColumns * kElementBytes, head_stride * kElementBytes},
                    {kPanelColumns, static_cast<uint32_t>(keys), static_cast<uint32_t>(panels), 1}, map);
+}
+
+cudaError_t MapCodes(const AttentionShape& shape, const KvSlots& kv, const void* data, int keys, CUtensorMap* map) {
+  const uint64_t dim = shape.head_dim;
+  const uint64_t slots = kv.slots;
+  const uint64_t head_stride = shape.kv_heads == 1 ? slots * dim : static_cast<uint64_t>(kv.head_stride);
+  return Encode<3>(data, {dim, slots, static_cast<uint64_t>(shape.kv_heads)}, {dim, head_stride},
+                   {static_cast<uint32_t>(dim), static_cast<uint32_t>(keys), 1}, map, CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                   CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 }  // namespace refocus::kernels

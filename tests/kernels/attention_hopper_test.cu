@@ -22,6 +22,7 @@ void CheckAllOnHopper(const std::vector<Case>& cases, int sm_count) {
     shape.heads = c.heads;
     shape.kv_heads = c.kv_heads;
     shape.head_dim = c.head_dim;
+    shape.int8 = c.int8;
     ASSERT_TRUE(UsesHopper(shape)) << c.Describe();
   }
   CheckAll(cases, sm_count);
@@ -32,7 +33,15 @@ TEST_F(Attention, HopperSmallestOfEveryPath) {
   std::vector<Case> cases;
   for (const int head_dim : {64, 128}) {
     for (const int64_t rows : {40, 64}) {  // tall tiles, and not
-      cases.push_back({.rows = rows, .heads = 4, .kv_heads = 1, .head_dim = head_dim, .keys = 400, .seed = 78});
+      for (const bool int8 : {false, true}) {
+        cases.push_back({.rows = rows,
+                         .heads = 4,
+                         .kv_heads = 1,
+                         .head_dim = head_dim,
+                         .keys = 400,
+                         .seed = 78,
+                         .int8 = int8});
+      }
     }
   }
   CheckAllOnHopper(cases, sm_count_);
@@ -74,6 +83,34 @@ TEST_F(Attention, HopperEveryNumberOfKeys) {
                            .keys = keys,
                            .order = order,
                            .seed = ++seed});
+        }
+      }
+    }
+  }
+  CheckAllOnHopper(cases, sm_count_);
+}
+
+TEST_F(Attention, HopperEightBits) {
+  std::vector<Case> cases;
+  uint64_t seed = 21000;
+  const std::vector<std::vector<double>> cuts = {{0.0, 1.0}, {0.0, 0.0, 0.4, 1.0}, {0.1, 0.33, 0.34, 1.0}};
+  for (const int head_dim : {64, 128}) {
+    for (const int64_t keys : {0, 1, 79, 80, 81, 95, 96, 97, 127, 128, 129, 160, 255, 256, 257, 700, 3000, 9000}) {
+      for (const char* order : {"tail", "random", "early", "behind"}) {
+        for (const int64_t rows : {22, 40, 64, 300}) {
+          ++seed;
+          cases.push_back({.rows = rows,
+                           .heads = 8,
+                           .kv_heads = 2,
+                           .head_dim = head_dim,
+                           .keys = keys,
+                           .shards = 1 + static_cast<int64_t>(seed % 3),
+                           .cuts = cuts[seed % 5 % 3],
+                           .order = order,
+                           .gain = seed % 7 == 0 ? 30.0f : 1.0f,
+                           .expected_keys = seed % 2 == 0 ? -1 : 100000,
+                           .seed = seed,
+                           .int8 = true});
         }
       }
     }

@@ -89,11 +89,12 @@ TEST(AttentionPlan, TilesFitAMultiprocessor) {
 
 TEST(AttentionPlan, HopperTilesFitAMultiprocessor) {
   constexpr int kSharedPerBlock = 227 * 1024;
-  constexpr int kStateBytes = 256 + 2 * (8 * 192 + 128);  // barriers, two plans
+  constexpr int kStateBytes = 320 + 2 * (8 * 192 + 128);  // barriers, two plans
   for (const int dim : {64, 128}) {
     for (const auto& [tile, operands] :
          {std::pair{HopperAttendTile(dim, true), 1}, std::pair{HopperAttendTile(dim, false), 1},
-          std::pair{HopperQueryGradTile(dim), 2}}) {
+          std::pair{HopperQueryGradTile(dim), 2}, std::pair{HopperAttendTile(dim, true, true), 1},
+          std::pair{HopperAttendTile(dim, false, true), 1}, std::pair{HopperQueryGradTile(dim, true), 2}}) {
       EXPECT_LE(HopperTileBytes(dim, tile, operands) + kStateBytes, kSharedPerBlock) << dim;
       EXPECT_EQ(tile.rows % 64, 0);
       EXPECT_EQ(tile.keys % 16, 0);
