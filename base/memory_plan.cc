@@ -223,7 +223,7 @@ int64_t AdapterBytes(const ModelConfig& config, DeviceKind device, int64_t lora_
 
 int64_t AdaptationBytes(const ModelConfig& config, DeviceKind device, const AdaptationShape& shape) {
   return AdapterBytes(config, device, shape.lora_rank) +
-         DeltaNumbers(config, shape.lora_rank) * (1 + shape.moments) * kFp32;
+         DeltaNumbers(config, shape.lora_rank) * (1 + shape.moments + (shape.keep_best ? 1 : 0)) * kFp32;
 }
 
 int64_t LargestContext(int64_t bytes, int64_t kv_bytes_per_token, int64_t ranks) {

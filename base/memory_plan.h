@@ -34,10 +34,11 @@ int64_t KvBytesPerToken(const ModelConfig& config, DeviceKind device, KvType kv 
 struct AdaptationShape {
   int64_t lora_rank = 0;  // 0: a full delta
   int64_t moments = 2;    // that the optimizer keeps for each number: AdamW 2, SGD 0 or, with momentum, 1
+  bool keep_best = false;  // a second delta, the best so far
 };
 int64_t DeltaNumbers(const ModelConfig& config, int64_t lora_rank);  // 0: of a full delta
 int64_t AdapterBytes(const ModelConfig& config, DeviceKind device, int64_t lora_rank = 0);  // one committed delta
-// One under way: delta, gradient, moments.
+// One under way: delta, gradient, moments, and what is kept.
 int64_t AdaptationBytes(const ModelConfig& config, DeviceKind device, const AdaptationShape& shape = {});
 
 // Rows of an adaptation that go through the model at once.

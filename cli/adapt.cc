@@ -17,6 +17,9 @@ struct AdaptOptions {
   std::optional<double> learning_rate, weight_decay, clip_norm, beta1, beta2, epsilon, max_probe_rise;
   std::optional<uint64_t> seed;
   std::vector<std::string> spans;
+  std::optional<int64_t> probe_every, patience;
+  bool recall = false;
+  bool keep_best = false;
   std::optional<std::string> kind, optimizer, schedule;
   std::optional<int64_t> lora_rank, warmup_steps;
   std::optional<double> lora_alpha, momentum, max_seconds;
@@ -56,6 +59,10 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
   }
   if (options.warmup_steps) request.set_warmup_steps(*options.warmup_steps);
   if (options.max_seconds) request.set_max_seconds(*options.max_seconds);
+  if (options.probe_every) request.set_probe_every(*options.probe_every);
+  if (options.patience) request.set_patience(*options.patience);
+  request.set_keep_best(options.keep_best);
+  if (options.recall) request.mutable_recall_rows();
   request.set_base_adapter(options.base_adapter);
   request.set_continue_adapter(options.continue_adapter);
   request.set_validate_only(options.validate_only);
@@ -91,6 +98,10 @@ class AdaptView {
         progress_.Line("held-out spans before: " + FormatFixed(event.probe_loss_before(), 4) + " nats per token");
         break;
       case v1::AdaptEvent::kStep: OnStep(event.step()); break;
+      case v1::AdaptEvent::kProbe:
+        progress_.Line("held-out spans behind step " + std::to_string(event.probe().step()) + ": " +
+                       FormatFixed(event.probe().loss(), 4) + (event.probe().best() ? ", the best so far" : ""));
+        break;
       case v1::AdaptEvent::kProbeLossAfter:
         progress_.Line("held-out spans after:  " + FormatFixed(event.probe_loss_after(), 4) + " nats per token");
         break;
@@ -98,6 +109,7 @@ class AdaptView {
         adapter_ = event.adapter();
         usage_ = event.usage();
         if (event.out_of_time()) progress_.Line("--max-seconds passed: committed what there was");
+        if (event.out_of_patience()) progress_.Line("--patience: no better probe, so the steps ended");
         break;
       case v1::AdaptEvent::EVENT_NOT_SET: break;
     }
@@ -144,6 +156,10 @@ class AdaptView {
       line += text;
     }
     if (effective.optimizer() == v1::SGD) line += ", SGD";
+    if (effective.recall_rows() > 0) line += ", of " + FormatCount(effective.recall_rows()) + " rows that recall";
+    if (effective.keep_best()) {
+      line += ", keeping the best of a probe every " + std::to_string(effective.probe_every()) + " steps";
+    }
     if (effective.schedule() != v1::CONSTANT) line += effective.schedule() == v1::LINEAR ? ", linear" : ", cosine";
     if (effective.warmup_steps() > 0) line += ", " + std::to_string(effective.warmup_steps()) + " warm-up steps";
     progress_.Line(line);
@@ -248,8 +264,15 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("--seed", o->seed, "Of the drawing of spans (drawn and printed)")->group(spans);
   verb->add_option("--span", o->spans, "Use these spans in turn instead of drawing, repeatable")
       ->type_name("START:LENGTH")->group(spans);
+  verb->add_flag("--recall", o->recall, "Train on single tokens that can be looked up in what stands before them")
+      ->excludes("--span")->group(spans);
   const std::string probe = "Held-out spans";
   verb->add_option("--probe-spans", o->probe_spans, "How many are measured before and after (2)")->group(probe);
+  verb->add_option("--probe-every", o->probe_every, "Measure them also behind every so many steps (never)")->group(probe);
+  verb->add_flag("--keep-best", o->keep_best, "Keep the state with the lowest loss of a probe, the start's included")
+      ->group(probe);
+  verb->add_option("--patience", o->patience, "End when so many probes brought nothing better (never)")
+      ->needs("--keep-best")->group(probe);
   verb->add_option("--max-probe-rise", o->max_probe_rise, "Roll back when their loss rises by more, nats (0.1)")
       ->group(probe);
   AddCommonOptions(verb, settings);

@@ -166,11 +166,12 @@ int64_t Adapter::bytes() const {
   if (work_ == nullptr) return bytes;
   bytes += BytesOf(work_->delta);
   if (work_->grad.defined()) bytes += (1 + work_->moments) * static_cast<int64_t>(work_->grad.nbytes());
+  if (work_->kept.defined()) bytes += static_cast<int64_t>(work_->kept.nbytes());
   return bytes;
 }
 
 void Adapter::Begin(Model& model, const DeltaConfig& config, const OptimizerConfig& optimizer, uint64_t seed,
-                    const Adapter* from) {
+                    const Adapter* from, bool keep_best) {
   const auto options = at::TensorOptions(model.backend().device()).dtype(at::kFloat);
   const std::vector<int64_t> sizes = DeltaSizes(model.config(), config);
   at::Tensor master;
@@ -184,6 +185,7 @@ void Adapter::Begin(Model& model, const DeltaConfig& config, const OptimizerConf
   auto work = std::make_unique<Work>();
   work->delta = MakeDelta(model, config, std::move(master));
   work->grad = at::empty(sizes, options);
+  if (keep_best) work->kept = at::empty(sizes, options);
   work->stats = at::zeros({2}, options.dtype(at::kDouble));
   work->optimizer = std::make_unique<Optimizer>(optimizer, work->delta.master, work->grad);
   work->moments = optimizer.moments();
@@ -261,8 +263,20 @@ Status Adapter::Read(int64_t offset, int64_t count, std::string* data) const {
   return absl::OkStatus();
 }
 
-void Adapter::Commit(int64_t revision) {
-  committed_ = work_->delta;
+void Adapter::Keep(double loss) {
+  if (work_->kept_loss && !(loss < *work_->kept_loss)) return;
+  work_->kept_loss = loss;
+  work_->kept.copy_(work_->delta.master);
+}
+
+void Adapter::Commit(int64_t revision, bool kept) {
+  Delta& delta = work_->delta;
+  if (kept) {
+    REFOCUS_CHECK(work_->kept_loss.has_value());
+    delta.master.copy_(work_->kept);
+    if (!delta.rounded.is_same(delta.master)) delta.rounded.copy_(delta.master);
+  }
+  committed_ = delta;
   revision_ = revision;
   work_.reset();
 }

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -77,8 +78,9 @@ class Adapter {
   // From the committed delta of `from` (which may be this adapter, and has this `config`), or from nothing where that
   // is null: a full delta begins at zero; a LoRA with B = 0 and A uniform within +-1 / sqrt(hidden), drawn by `seed`,
   // as PEFT does it: the same on every rank, device and number of ranks.
+  // With `keep_best` there is room for Keep.
   void Begin(Model& model, const DeltaConfig& config, const OptimizerConfig& optimizer, uint64_t seed = 0,
-             const Adapter* from = nullptr);
+             const Adapter* from = nullptr, bool keep_best = false);
   // One gradient step. A loss or norm that is not finite leaves the delta as it was. `model` and `context` are the
   // same in all steps between Begin and Commit or Rollback; the model outlives them: a step is recorded and repeated.
   StepResult Step(Model& model, const KvChain& context, const std::vector<Span>& spans, float learning_rate);
@@ -90,7 +92,12 @@ class Adapter {
   // `count` committed numbers from `offset`.
   Status Read(int64_t offset, int64_t count, std::string* data) const;
 
-  void Commit(int64_t revision);
+  // Keeps the delta as it is now if `loss` is the lowest so far (NaN never is), or the first.
+  void Keep(double loss);
+  bool may_keep() const { return adapting() && work_->kept.defined(); }
+  bool has_kept() const { return adapting() && work_->kept_loss.has_value(); }
+  // With `kept` what Keep kept, else the delta as it is.
+  void Commit(int64_t revision, bool kept = false);
   void Rollback();
 
  private:
@@ -103,6 +110,8 @@ class Adapter {
   struct Work {
     Delta delta;
     at::Tensor grad;   // fp32
+    at::Tensor kept;   // fp32, the delta with the lowest loss so far; undefined without keep_best
+    std::optional<double> kept_loss;
     at::Tensor stats;  // [2] fp64: loss, gradient norm
     std::unique_ptr<Optimizer> optimizer;  // null: an import
     int64_t moments = 0;

@@ -50,6 +50,7 @@ struct BeginAdapt {
   OptimizerConfig optimizer;
   DeltaConfig delta;
   uint64_t seed = 0;
+  bool keep_best = false;
 };
 struct BeginImport {
   uint64_t context = 0;
@@ -81,11 +82,13 @@ struct AdaptStep {
 struct ProbeLoss {
   uint64_t adapter = 0;
   std::vector<Span> spans;
+  bool keep_best = false;
 };
 struct EndAdapt {
   uint64_t adapter = 0;
   bool commit = false;
   int64_t revision = 0;
+  bool kept = false;
 };
 struct DropAdapter {
   uint64_t adapter = 0;

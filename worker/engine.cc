@@ -246,9 +246,11 @@ class EngineState {
                           "a committed adapter of this context, of the same kind, rank and alpha");
       }
     }
-    const AdaptationShape shape{begin.delta.lora_rank, begin.optimizer.moments()};
+    const AdaptationShape shape{begin.delta.lora_rank, begin.optimizer.moments(), begin.keep_best};
     return BeginWork(begin.context, begin.adapter, AdaptationBytes(model_.config(), device_kind(), shape),
-                     [&](Adapter& a) { a.Begin(model_, begin.delta, begin.optimizer, begin.seed, from); });
+                     [&](Adapter& a) {
+                       a.Begin(model_, begin.delta, begin.optimizer, begin.seed, from, begin.keep_best);
+                     });
   }
 
   Status Do(const BeginImport& begin, Result&) {
@@ -303,6 +305,10 @@ class EngineState {
     REFOCUS_RETURN_IF_ERROR(FindAdapting(probe.adapter, &adapter, &context));
     REFOCUS_RETURN_IF_ERROR(CheckSpans(probe.spans, context->capacity));
     if (!probe.spans.empty()) result.loss = SpanLoss(model_, context->All(), adapter->working_rounded(), probe.spans);
+    if (probe.keep_best) {
+      if (!adapter->may_keep()) return FieldError("keep_best", "true", "false: the adaptation was begun without it");
+      adapter->Keep(result.loss);
+    }
     result.agree = HashTensor(adapter->working());
     return {};
   }
@@ -319,9 +325,12 @@ class EngineState {
     if (end.commit && adapter.importing() && !adapter.complete()) {
       return Precondition("adapter " + std::to_string(end.adapter), "a part of its numbers", "all");
     }
+    if (end.commit && end.kept && !adapter.has_kept()) {
+      return Precondition("adapter " + std::to_string(end.adapter), "no kept delta", "one that a probe kept");
+    }
     adapter_bytes_ -= adapter.bytes();
     const QueryDelta before = adapter.committed();
-    end.commit ? adapter.Commit(end.revision) : adapter.Rollback();
+    end.commit ? adapter.Commit(end.revision, end.kept) : adapter.Rollback();
     if (end.commit) sequences_.Retire(before);
     adapter_bytes_ += adapter.bytes();
     if (adapter.revision() == 0) adapters_.erase(found);

@@ -91,14 +91,16 @@ class Checker {
     return {values.begin(), values.end()};
   }
 
-  std::vector<Span> ReadSpans(const Spans& spans, int64_t least, int64_t most) {
-    InRange("spans (count)", spans.size(), least, most);
+  std::vector<Span> ReadSpans(const Spans& spans, int64_t least) {
     std::vector<Span> out;
+    int64_t rows = 0;
     for (const pb::Span& span : spans) {
       if (!status_.ok()) break;
       InRange("spans.start", span.start(), 0, kMaxContextTokens);
       out.push_back({span.start(), TokenIds("spans.ids", span.ids(), 2, kMaxSpanTokens + 1)});
+      rows += out.back().rows();
     }
+    if (status_.ok()) InRange("spans (rows)", rows, least, kMaxStepRows);
     return out;
   }
 
@@ -155,7 +157,8 @@ BeginAdapt Read(const pb::BeginAdapt& in, Checker& check) {
                                   .epsilon = in.epsilon(),
                                   .sgd = in.sgd(),
                                   .momentum = in.momentum()};
-  return {in.context(), in.adapter(), in.from_adapter(), optimizer, ReadDeltaConfig(in, check), in.seed()};
+  return {in.context(), in.adapter(), in.from_adapter(), optimizer, ReadDeltaConfig(in, check), in.seed(),
+          in.keep_best()};
 }
 
 BeginImport Read(const pb::BeginImport& in, Checker& check) {
@@ -185,18 +188,18 @@ AdaptStep Read(const pb::AdaptStep& in, Checker& check) {
   check.Uid("adapter", in.adapter());
   check.InRange("step", in.step(), 1, kMaxAdaptSteps);
   check.Real("learning_rate", in.learning_rate(), 0.0, 1e30, false);
-  return {in.adapter(), in.step(), check.ReadSpans(in.spans(), 1, kMaxSpansPerStep), in.learning_rate()};
+  return {in.adapter(), in.step(), check.ReadSpans(in.spans(), 1), in.learning_rate()};
 }
 
 ProbeLoss Read(const pb::ProbeLoss& in, Checker& check) {
   check.Uid("adapter", in.adapter());
-  return {in.adapter(), check.ReadSpans(in.spans(), 0, kMaxSpansPerStep)};
+  return {in.adapter(), check.ReadSpans(in.spans(), 0), in.keep_best()};
 }
 
 EndAdapt Read(const pb::EndAdapt& in, Checker& check) {
   check.Uid("adapter", in.adapter());
   if (in.commit()) check.InRange("revision", in.revision(), 1, INT64_MAX);
-  return {in.adapter(), in.commit(), in.revision()};
+  return {in.adapter(), in.commit(), in.revision(), in.kept()};
 }
 
 DropAdapter Read(const pb::DropAdapter& in, Checker& check) {

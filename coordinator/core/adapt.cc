@@ -35,7 +35,7 @@ double ScheduledRate(const api::AdaptEvent::Effective& effective, int64_t step) 
 
 AdaptationShape ShapeOf(const api::AdaptEvent::Effective& effective) {
   const bool sgd = effective.optimizer() == api::SGD;
-  return {effective.lora_rank(), !sgd ? 2 : effective.momentum() != 0 ? 1 : 0};
+  return {effective.lora_rank(), !sgd ? 2 : effective.momentum() != 0 ? 1 : 0, effective.keep_best()};
 }
 
 double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token_count) {
@@ -50,8 +50,9 @@ double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token
   const double span_rows =
       rows > 0 ? rows / static_cast<double>(plan.explicit_spans.size()) : static_cast<double>(e.span_tokens());
   flops += spans * span_rows * StepRowFlops(model, keys);
-  for (const SpanRange& probe : plan.probes) {  // before and after
-    flops += 2 * static_cast<double>(probe.rows) * ForwardRowFlops(model, static_cast<double>(probe.start));
+  const double probes = 2 + (e.probe_every() > 0 ? static_cast<double>((e.steps() - 1) / e.probe_every()) : 0);
+  for (const SpanRange& probe : plan.probes) {
+    flops += probes * static_cast<double>(probe.rows) * ForwardRowFlops(model, static_cast<double>(probe.start));
   }
   return flops;
 }
@@ -60,9 +61,14 @@ AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, Ad
                    JobTools* tools)
     : Job(id, now), session_(std::move(session)), plan_(std::move(plan)), model_(model), tools_(tools) {
   const auto& effective = plan_.effective;
-  spans_ = plan_.explicit_spans.empty()
-               ? MakeUniformSpans(session_->token_count(), effective.span_tokens(), plan_.probes, effective.seed())
-               : MakeExplicitSpans(plan_.explicit_spans);
+  const int64_t per_step = effective.spans_per_step();
+  if (!plan_.explicit_spans.empty()) {
+    spans_ = MakeExplicitSpans(plan_.explicit_spans, per_step);
+  } else if (!plan_.recall_rows.empty()) {
+    spans_ = MakeScatteredRows(std::move(plan_.recall_rows), per_step * effective.span_tokens(), effective.seed());
+  } else {
+    spans_ = MakeUniformSpans(session_->token_count(), effective.span_tokens(), plan_.probes, effective.seed(), per_step);
+  }
   adapter_.set_id(plan_.target.id);
   adapter_.set_revision(plan_.target.kept_revision + 1);
   adapter_.set_kind(effective.kind());
@@ -75,7 +81,7 @@ AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, Ad
 
 bool AdaptJob::NextCommand(wire::Command* command, double) {
   if (phase_ == Phase::kProbeBefore && plan_.probes.empty()) phase_ = Phase::kSteps;
-  if (phase_ == Phase::kSteps && out_of_time_) phase_ = Phase::kProbeAfter;
+  if (phase_ == Phase::kSteps && StepsAreOver()) phase_ = Phase::kProbeAfter;
   switch (phase_) {
     case Phase::kBegin:
       FillBegin(command->mutable_begin_adapt());
@@ -85,11 +91,17 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       FillProbe(command->mutable_probe_loss());
       phase_ = Phase::kSteps;
       break;
-    case Phase::kSteps:
+    case Phase::kSteps: {
       if (StepMayWait()) return false;
-      FillStep(command->mutable_adapt_step());
-      if (steps_sent_ == plan_.effective.steps()) phase_ = Phase::kProbeAfter;
+      const int64_t every = plan_.effective.probe_every();
+      if (every > 0 && steps_sent_ == last_probe_ + every) {
+        last_probe_ = steps_sent_;
+        FillProbe(command->mutable_probe_loss());
+      } else {
+        FillStep(command->mutable_adapt_step());
+      }
       break;
+    }
     case Phase::kProbeAfter:  // also without probes: it brings the delta's hash
       FillProbe(command->mutable_probe_loss());
       phase_ = Phase::kCommit;
@@ -100,6 +112,7 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       end->set_adapter(plan_.target.uid);
       end->set_commit(true);
       end->set_revision(adapter_.revision());
+      end->set_kept(plan_.effective.keep_best());
       session_->StartCommit(plan_.target.id);
       phase_ = Phase::kAllSent;
       return true;
@@ -147,10 +160,13 @@ void AdaptJob::FillBegin(wire::BeginAdapt* begin) const {
   begin->set_lora_rank(effective.lora_rank());
   begin->set_lora_alpha(static_cast<float>(effective.lora_alpha()));
   begin->set_seed(effective.seed());
+  begin->set_keep_best(effective.keep_best());
 }
 
-void AdaptJob::FillProbe(wire::ProbeLoss* probe) const {
+void AdaptJob::FillProbe(wire::ProbeLoss* probe) {
+  probes_under_way_.push_back(steps_sent_);
   probe->set_adapter(plan_.target.uid);
+  probe->set_keep_best(plan_.effective.keep_best());
   for (const SpanRange& range : plan_.probes) FillSpan(range, probe->add_spans());
 }
 
@@ -158,7 +174,7 @@ void AdaptJob::FillStep(wire::AdaptStep* step) {
   step->set_adapter(plan_.target.uid);
   step->set_step(++steps_sent_);
   step->set_learning_rate(static_cast<float>(ScheduledRate(plan_.effective, steps_sent_)));
-  for (int64_t i = 0; i < plan_.effective.spans_per_step(); ++i) FillSpan(spans_->Next(), step->add_spans());
+  for (const SpanRange& range : spans_->NextStep()) FillSpan(range, step->add_spans());
 }
 
 // With a limit of time a step is not sent ahead once the one before it may be the last.
@@ -189,25 +205,43 @@ void AdaptJob::OnResult(const wire::Command& command, const wire::Result& result
   if (command.has_end_adapt()) OnCommitted(now);
 }
 
+// The start's, those between steps, and the one behind the last step, which decides.
 void AdaptJob::OnProbe(const wire::Result& result, double now) {
-  const bool before = !plan_.probes.empty() && !adapter_.has_probe_loss_before();
+  const int64_t step = probes_under_way_.front();
+  probes_under_way_.pop_front();
+  const bool first = !plan_.probes.empty() && !adapter_.has_probe_loss_before();
+  const bool last = phase_ == Phase::kCommit && probes_under_way_.empty();
   if (!plan_.probes.empty() && !std::isfinite(result.loss())) {
     RollBack("NON_FINITE_LOSS", "the probe loss is not finite", steps_done_, now);
     return;
   }
-  if (before) {
+  const bool best = first || result.loss() < best_.loss;
+  if (best || !plan_.effective.keep_best()) best_ = {step, result.loss(), result.agree()};
+  probes_without_best_ = best ? 0 : probes_without_best_ + 1;
+  if (first) {
     adapter_.set_probe_loss_before(result.loss());
     events_.emplace_back().set_probe_loss_before(result.loss());
-    Changed();
-    return;
+  } else if (!last) {
+    api::AdaptEvent::Probe* probe = events_.emplace_back().mutable_probe();
+    probe->set_step(step);
+    probe->set_loss(result.loss());
+    probe->set_best(best);
+    const int64_t patience = plan_.effective.patience();
+    out_of_patience_ |= patience > 0 && probes_without_best_ >= patience && steps_sent_ < plan_.effective.steps();
+  } else {
+    OnLastProbe(result.loss(), now);
   }
-  adapter_.set_delta_hash(Hex(result.agree()));
-  measured_after_ = true;
-  if (plan_.probes.empty()) return;
-  adapter_.set_probe_loss_after(result.loss());
-  events_.emplace_back().set_probe_loss_after(result.loss());
   Changed();
-  const double rise = result.loss() - adapter_.probe_loss_before();
+}
+
+void AdaptJob::OnLastProbe(double loss, double now) {
+  measured_after_ = true;
+  adapter_.set_delta_hash(Hex(best_.delta_hash));
+  if (plan_.effective.keep_best()) adapter_.set_steps(plan_.earlier_steps + best_.step);
+  if (plan_.probes.empty()) return;
+  adapter_.set_probe_loss_after(best_.loss);
+  events_.emplace_back().set_probe_loss_after(loss);
+  const double rise = best_.loss - adapter_.probe_loss_before();
   if (rise > plan_.effective.max_probe_rise()) {
     RollBack("LOSS_DIVERGED",
              "probe loss rose by " + std::to_string(rise) + " nats, allowed " +
@@ -252,6 +286,7 @@ void AdaptJob::OnCommitted(double now) {
   committed_ = adapter_;
   api::AdaptEvent& last = events_.emplace_back();
   last.set_out_of_time(out_of_time_ && steps_done_ < plan_.effective.steps());
+  last.set_out_of_patience(out_of_patience_ && !last.out_of_time());
   *last.mutable_adapter() = adapter_;
   *last.mutable_usage() = UsageOf(*this, rows_done_, now, *tools_);
   Stop(absl::OkStatus(), now);

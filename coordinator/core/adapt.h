@@ -3,6 +3,7 @@
 // was cancelled. The adapter is at its old revision or at the next one, on all ranks, whatever happens.
 #pragma once
 
+#include <deque>
 #include <memory>
 #include <optional>
 #include <string>
@@ -35,7 +36,8 @@ struct AdaptPlan {
   AdapterTarget target;
   api::AdaptEvent::Effective effective;  // checked, with defaults filled in
   std::vector<SpanRange> probes;
-  std::vector<SpanRange> explicit_spans;  // empty: uniform
+  std::vector<SpanRange> explicit_spans;  // these, if any
+  std::vector<int64_t> recall_rows;       // else these, if any; else uniform
   uint64_t from_uid = 0;      // on the ranks: whose committed delta it starts from; 0: from nothing
   int64_t earlier_steps = 0;  // behind that delta
   int64_t adapter_bytes = 0;  // of the committed delta on each rank
@@ -76,11 +78,13 @@ class AdaptJob : public Job {
  private:
   enum class Phase { kBegin, kProbeBefore, kSteps, kProbeAfter, kCommit, kAllSent };
   void FillBegin(wire::BeginAdapt* begin) const;
-  void FillProbe(wire::ProbeLoss* probe) const;
+  void FillProbe(wire::ProbeLoss* probe);
   void FillStep(wire::AdaptStep* step);
   bool StepMayWait() const;
   void FillSpan(const SpanRange& range, wire::Span* span) const;
   void OnProbe(const wire::Result& result, double now);
+  void OnLastProbe(double loss, double now);
+  bool StepsAreOver() const { return out_of_time_ || out_of_patience_ || steps_sent_ == plan_.effective.steps(); }
   void OnStep(const wire::AdaptStep& step, const wire::Result& result, double now);
   void OnCommitted(double now);
   void RollBack(const char* reason, const std::string& message, int64_t step, double now);
@@ -94,6 +98,16 @@ class AdaptJob : public Job {
   bool begun_ = false;  // the ranks hold a delta under adaptation
   int64_t steps_sent_ = 0;
   int64_t steps_done_ = 0;
+  int64_t last_probe_ = 0;                 // steps sent before the last probe between steps
+  std::deque<int64_t> probes_under_way_;   // steps sent before each
+  struct Probed {
+    int64_t step = 0;
+    double loss = 0;
+    uint64_t delta_hash = 0;
+  };
+  Probed best_;  // without keep_best the last one
+  int64_t probes_without_best_ = 0;
+  bool out_of_patience_ = false;
   double slowest_step_ = 0;     // seconds
   bool out_of_time_ = false;
   int64_t rows_done_ = 0;

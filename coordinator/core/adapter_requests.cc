@@ -83,7 +83,7 @@ StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& re
   const std::string& from = request.continue_adapter() ? id : request.base_adapter();
   const Session::Adapter* start = from.empty() ? nullptr : session.FindAdapter(from);
   REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, options_.model, start == nullptr ? nullptr : &start->info,
-                                                     session.token_count(), seed));
+                                                     session.tokens(), seed));
   if (start == nullptr && !from.empty()) return AdapterNotFound(session, from);
   REFOCUS_RETURN_IF_ERROR(CheckAdapterCount(session, id));
   plan.target = TargetOf(session, id);

@@ -1,12 +1,18 @@
 #include "coordinator/core/span_policy.h"
 
+#include <absl/container/flat_hash_map.h>
+
 #include <algorithm>
 #include <utility>
 
 #include "base/check.h"
+#include "base/limits.h"
 
 namespace refocus {
 namespace {
+
+constexpr size_t kLongestRun = 4;    // tokens
+constexpr uint64_t kHeldOutOf = 8;
 
 struct StartRange {
   int64_t first = 0;
@@ -35,12 +41,19 @@ int64_t Count(const std::vector<StartRange>& ranges) {
 
 class UniformSpans : public SpanPolicy {
  public:
-  UniformSpans(std::vector<StartRange> starts, int64_t rows, uint64_t seed)
-      : starts_(std::move(starts)), count_(Count(starts_)), rows_(rows), random_(seed) {
+  UniformSpans(std::vector<StartRange> starts, int64_t rows, int64_t spans, uint64_t seed)
+      : starts_(std::move(starts)), count_(Count(starts_)), rows_(rows), spans_(spans), random_(seed) {
     REFOCUS_CHECK_GE(count_, 1);
   }
 
-  SpanRange Next() override {
+  std::vector<SpanRange> NextStep() override {
+    std::vector<SpanRange> step;
+    for (int64_t i = 0; i < spans_; ++i) step.push_back(Next());
+    return step;
+  }
+
+ private:
+  SpanRange Next() {
     auto index = static_cast<int64_t>(random_.Below(static_cast<uint64_t>(count_)));
     for (const StartRange& range : starts_) {
       const int64_t size = range.end - range.first;
@@ -50,22 +63,63 @@ class UniformSpans : public SpanPolicy {
     REFOCUS_CHECK(false);
   }
 
- private:
   const std::vector<StartRange> starts_;
   const int64_t count_;
   const int64_t rows_;
+  const int64_t spans_;
   SplitMix64 random_;
 };
 
 class ExplicitSpans : public SpanPolicy {
  public:
-  explicit ExplicitSpans(std::vector<SpanRange> spans) : spans_(std::move(spans)) { REFOCUS_CHECK(!spans_.empty()); }
+  ExplicitSpans(std::vector<SpanRange> spans, int64_t per_step) : spans_(std::move(spans)), per_step_(per_step) {
+    REFOCUS_CHECK(!spans_.empty());
+  }
 
-  SpanRange Next() override { return spans_[next_++ % spans_.size()]; }
+  std::vector<SpanRange> NextStep() override {
+    std::vector<SpanRange> step;
+    for (int64_t i = 0; i < per_step_; ++i) step.push_back(spans_[next_++ % spans_.size()]);
+    return step;
+  }
 
  private:
   const std::vector<SpanRange> spans_;
+  const int64_t per_step_;
   size_t next_ = 0;
+};
+
+class ScatteredRows : public SpanPolicy {
+ public:
+  ScatteredRows(std::vector<int64_t> rows, int64_t per_step, uint64_t seed)
+      : rows_(std::move(rows)), per_step_(std::min(per_step, static_cast<int64_t>(rows_.size()))), random_(seed) {
+    REFOCUS_CHECK_GE(per_step_, 1);
+  }
+
+  std::vector<SpanRange> NextStep() override {
+    const size_t count = rows_.size(), wanted = static_cast<size_t>(per_step_);
+    // The rest of a round that is shorter than a step is left for the next round: steps are of one size.
+    if (count - used_ < wanted) used_ = 0;
+    for (size_t i = used_; i < used_ + wanted; ++i) std::swap(rows_[i], rows_[i + random_.Below(count - i)]);
+    std::vector<int64_t> step(rows_.begin() + static_cast<std::ptrdiff_t>(used_),
+                              rows_.begin() + static_cast<std::ptrdiff_t>(used_ + wanted));
+    used_ += wanted;
+    std::sort(step.begin(), step.end());
+    return AsSpans(step);
+  }
+
+ private:
+  std::vector<int64_t> rows_;  // the first `used_` were drawn in this round
+  const int64_t per_step_;
+  size_t used_ = 0;
+  SplitMix64 random_;
+};
+
+uint64_t Mixed(uint64_t value) { return SplitMix64(value).Next(); }
+
+// What followed a run of tokens so far.
+struct Followed {
+  int32_t by = 0;
+  bool always = true;
 };
 
 }  // namespace
@@ -88,12 +142,70 @@ uint64_t SplitMix64::Below(uint64_t n) {
 }
 
 std::unique_ptr<SpanPolicy> MakeUniformSpans(int64_t token_count, int64_t rows, const std::vector<SpanRange>& held_out,
-                                             uint64_t seed) {
-  return std::make_unique<UniformSpans>(AllowedStarts(token_count, rows, held_out), rows, seed);
+                                             uint64_t seed, int64_t spans) {
+  return std::make_unique<UniformSpans>(AllowedStarts(token_count, rows, held_out), rows, spans, seed);
 }
 
-std::unique_ptr<SpanPolicy> MakeExplicitSpans(std::vector<SpanRange> spans) {
-  return std::make_unique<ExplicitSpans>(std::move(spans));
+std::unique_ptr<SpanPolicy> MakeExplicitSpans(std::vector<SpanRange> spans, int64_t per_step) {
+  return std::make_unique<ExplicitSpans>(std::move(spans), per_step);
+}
+
+std::unique_ptr<SpanPolicy> MakeScatteredRows(std::vector<int64_t> rows, int64_t per_step, uint64_t seed) {
+  return std::make_unique<ScatteredRows>(std::move(rows), per_step, seed);
+}
+
+std::vector<int64_t> RecallRows(std::span<const int32_t> tokens) {
+  const size_t rows = tokens.empty() ? 0 : tokens.size() - 1;
+  enum : char { kOpen, kKnown, kNotKnown };
+  std::vector<char> found(rows, kOpen);
+  absl::flat_hash_map<uint64_t, Followed> runs;
+  runs.reserve(rows);
+  // One length after the other, the longest first: one table at a time.
+  for (size_t length = kLongestRun; length >= 1; --length) {
+    runs.clear();
+    for (size_t row = length - 1; row < rows; ++row) {
+      uint64_t run = 0;
+      for (size_t i = row + 1 - length; i <= row; ++i) run = Mixed(run + static_cast<uint32_t>(tokens[i]) + 1);
+      const auto [entry, is_new] = runs.try_emplace(run, Followed{tokens[row + 1], true});
+      if (is_new) continue;
+      Followed& followed = entry->second;
+      const bool same = followed.by == tokens[row + 1];
+      if (found[row] == kOpen) found[row] = followed.always && same ? kKnown : kNotKnown;
+      followed.always &= same;
+    }
+  }
+  std::vector<int64_t> known;
+  for (size_t row = 0; row < rows; ++row) {
+    if (found[row] == kKnown) known.push_back(static_cast<int64_t>(row));
+  }
+  return known;
+}
+
+HeldOutRows HoldOut(std::span<const int32_t> tokens, const std::vector<int64_t>& rows, int64_t most) {
+  HeldOutRows split;
+  for (const int64_t row : rows) {
+    const uint64_t mixed = Mixed(static_cast<uint32_t>(tokens[static_cast<size_t>(row)]));
+    (mixed % kHeldOutOf == 0 && most > 0 ? split.held_out : split.training).push_back(row);
+  }
+  if (split.training.empty()) return {rows, {}};
+  const auto all = static_cast<int64_t>(split.held_out.size());
+  if (all <= most) return split;
+  std::vector<int64_t> kept;
+  for (int64_t i = 0; i < most; ++i) kept.push_back(split.held_out[static_cast<size_t>(i * all / most)]);
+  split.held_out = std::move(kept);
+  return split;
+}
+
+std::vector<SpanRange> AsSpans(const std::vector<int64_t>& rows) {
+  std::vector<SpanRange> spans;
+  for (const int64_t row : rows) {
+    if (!spans.empty() && spans.back().start + spans.back().rows == row && spans.back().rows < kMaxSpanTokens) {
+      ++spans.back().rows;
+    } else {
+      spans.push_back({row, 1});
+    }
+  }
+  return spans;
 }
 
 std::vector<SpanRange> ProbeSpans(int64_t token_count, int64_t rows, int64_t count) {

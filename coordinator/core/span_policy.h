@@ -1,11 +1,15 @@
 // Which spans an adaptation step trains on. Pure: the same arguments give the same spans on every platform.
 //
+// A row attends to the cached K/V of its prefix and to nothing that belongs to a step: rows of a step need not be
+// neighbours.
+//
 // A span of `rows` rows starting at `start` reads tokens [start, start + rows]: row i predicts token i + 1, so the last
 // row needs one token more. Two spans therefore intersect iff their closed intervals [start, start + rows] do.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 namespace refocus {
@@ -18,16 +22,35 @@ struct SpanRange {
 class SpanPolicy {
  public:
   virtual ~SpanPolicy() = default;
-  virtual SpanRange Next() = 0;  // the next span of the next step; steps take spans_per_step of them
+  virtual std::vector<SpanRange> NextStep() = 0;  // what the next step trains on, at least one row
 };
 
-// Spans of `rows` rows, starts uniform over all that intersect no span of `held_out` (which must leave at least one;
+// A step has `spans` spans of `rows` rows, starts uniform over all that intersect no span of `held_out` (which must leave at least one;
 // see ProbeSpans). With replacement. Seeded by SplitMix64; a draw below n takes the high bits by rejection.
 std::unique_ptr<SpanPolicy> MakeUniformSpans(int64_t token_count, int64_t rows, const std::vector<SpanRange>& held_out,
-                                             uint64_t seed);
+                                             uint64_t seed, int64_t spans = 1);
 
-// `spans` in order, again and again. Not empty.
-std::unique_ptr<SpanPolicy> MakeExplicitSpans(std::vector<SpanRange> spans);
+// `spans` in order, again and again, `per_step` at a time. Not empty.
+std::unique_ptr<SpanPolicy> MakeExplicitSpans(std::vector<SpanRange> spans, int64_t per_step = 1);
+
+// A step has `per_step` of `rows` (rising positions, not empty), or all where there are fewer: drawn without
+// replacement until all were used, then anew. Neighbours come as one span, spans in rising order.
+std::unique_ptr<SpanPolicy> MakeScatteredRows(std::vector<int64_t> rows, int64_t per_step, uint64_t seed);
+
+// Rows whose next token can be looked up in what stands before them: the longest run of up to 4 tokens that ends with the
+// row and was there before was followed by that token each time. Rising. 2^20 tokens take about 0.2 s.
+std::vector<int64_t> RecallRows(std::span<const int32_t> tokens);
+
+// Splits `rows` by the token at the row, so that no token stands on both sides: about one in eight goes to the second, of
+// which at most `most`, spread evenly, are kept. Nothing is held out where that would leave no row for training.
+struct HeldOutRows {
+  std::vector<int64_t> training;
+  std::vector<int64_t> held_out;
+};
+HeldOutRows HoldOut(std::span<const int32_t> tokens, const std::vector<int64_t>& rows, int64_t most);
+
+// Neighbours as one span.
+std::vector<SpanRange> AsSpans(const std::vector<int64_t>& rows);
 
 // At most `count` disjoint spans, spread evenly over the text. Fewer, or none, when holding them out would leave less
 // than a quarter of the starts for training.

@@ -173,7 +173,23 @@ Status CheckEffective(const api::AdaptEvent::Effective& e) {
   REFOCUS_RETURN_IF_ERROR(CheckReal("momentum", e.momentum(), 0, 0.9999999));
   REFOCUS_RETURN_IF_ERROR(CheckInt("warmup_steps", e.warmup_steps(), 0, e.steps() - 1));
   REFOCUS_RETURN_IF_ERROR(CheckRealOrZero("max_seconds", e.max_seconds(), 1e-3, 1e6));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("probe_every", e.probe_every(), 0, e.steps()));
+  REFOCUS_RETURN_IF_ERROR(CheckInt("patience", e.patience(), 0, kMaxAdaptSteps));
   return CheckReal("max_probe_rise", e.max_probe_rise(), 0, 1e6);
+}
+
+// Rows to train on and rows held out, of those that the policy draws from.
+Status PlanRecallRows(std::span<const int32_t> tokens, AdaptPlan* plan) {
+  auto& e = plan->effective;
+  HeldOutRows split = HoldOut(tokens, RecallRows(tokens), e.probe_spans() * e.span_tokens());
+  if (split.training.empty()) {
+    return Error(StatusCode::kFailedPrecondition, "NOTHING_RECURS",
+                 "recall_rows: no token of the context can be looked up in what stands before it; use uniform spans");
+  }
+  e.set_recall_rows(static_cast<int64_t>(split.training.size()));
+  plan->probes = AsSpans(split.held_out);
+  plan->recall_rows = std::move(split.training);
+  return absl::OkStatus();
 }
 
 Status CheckEnum(const char* field, int value, bool known, const char* allowed) {
@@ -224,7 +240,8 @@ std::string AdapterIdOf(const api::AdaptContextRequest& request) {
 }
 
 StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConfig& model, const api::Adapter* start,
-                              int64_t token_count, uint64_t seed) {
+                              std::span<const int32_t> tokens, uint64_t seed) {
+  const auto token_count = static_cast<int64_t>(tokens.size());
   AdaptPlan plan;
   REFOCUS_RETURN_IF_ERROR(CheckAdapterId(AdapterIdOf(r)));
   auto& e = plan.effective;
@@ -260,6 +277,10 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   e.set_seed(r.has_seed() ? r.seed() : seed);
   e.set_probe_spans(r.has_probe_spans() ? r.probe_spans() : 2);
   e.set_max_probe_rise(r.has_max_probe_rise() ? r.max_probe_rise() : 0.1);
+  e.set_keep_best(r.keep_best());
+  e.set_probe_every(r.has_probe_every() ? r.probe_every() : r.keep_best() ? std::max<int64_t>(1, e.steps() / 8) : 0);
+  e.set_patience(r.patience());
+  if (r.patience() != 0 && !r.keep_best()) return FieldError("patience", Number(r.patience()), "0 without keep_best");
   REFOCUS_RETURN_IF_ERROR(CheckEffective(e));
   if (token_count < 2) {
     return Error(StatusCode::kFailedPrecondition, "CONTEXT_TOO_SHORT",
@@ -273,13 +294,26 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   if (!plan.explicit_spans.empty()) rows = 0;
   for (const SpanRange& span : plan.explicit_spans) rows = std::max(rows, span.rows);
   REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step x span_tokens", e.spans_per_step() * rows, 1, kMaxStepRows));
-  plan.probes = ProbeSpans(token_count, e.span_tokens(), e.probe_spans());
+  if (r.has_recall_rows()) {
+    REFOCUS_RETURN_IF_ERROR(PlanRecallRows(tokens, &plan));
+  } else {
+    plan.probes = ProbeSpans(token_count, e.span_tokens(), e.probe_spans());
+  }
   std::erase_if(plan.probes, [&](const SpanRange& probe) {  // what the caller trains on holds nothing out
     return std::any_of(plan.explicit_spans.begin(), plan.explicit_spans.end(), [&](const SpanRange& span) {
       return span.start <= probe.start + probe.rows && probe.start <= span.start + span.rows;
     });
   });
-  e.set_probe_spans(static_cast<int64_t>(plan.probes.size()));
+  if (!r.has_recall_rows()) e.set_probe_spans(static_cast<int64_t>(plan.probes.size()));
+  if (plan.probes.empty()) {
+    e.set_probe_spans(0);
+    e.set_probe_every(0);
+    if (r.keep_best()) {
+      return Error(StatusCode::kFailedPrecondition, "NO_PROBE_SPANS",
+                   "keep_best: nothing is held out to compare by: the context is too short, explicit_spans cover it, or "
+                   "probe_spans is 0; leave keep_best out");
+    }
+  }
   return plan;
 }
 

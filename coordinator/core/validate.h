@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -53,10 +54,10 @@ Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t wind
 // The request's, or the default one.
 std::string AdapterIdOf(const api::AdaptContextRequest& request);
 
-// `token_count` of the context. Fills effective, probes, explicit_spans; `seed` is used when the request has none.
+// `tokens` of the context. Fills effective, probes, explicit_spans, recall_rows; `seed` is used when the request has none.
 // `start`: the adapter whose delta the request wants to start from, as far as there is one; else null.
 StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, const ModelConfig& model,
-                              const api::Adapter* start, int64_t token_count, uint64_t seed);
+                              const api::Adapter* start, std::span<const int32_t> tokens, uint64_t seed);
 
 // Everything but the sequence.
 StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& request, const ModelConfig& model,

@@ -1,6 +1,7 @@
 // The settings of an adaptation: kinds, defaults, schedules, and what is refused.
 #include <cmath>
 #include <functional>
+#include <numeric>
 
 #include "coordinator/core/validate.h"
 #include "tests/coordinator/simulation.h"
@@ -40,11 +41,18 @@ TEST(ScheduleTest, AsTorchComputesThem) {
   ExpectNear(Rates(Schedule(api::COSINE, 1, 0)), {2e-3});
 }
 
+// 500 tokens that never recur.
+std::vector<int32_t> NewTokens() {
+  std::vector<int32_t> tokens(500);
+  std::iota(tokens.begin(), tokens.end(), 0);
+  return tokens;
+}
+
 StatusOr<AdaptPlan> Plan(const std::function<void(api::AdaptContextRequest&)>& set, const api::Adapter* start = nullptr,
-                         const ModelConfig& model = FakeModel(1000)) {
+                         const ModelConfig& model = FakeModel(1000), const std::vector<int32_t>& tokens = NewTokens()) {
   api::AdaptContextRequest request;
   set(request);
-  return PlanAdapt(request, model, start, 500, 1);
+  return PlanAdapt(request, model, start, tokens, 1);
 }
 
 TEST(AdaptPlanTest, KindsAndDefaults) {
@@ -110,6 +118,49 @@ TEST(AdaptPlanTest, BadSettingsAreNamed) {
     EXPECT_EQ(ReasonOf(status), "FIELD_OUT_OF_RANGE") << c.field << ": " << status;
     EXPECT_NE(std::string(status.message()).find(c.field), std::string::npos) << c.field << ": " << status;
   }
+}
+
+// 100 pairs "i, 400 - i" twice over: every even row of the second half can be looked up.
+TEST(AdaptPlanTest, RecallRows) {
+  std::vector<int32_t> tokens;
+  for (int i = 0; i < 400; ++i) tokens.push_back(i / 2 % 2 == 0 ? i % 200 : 400 - i % 200);
+  const auto recall = [](auto& r) { r.mutable_recall_rows(); };
+  const StatusOr<AdaptPlan> plan = Plan(recall, nullptr, FakeModel(1000), tokens);
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_EQ(plan->effective.recall_rows(), static_cast<int64_t>(plan->recall_rows.size()));
+  EXPECT_GT(plan->recall_rows.size(), 150u);
+  EXPECT_FALSE(plan->probes.empty());
+  EXPECT_EQ(plan->effective.probe_spans(), 2);
+  for (const SpanRange& probe : plan->probes) {
+    for (const int64_t row : plan->recall_rows) EXPECT_FALSE(probe.start <= row && row < probe.start + probe.rows);
+  }
+  EXPECT_EQ(ReasonOf(Plan(recall).status()), "NOTHING_RECURS");
+}
+
+TEST(AdaptPlanTest, KeepBest) {
+  const auto keep = [](int64_t steps) {
+    return [steps](auto& r) {
+      r.set_keep_best(true);
+      r.set_steps(steps);
+      r.set_span_tokens(20);
+    };
+  };
+  EXPECT_EQ(Plan([](auto&) {})->effective.probe_every(), 0);
+  EXPECT_EQ(Plan(keep(32))->effective.probe_every(), 4);
+  EXPECT_EQ(Plan(keep(3))->effective.probe_every(), 1);
+  const auto with = [&](auto set) {
+    return Plan([&](auto& r) {
+             keep(32)(r);
+             set(r);
+           }).status();
+  };
+  EXPECT_EQ(ReasonOf(with([](auto& r) { r.set_probe_spans(0); })), "NO_PROBE_SPANS");
+  EXPECT_EQ(ReasonOf(with([](auto& r) { r.set_span_tokens(499); })), "NO_PROBE_SPANS");
+  EXPECT_FALSE(with([](auto& r) { r.set_probe_every(33); }).ok());
+  EXPECT_FALSE(with([](auto& r) { r.set_probe_every(-1); }).ok());
+  EXPECT_FALSE(with([](auto& r) { r.set_patience(-1); }).ok());
+  EXPECT_TRUE(with([](auto& r) { r.set_patience(2); }).ok());
+  EXPECT_FALSE(Plan([](auto& r) { r.set_patience(2); }).ok());
 }
 
 }  // namespace

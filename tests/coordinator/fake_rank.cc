@@ -248,6 +248,7 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
     }
     adapter.work = begin.from_adapter() != 0 ? from->second.steps : 0;
     adapter.work_rank = begin.lora_rank();
+    adapter.kept.reset();
     adapter.incoming.reset();
     return;
   }
@@ -285,9 +286,16 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
   } else if (command.has_probe_loss()) {
     if (!check_spans(adapter, command.probe_loss().spans())) return OutOfPlace("spans", result);
     result->set_loss(2.0 - 0.01 * static_cast<double>(*adapter.work));
+    if (probe_loss) result->set_loss(probe_loss(*adapter.work));
     result->set_agree(0x1000 + static_cast<uint64_t>(*adapter.work));
+    if (command.probe_loss().keep_best() && (!adapter.kept || result->loss() < adapter.kept_loss)) {
+      adapter.kept = *adapter.work;
+      adapter.kept_loss = result->loss();
+    }
   } else {
     const auto& end = command.end_adapt();
+    if (end.kept() && !adapter.kept) return OutOfPlace("nothing kept", result);
+    if (end.kept()) adapter.work = adapter.kept;
     if (end.commit() && end.revision() != adapter.revision + 1) return OutOfPlace("revision", result);
     const auto bytes = static_cast<size_t>(4 * DeltaNumbers(FakeModel(1), adapter.work_rank));
     if (end.commit() && adapter.incoming && adapter.incoming->size() != bytes) return OutOfPlace("numbers", result);

@@ -340,6 +340,60 @@ TEST_F(JobsTest, RisingProbeLossRollsBackUnlessAllowed) {
   EXPECT_TRUE(allowed->status().ok()) << allowed->status();
 }
 
+// Probe losses by steps made: 2.0 at the start, best behind 4.
+TEST_F(JobsTest, TheBestIsKeptAndPatienceEnds) {
+  simulation_.CreateReady("a", 600);
+  const std::vector<double> losses = {2.0, 1.8, 1.5, 1.6, 1.2, 1.4, 1.3, 1.25};
+  for (int32_t rank = 0; rank < 2; ++rank) {
+    simulation_.rank(rank).probe_loss = [&](int64_t steps) {
+      return losses.at(std::min<size_t>(steps, losses.size() - 1));
+    };
+  }
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 40);
+  request.set_keep_best(true);
+  request.set_probe_every(1);
+  request.set_patience(3);
+  const auto job = *simulation_.Adapt(request);
+  simulation_.Run();
+  ASSERT_TRUE(job->status().ok()) << job->status();
+  std::vector<int64_t> probed, best;
+  for (const api::AdaptEvent& event : job->events()) {
+    if (!event.has_probe()) continue;
+    probed.push_back(event.probe().step());
+    EXPECT_EQ(event.probe().loss(), losses.at(std::min<size_t>(probed.back(), losses.size() - 1)));
+    if (event.probe().best()) best.push_back(event.probe().step());
+  }
+  EXPECT_EQ(best, (std::vector<int64_t>{1, 2, 4}));
+  ASSERT_GE(probed.size(), 7u);
+  EXPECT_LE(probed.size(), 9u) << "two may be on the way when patience ends";
+  const api::AdaptEvent& last = job->events().back();
+  EXPECT_TRUE(last.out_of_patience());
+  EXPECT_EQ(last.adapter().steps(), 4);
+  EXPECT_EQ(last.adapter().probe_loss_before(), 2.0);
+  EXPECT_EQ(last.adapter().probe_loss_after(), 1.2);
+  EXPECT_EQ(last.adapter().delta_hash(), Hex(0x1004));
+  for (int32_t rank = 0; rank < 2; ++rank) EXPECT_EQ(simulation_.rank(rank).adapters.begin()->second.steps, 4);
+  simulation_.ExpectConsistent();
+}
+
+TEST_F(JobsTest, NothingBetterLeavesWhatItStartedFrom) {
+  simulation_.CreateReady("a", 600);
+  for (int32_t rank = 0; rank < 2; ++rank) {
+    simulation_.rank(rank).probe_loss = [](int64_t steps) { return 1.0 + static_cast<double>(steps); };
+  }
+  api::AdaptContextRequest request = Simulation::AdaptRequest("a", 6);
+  request.set_keep_best(true);
+  const auto job = *simulation_.Adapt(request);
+  simulation_.Run();
+  ASSERT_TRUE(job->status().ok()) << job->status();
+  const api::Adapter& adapter = job->events().back().adapter();
+  EXPECT_EQ(adapter.steps(), 0);
+  EXPECT_EQ(adapter.probe_loss_after(), adapter.probe_loss_before());
+  EXPECT_EQ(adapter.revision(), 1);
+  EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 0);
+  simulation_.ExpectConsistent();
+}
+
 TEST_F(JobsTest, DifferentDeltasOnTheRanksAreNeverCommitted) {
   simulation_.CreateReady("a", 600);
   simulation_.rank(1).tamper = [](const wire::Command& command, wire::Result& result) {

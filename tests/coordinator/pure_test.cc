@@ -16,6 +16,8 @@ bool Intersect(const SpanRange& a, const SpanRange& b) {
   return a.start <= b.start + b.rows && b.start <= a.start + a.rows;
 }
 
+SpanRange Next(SpanPolicy& policy) { return policy.NextStep().at(0); }
+
 TEST(SpanPolicyTest, KnownSequence) {
   SplitMix64 random(0);
   EXPECT_EQ(random.Next(), 0xe220a8397b1dcdafu);  // the generator's published first output for seed 0
@@ -24,9 +26,9 @@ TEST(SpanPolicyTest, KnownSequence) {
   const auto other = MakeUniformSpans(1000, 10, {}, 43);
   int differ = 0;
   for (int i = 0; i < 50; ++i) {
-    const SpanRange span = policy->Next();
-    EXPECT_EQ(span.start, again->Next().start);
-    differ += span.start != other->Next().start;
+    const SpanRange span = Next(*policy);
+    EXPECT_EQ(span.start, Next(*again).start);
+    differ += span.start != Next(*other).start;
   }
   EXPECT_GT(differ, 40);
 }
@@ -42,12 +44,12 @@ TEST(SpanPolicyTest, EveryLegalStartAndNoOther) {
   }
   std::set<int64_t> seen;
   const auto policy = MakeUniformSpans(tokens, rows, probes, 5);
-  for (int i = 0; i < 5000; ++i) seen.insert(policy->Next().start);
+  for (int i = 0; i < 5000; ++i) seen.insert(Next(*policy).start);
   EXPECT_EQ(seen, expected);
 }
 
 TEST(SpanPolicyTest, ShortestContexts) {
-  EXPECT_EQ(MakeUniformSpans(2, 1, {}, 1)->Next().start, 0);
+  EXPECT_EQ(Next(*MakeUniformSpans(2, 1, {}, 1)).start, 0);
   EXPECT_TRUE(ProbeSpans(2, 1, 2).empty());
   EXPECT_TRUE(ProbeSpans(129, 128, 2).empty());
   EXPECT_TRUE(ProbeSpans(1000, 128, 0).empty());
@@ -57,7 +59,7 @@ TEST(SpanPolicyTest, ShortestContexts) {
     for (const SpanRange& probe : probes) EXPECT_LT(probe.start + probe.rows, tokens);
     const auto policy = MakeUniformSpans(tokens, rows, probes, tokens);
     for (int i = 0; i < 20; ++i) {
-      const SpanRange span = policy->Next();
+      const SpanRange span = Next(*policy);
       EXPECT_LT(span.start + span.rows, tokens);
       for (const SpanRange& probe : probes) EXPECT_FALSE(Intersect(span, probe)) << tokens;
     }
@@ -66,9 +68,110 @@ TEST(SpanPolicyTest, ShortestContexts) {
 
 TEST(SpanPolicyTest, ExplicitSpansCycle) {
   const auto policy = MakeExplicitSpans({{1, 2}, {5, 3}});
-  EXPECT_EQ(policy->Next().start, 1);
-  EXPECT_EQ(policy->Next().rows, 3);
-  EXPECT_EQ(policy->Next().start, 1);
+  EXPECT_EQ(Next(*policy).start, 1);
+  EXPECT_EQ(Next(*policy).rows, 3);
+  EXPECT_EQ(Next(*policy).start, 1);
+}
+
+TEST(SpanPolicyTest, SeveralSpansInAStep) {
+  const auto one = MakeUniformSpans(1000, 10, {}, 42);
+  const std::vector<SpanRange> step = MakeUniformSpans(1000, 10, {}, 42, 3)->NextStep();
+  ASSERT_EQ(step.size(), 3u);
+  for (const SpanRange& span : step) EXPECT_EQ(span.start, Next(*one).start);
+  EXPECT_EQ(MakeExplicitSpans({{1, 2}, {5, 3}}, 3)->NextStep().size(), 3u);
+}
+
+// The definition, word for word.
+std::vector<int64_t> RecallRowsSlowly(const std::vector<int32_t>& tokens) {
+  std::vector<int64_t> rows;
+  const auto size = static_cast<int64_t>(tokens.size());
+  for (int64_t row = 0; row + 1 < size; ++row) {
+    for (int64_t length = std::min<int64_t>(4, row + 1); length >= 1; --length) {
+      int64_t seen = 0, followed = 0;
+      for (int64_t end = length - 1; end < row; ++end) {
+        if (!std::equal(tokens.begin() + end + 1 - length, tokens.begin() + end + 1,
+                        tokens.begin() + row + 1 - length)) {
+          continue;
+        }
+        ++seen;
+        followed += tokens[end + 1] == tokens[row + 1];
+      }
+      if (seen == 0) continue;
+      if (followed == seen) rows.push_back(row);
+      break;
+    }
+  }
+  return rows;
+}
+
+TEST(RecallRowsTest, AsDefined) {
+  EXPECT_TRUE(RecallRows(std::vector<int32_t>{}).empty());
+  EXPECT_TRUE(RecallRows(std::vector<int32_t>{3}).empty());
+  EXPECT_TRUE(RecallRows(std::vector<int32_t>{3, 4, 5, 6}).empty());
+  // 7 was followed by 1; "2 7" is new, so the single 7 decides.
+  EXPECT_EQ(RecallRows(std::vector<int32_t>{7, 1, 2, 7, 1}), std::vector<int64_t>{3});
+  EXPECT_TRUE(RecallRows(std::vector<int32_t>{7, 1, 2, 7, 3}).empty());
+  SplitMix64 random(9);
+  for (int round = 0; round < 60; ++round) {
+    std::vector<int32_t> tokens(2 + random.Below(200));
+    for (int32_t& token : tokens) token = static_cast<int32_t>(random.Below(2 + round));
+    EXPECT_EQ(RecallRows(tokens), RecallRowsSlowly(tokens)) << round;
+  }
+}
+
+TEST(RecallRowsTest, HoldsOutTokensWhereverTheyStand) {
+  std::vector<int32_t> tokens(4000);
+  SplitMix64 random(3);
+  for (int32_t& token : tokens) token = static_cast<int32_t>(random.Below(300));
+  std::vector<int64_t> rows;
+  for (int64_t row = 0; row < 3999; row += 2) rows.push_back(row);
+  const HeldOutRows all = HoldOut(tokens, rows, 4000);
+  EXPECT_EQ(all.training.size() + all.held_out.size(), rows.size());
+  EXPECT_NEAR(static_cast<double>(all.held_out.size()) / static_cast<double>(rows.size()), 1.0 / 8, 0.06);
+  std::set<int32_t> trained;
+  for (const int64_t row : all.training) trained.insert(tokens[row]);
+  for (const int64_t row : all.held_out) EXPECT_FALSE(trained.contains(tokens[row])) << row;
+  const HeldOutRows few = HoldOut(tokens, rows, 10);
+  EXPECT_EQ(few.training, all.training);
+  ASSERT_EQ(few.held_out.size(), 10u);
+  EXPECT_GT(few.held_out.back(), 3000);
+  EXPECT_TRUE(HoldOut(tokens, rows, 0).held_out.empty());
+  EXPECT_EQ(HoldOut(tokens, rows, 0).training, rows);
+  for (const int64_t row : all.held_out) {  // alone it is trained on
+    EXPECT_EQ(HoldOut(tokens, {row}, 10).training, std::vector<int64_t>{row});
+    break;
+  }
+}
+
+TEST(ScatteredRowsTest, EachOnceARound) {
+  std::vector<int64_t> rows;
+  for (int64_t i = 0; i < 50; ++i) rows.push_back(3 * i + i / 10);
+  const auto policy = MakeScatteredRows(rows, 10, 7), again = MakeScatteredRows(rows, 10, 7);
+  for (int round = 0; round < 3; ++round) {
+    std::set<int64_t> seen;
+    for (int step = 0; step < 5; ++step) {
+      int64_t count = 0, before = -1;
+      const std::vector<SpanRange> same = again->NextStep();
+      size_t i = 0;
+      for (const SpanRange& span : policy->NextStep()) {
+        EXPECT_EQ(span.start, same.at(i++).start);
+        EXPECT_GT(span.start, before);
+        before = span.start + span.rows - 1;
+        count += span.rows;
+        for (int64_t row = span.start; row <= before; ++row) EXPECT_TRUE(seen.insert(row).second);
+      }
+      EXPECT_EQ(count, 10);
+    }
+    EXPECT_EQ(seen, std::set<int64_t>(rows.begin(), rows.end())) << round;
+  }
+  // Steps are of one size: the rest of a round waits.
+  const auto odd = MakeScatteredRows({1, 2, 3, 9, 11}, 3, 1);
+  for (int step = 0; step < 4; ++step) {
+    int64_t count = 0;
+    for (const SpanRange& span : odd->NextStep()) count += span.rows;
+    EXPECT_EQ(count, 3);
+  }
+  EXPECT_EQ(MakeScatteredRows({4, 5, 6}, 100, 1)->NextStep().at(0).rows, 3);
 }
 
 api::CreateContextRequest::Chunk TextChunk(int64_t offset, const std::string& text) {
@@ -170,18 +273,18 @@ TEST(PlanTest, RowsOfAStepAreBounded) {
   api::AdaptContextRequest request;
   request.set_spans_per_step(9);
   request.set_span_tokens(8192);
-  const Status status = PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).status();
+  const Status status = PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).status();
   EXPECT_EQ(ReasonOf(status), "FIELD_OUT_OF_RANGE");
   EXPECT_NE(std::string(status.message()).find("73728"), std::string::npos) << status;
-  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 1000, 1).ok());  // spans shrink to the context
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(1000), 1).ok());  // spans shrink to the context
   auto* span = request.mutable_explicit_spans()->add_spans();
   span->set_length(8192);
-  EXPECT_FALSE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
+  EXPECT_FALSE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).ok());
   span->set_length(7000);
-  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).ok());
   request.set_spans_per_step(8);
   span->set_length(8192);
-  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).ok());
 }
 
 TEST(UploadTest, BeginToken) {

@@ -217,6 +217,33 @@ TEST_P(AdapterTest, MemoryFollowsTheKind) {
   small.Do(EndAdapt{kAdapter, false, 0});
 }
 
+// What a probe kept is committed: the bits of a run that ended there. Without it the room is not taken, nor may it be used.
+TEST_P(AdapterTest, KeepsTheBest) {
+  group_.Prefill(kContext, Ids(0, 300));
+  const ProbeLoss probe{kOtherAdapter, {At(10, 20)}, true};
+  BeginAdapt begin{kContext, kOtherAdapter, 0};
+  begin.seed = 5;
+  begin.keep_best = true;
+  group_.Do(begin);
+  double least = group_.Do(probe).result().loss;
+  int64_t best = 0;
+  for (int64_t step = 1; step <= 5; ++step) {
+    group_.Do(AdaptStep{kOtherAdapter, step, {At(20 * step, 30)}, step < 3 ? 3e-2f : 1.0f});
+    const double loss = group_.Do(probe).result().loss;
+    if (loss < least) best = step;
+    least = std::min(least, loss);
+  }
+  ASSERT_TRUE(best == 1 || best == 2) << best << ": the later steps were meant to harm";
+  group_.Do(EndAdapt{kOtherAdapter, true, 1, true});
+  Adapt(group_, kContext, kAdapter, {}, 0, best);
+  const std::vector<Token> expected = Ask(group_, kContext, kAdapter);
+  EXPECT_EQ(Bits(Ask(group_, kContext, kOtherAdapter)), Bits(expected));
+
+  Begin(group_, kContext, 13, {});
+  ExpectRefused(ProbeLoss{13, {At(10, 20)}, true}, "FIELD_OUT_OF_RANGE", "keep_best");
+  ExpectRefused(EndAdapt{13, true, 1, true}, "COMMAND_OUT_OF_PLACE", "kept");
+}
+
 INSTANTIATE_TEST_SUITE_P(Ranks, AdapterTest, ::testing::Values(1, 2, 3),
                          [](const auto& info) { return std::to_string(info.param) + "_ranks"; });
 

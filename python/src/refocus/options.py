@@ -62,6 +62,10 @@ class AdaptOptions(TypedDict, total=False):
     schedule: context_pb2.Schedule
     warmup_steps: int
     max_seconds: float
+    recall_rows: context_pb2.AdaptContextRequest.RecallRows
+    probe_every: int
+    keep_best: bool
+    patience: int
     validate_only: bool
 
 
