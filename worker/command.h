@@ -188,6 +188,8 @@ struct Result {
   std::vector<SequenceEnd> ended;
   std::vector<float> score_logprobs;
   std::vector<bool> score_greedy;
+  std::vector<int32_t> score_best_ids;  // the most likely tokens
+  std::vector<float> score_best_logprobs;
   std::vector<float> masses;
   std::string data;
 };

@@ -64,6 +64,8 @@ class EngineState {
       result.ended.clear();
       result.score_logprobs.clear();
       result.score_greedy.clear();
+      result.score_best_ids.clear();
+      result.score_best_logprobs.clear();
       result.data.clear();
     }
     return result;

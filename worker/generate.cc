@@ -3,7 +3,9 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
+#include <ATen/ops/gather.h>
 #include <ATen/ops/index_select.h>
+#include <ATen/ops/max.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 
@@ -165,29 +167,41 @@ void Sequence::Score(Model& model, const RowPlan& plan, const at::Tensor& hidden
     }
   }
   const int64_t own = counts[model.collective().rank()];
-  at::Tensor scores = at::empty({own, 2}, hidden.options());  // log-probability, 1 when most likely
+  // Log-probability, 1 when most likely, log-probability and id of the most likely: ids are below 2^24, exact in fp32.
+  constexpr int64_t kColumns = 4;
+  at::Tensor scores = at::empty({own, kColumns}, hidden.options());
   for (int64_t begin = 0; begin < own; begin += kLogitRows) {
     const int64_t size = std::min(kLogitRows, own - begin);
     const auto part = [&](const std::vector<int64_t>& values) {
       return at::tensor(at::IntArrayRef(values).slice(begin, size), at::kLong).to(hidden.device());
     };
-    const Losses losses = model.backend().CrossEntropy(model.Logits(at::index_select(hidden, 0, part(own_rows))),
-                                                       part(own_targets), /*grad=*/false, 1.0);
+    const at::Tensor logits = model.Logits(at::index_select(hidden, 0, part(own_rows)));
+    const at::Tensor targets = part(own_targets);
+    const auto [best, best_ids] = at::max(logits, 1);
+    const at::Tensor at_target = logits.gather(1, targets.unsqueeze(1)).squeeze(1);
+    const Losses losses = model.backend().CrossEntropy(logits, targets, /*grad=*/false, 1.0);
     const at::Tensor slice = scores.narrow(0, begin, size);
     slice.select(1, 0).copy_(losses.loss.neg());
     slice.select(1, 1).copy_(losses.greedy);
+    slice.select(1, 2).copy_(best - at_target - losses.loss);
+    slice.select(1, 3).copy_(best_ids);
   }
-  at::Tensor all = at::empty({count, 2}, hidden.options());
+  at::Tensor all = at::empty({count, kColumns}, hidden.options());
   model.collective().AllGatherRows(scores, counts, all);
   model.collective().Check();
   all = all.cpu();
   const float* values = all.const_data_ptr<float>();
   result.score_logprobs.assign(count, 0.0f);
   result.score_greedy.assign(count, false);
-  for (int64_t i = 0; i < count; ++i) {
-    result.score_logprobs[score_order[i]] = values[2 * i];
-    result.score_greedy[score_order[i]] = values[2 * i + 1] > 0.5f;
-    if (!std::isfinite(values[2 * i])) result.status = NonFiniteLogits();
+  result.score_best_ids.assign(count, 0);
+  result.score_best_logprobs.assign(count, 0.0f);
+  for (int64_t i = 0; i < count; ++i, values += kColumns) {
+    const int64_t at = score_order[i];
+    result.score_logprobs[at] = values[0];
+    result.score_greedy[at] = values[1] > 0.5f;
+    result.score_best_logprobs[at] = values[2];
+    result.score_best_ids[at] = static_cast<int32_t>(values[3]);
+    if (!std::isfinite(values[0])) result.status = NonFiniteLogits();
   }
 }
 

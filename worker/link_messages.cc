@@ -363,6 +363,8 @@ pb::Result WriteResult(const Result& result) {
   }
   for (const float logprob : result.score_logprobs) message.add_score_logprobs(logprob);
   for (const bool greedy : result.score_greedy) message.add_score_greedy(greedy);
+  message.mutable_score_best_ids()->Assign(result.score_best_ids.begin(), result.score_best_ids.end());
+  message.mutable_score_best_logprobs()->Assign(result.score_best_logprobs.begin(), result.score_best_logprobs.end());
   message.mutable_masses()->Add(result.masses.begin(), result.masses.end());
   message.set_data(result.data);
   return message;

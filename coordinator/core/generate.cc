@@ -199,6 +199,11 @@ void GenerateJob::OnResult(const wire::Command& command, const wire::Result& res
   if (!ok || stopping()) return;
   if (command.has_extend_sequence()) {
     prompt_logprobs_.insert(prompt_logprobs_.end(), result.score_logprobs().begin(), result.score_logprobs().end());
+    for (int i = 0; i < result.score_best_ids_size() && i < result.score_best_logprobs_size(); ++i) {
+      api::TokenLogprob& best = prompt_best_.emplace_back();
+      best.set_id(result.score_best_ids(i));
+      best.set_logprob(result.score_best_logprobs(i));
+    }
   }
   if (command.has_decode_steps()) step_seconds_ = result.seconds() / command.decode_steps().steps();
   OnTokens(result, now);
@@ -226,6 +231,8 @@ void GenerateJob::OnTokens(const wire::Result& result, double now) {
   event.set_sample(plan_.sample);
   event.mutable_prompt_logprobs()->Assign(prompt_logprobs_.begin(), prompt_logprobs_.end());
   prompt_logprobs_.clear();
+  event.mutable_prompt_best()->Assign(prompt_best_.begin(), prompt_best_.end());
+  prompt_best_.clear();
   if (force_sent_ && !force_done_) {
     force_done_ = true;
     for (const int32_t forced : plan_.thinking->forced_end) AddToken(forced, &event);

@@ -136,6 +136,7 @@ class GenerateJob : public Job {
   std::deque<api::GenerateEvent> queue_;
   double full_since_ = -1;
   std::vector<float> prompt_logprobs_;  // of the next event
+  std::vector<api::TokenLogprob> prompt_best_;
 };
 
 }  // namespace refocus

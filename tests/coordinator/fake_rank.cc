@@ -401,6 +401,8 @@ void FakeRank::Extend(const wire::ExtendSequence& extend, wire::Result* result) 
   const int first_scored = extend.ids_size() - extend.score_ids_size() - (extend.sample() ? 1 : 0);
   for (int i = 0; i < extend.score_ids_size(); ++i) {
     result->add_score_logprobs(-static_cast<float>(extend.score_ids(i) % 7) - 0.5f);
+    result->add_score_best_ids(Following(extend.ids(first_scored + i), sequence.revision));
+    result->add_score_best_logprobs(-0.5f);
     result->add_score_greedy(Following(extend.ids(first_scored + i), sequence.revision) == extend.score_ids(i));
   }
   sequence.last = extend.ids(extend.ids_size() - 1);

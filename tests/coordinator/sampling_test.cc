@@ -154,8 +154,10 @@ TEST(SamplingTest, PromptLogprobs) {
     ASSERT_TRUE(job->status().ok()) << job->status().message();
     const auto events = job->TakeEvents();
     ASSERT_EQ(events[0].prompt_logprobs_size(), wanted ? 1500 : 0);
+    ASSERT_EQ(events[0].prompt_best_size(), wanted ? 1500 : 0);
     for (int i = 0; i < events[0].prompt_logprobs_size(); ++i) {
       ASSERT_EQ(events[0].prompt_logprobs(i), -static_cast<float>(prompt[i] % 7) - 0.5f) << i;
+      ASSERT_EQ(events[0].prompt_best(i).logprob(), -0.5f) << i;
     }
     for (size_t i = 1; i < events.size(); ++i) EXPECT_EQ(events[i].prompt_logprobs_size(), 0);
     for (const auto& fork : job->forks()) {

@@ -422,6 +422,8 @@ TEST(LinkMessagesTest, ResultKeepsEveryField) {
                   {7, SequenceEnd::Why::kFailed, Error(StatusCode::kInternal, "NON_FINITE_LOGITS", "na\xc3\xafve")}};
   result.score_logprobs = {-1.0f, -2.0f};
   result.score_greedy = {true, false};
+  result.score_best_ids = {7, 8};
+  result.score_best_logprobs = {-1.0f, -0.5f};
   result.masses = {0.25f, 0.5f};
   const pb::Result m = WriteResult(result);
   EXPECT_EQ(m.epoch(), 3);
@@ -454,6 +456,8 @@ TEST(LinkMessagesTest, ResultKeepsEveryField) {
   EXPECT_EQ(m.score_logprobs(1), -2.0f);
   EXPECT_TRUE(m.score_greedy(0));
   EXPECT_FALSE(m.score_greedy(1));
+  EXPECT_EQ(m.score_best_ids(1), 8u);
+  EXPECT_EQ(m.score_best_logprobs(1), -0.5f);
   EXPECT_EQ(std::vector<float>(m.masses().begin(), m.masses().end()), result.masses);
 }
 

@@ -70,6 +70,12 @@ class GoldenTest : public ::testing::TestWithParam<std::tuple<std::string, int>>
       const double logprob = expected.at("logprobs").at(i);
       EXPECT_NEAR(result.score_logprobs[i], logprob, kLogprobBound) << name << " " << i;
       EXPECT_EQ(result.score_greedy[i], expected.at("greedy").at(i).get<bool>()) << name << " " << i;
+      EXPECT_EQ(result.score_best_ids[i] == targets[i], result.score_greedy[i]) << name << " " << i;
+      if (result.score_greedy[i]) {
+        EXPECT_NEAR(result.score_best_logprobs[i], result.score_logprobs[i], 1e-5) << name << " " << i;
+      } else {
+        EXPECT_GT(result.score_best_logprobs[i], result.score_logprobs[i]) << name << " " << i;
+      }
     }
   }
 
