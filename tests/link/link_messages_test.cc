@@ -318,12 +318,12 @@ TEST(LinkMessagesTest, EveryFaultIsRefusedByName) {
       {"epsilon", FillBegin, begin([](auto& b) { b.set_epsilon(0.0f); })},
       {"adapter", FillBegin, begin([](auto& b) { b.set_adapter(0); })},
       {"step", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->set_step(0); }},
-      {"spans (count)", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->clear_spans(); }},
-      {"spans (count)", FillStep,
+      {"spans (rows)", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->clear_spans(); }},
+      {"spans (rows)", FillStep,
        [](pb::Command& c) {
-         while (c.adapt_step().spans_size() <= kMaxSpansPerStep) {
-           *c.mutable_adapt_step()->add_spans() = c.adapt_step().spans(0);
-         }
+         pb::AdaptStep& step = *c.mutable_adapt_step();
+         const int64_t rows = step.spans(0).ids_size() - 1;
+         while (step.spans_size() * rows <= kMaxStepRows) *step.add_spans() = step.spans(0);
        }},
       {"spans.ids (count)", FillStep, [](pb::Command& c) { c.mutable_adapt_step()->mutable_spans(1)->clear_ids(); }},
       {"spans.ids (count)", FillStep,
