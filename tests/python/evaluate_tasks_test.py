@@ -215,7 +215,7 @@ class Symbols(unittest.TestCase):
         self.assertEqual(4000, len(made.text))
         held = {}
         for account, value in zip(made.text[::2], made.text[1::2]):
-            self.assertTrue(0 <= account < 4096 <= value < 4352)
+            self.assertTrue(257 <= account < 4353 <= value < 4609)
             self.assertEqual(value, held.setdefault(account, value), "the value of an account is fixed")
         self.assertAlmostEqual(4, 2000 / len(held), delta=0.2)
         for question in made.questions:

@@ -19,8 +19,9 @@ class Settings:
     questions: int = 8                      # of one text, where a task has that many
     haystack: str = ""                      # running text; empty: sentences made up here
     code_dirs: tuple[str, ...] = ()         # Python sources for bugs; empty: those of the interpreter's distribution
-    account_ids: tuple[int, int] = (0, 4096)    # of the symbolic ledger: [begin, end)
-    value_ids: tuple[int, int] = (4096, 4352)
+    # Of the symbolic ledger: [begin, end). As bench/recall_model/tokenizer.py numbers them.
+    account_ids: tuple[int, int] = (257, 4353)
+    value_ids: tuple[int, int] = (4353, 4609)
     bug_rate: float = 0.0                   # bugs a token; at least one bug
 
 
