@@ -118,9 +118,13 @@ TEST_P(GoldenTest, LongQuestionEqualsContext) {
   for (size_t i = 0; i < golden_.json.at("rows").size(); ++i) {
     const int64_t row = golden_.json.at("rows").at(i);
     if (row < tokens - 1 || row + 1 >= static_cast<int64_t>(ids.size())) continue;
-    const double expected =
-        at::log_softmax(rows.select(0, static_cast<int64_t>(i)).to(at::kDouble), 0)[ids[row + 1]].item<double>();
+    const at::Tensor logprobs = at::log_softmax(rows.select(0, static_cast<int64_t>(i)).to(at::kDouble), 0);
+    const double expected = logprobs[ids[row + 1]].item<double>();
     EXPECT_NEAR(prompt[row + 1 - tokens], expected, kLogprobBound) << "row " << row;
+    const Result& scored = answer.result();
+    const double best = logprobs.max().item<double>();
+    EXPECT_NEAR(scored.score_best_logprobs.at(row + 1 - tokens), best, kLogprobBound) << "row " << row;
+    EXPECT_NEAR(logprobs[scored.score_best_ids.at(row + 1 - tokens)].item<double>(), best, kLogprobBound);
     if (row < tokens) continue;
     EXPECT_NEAR(result.score_logprobs[row - tokens], expected, kLogprobBound) << "row " << row;
     ++compared;
