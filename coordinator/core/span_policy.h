@@ -38,7 +38,8 @@ std::unique_ptr<SpanPolicy> MakeExplicitSpans(std::vector<SpanRange> spans, int6
 std::unique_ptr<SpanPolicy> MakeScatteredRows(std::vector<int64_t> rows, int64_t per_step, uint64_t seed);
 
 // Rows whose next token can be looked up in what stands before them: the longest run of up to 4 tokens that ends with the
-// row and was there before was followed by that token each time. Rising. 2^20 tokens take about 0.2 s.
+// row and was there before was followed by that token each time. Rising. 2^20 tokens
+// take 0.4 s on a core of an AMD EPYC (Zen 4), 2^22 take 2 s.
 std::vector<int64_t> RecallRows(std::span<const int32_t> tokens);
 
 // Splits `rows` by the token at the row, so that no token stands on both sides: about one in eight goes to the second, of

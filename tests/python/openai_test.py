@@ -1,5 +1,7 @@
 """The HTTP port as its clients use it, in front of a server that answers as a test says."""
+import contextlib
 import http.client
+import io
 import json
 import os
 import threading
@@ -255,7 +257,11 @@ class OpenAiTest(unittest.TestCase):
                            ({"prompt": [-1]}, "token ids"), ({"stop": 5}, "stop"), ({"logit_bias": {"a": 1}}, "logit_bias"),
                            ({"max_tokens": 0}, "max_tokens"), ({"guided_json": {}}, "guided_json"),
                            ({"stream": True, "echo": True}, "stream"), ({"refocus": {"adapt": {"stepz": 1}}}, "stepz"),
-                           ({"refocus": {"adapt": 3}}, "refocus.adapt")):
+                           ({"refocus": {"adapt": 3}}, "refocus.adapt"), ({"n": 10**9}, "n: got"), ({"n": 0}, "n: got"),
+                           ({"seed": -1}, "seed"), ({"max_tokens": 10**30}, "max_tokens"), ({"prompt": "a\ud800"}, "prompt"),
+                           ({"prompt": ""}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": ["a"] * 1025}, "prompt"),
+                           ({"stop": "\udfff"}, "stop"), ({"logit_bias": {"-1": 1}}, "logit_bias"),
+                           ({"logit_bias": {"1": 10**400}}, "logit_bias")):
             self.refused("/v1/completions", {**ask, **more}, word)
         one = [{"role": "user", "content": "hi"}]
         for body, word in (({}, "messages"), ({"messages": one, "tools": [{}]}, "tools"),
@@ -266,7 +272,17 @@ class OpenAiTest(unittest.TestCase):
             self.refused("/v1/chat/completions", body, word)
         self.assertEqual(400, self.call("/v1/completions", raw="{not json")[0])
         self.assertEqual(400, self.call("/v1/completions", raw="[1]")[0])
+        self.assertEqual(400, self.call("/v1/completions", raw="[" * 200_000)[0])
+        self.assertEqual(400, self.call("/v1/chat/completions",
+                                        {"messages": [{"role": "user", "content": "\ud800"}]})[0])
         self.assertEqual({}, self.opened)
+
+    def test_a_fault_of_the_port_is_still_an_answer(self):
+        self.http.port.completion = lambda question: {}["nothing"]
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            status, answer = self.call("/v1/completions", {"prompt": "a text who?"})
+        self.assertEqual((500, "server_error"), (status, answer["error"]["type"]))
+        self.assertIn("KeyError", said.getvalue())
 
 
 if __name__ == "__main__":

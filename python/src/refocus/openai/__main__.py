@@ -37,6 +37,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Server
     protocol_version = "HTTP/1.1"
     server_version = "refocus"
+    timeout = 120.0  # seconds in which a caller neither sends nor takes anything
 
     def do_GET(self) -> None:
         self._run({"/health": self._health, "/v1/models": self._models, "/tokenizer_info": self._tokenizer})
@@ -118,6 +119,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._refuse(status, str(error), error.reason or None, error.retry_after)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the caller went away; closing the stream cancelled the answer
+        except TimeoutError:
+            raise  # the base class closes the connection
+        except Exception as error:
+            print(f"refocus openai: {self.path}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self.close_connection = True
+            self._refuse(500, f"{type(error).__name__}: {error}")
 
     def _body(self) -> dict[str, Any]:
         try:
@@ -129,7 +136,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise BodyError("Content-Length", self.headers.get("Content-Length"), f"0 to {MAX_BODY}")
         try:
             body = json.loads(self.rfile.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BodyError("body", str(error), "JSON in UTF-8") from None
         if not isinstance(body, dict):
             raise BodyError("body", body, "a JSON object")

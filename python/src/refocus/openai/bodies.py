@@ -54,6 +54,10 @@ class Question:
     thinking: bool | None = None
 
 
+MOST_SAMPLES = 64
+MOST_PROMPTS = 1024
+
+
 def field_of(body: Json, name: str, kind: type, where: str = "") -> Any:
     """The value, or None where it is absent or null."""
     value = body.get(name)
@@ -64,7 +68,20 @@ def field_of(body: Json, name: str, kind: type, where: str = "") -> Any:
         names = {int: "an integer", float: "a number", bool: "true or false", str: "a string", dict: "an object",
                  list: "an array"}
         raise BodyError(where + name, value, names[kind])
+    if kind is int and not -1 << 63 <= value < 1 << 63:
+        raise BodyError(where + name, value, "a number of 64 bits")
+    if kind is str:
+        check_text(where + name, value)
     return value
+
+
+def check_text(name: str, text: str) -> str:
+    """JSON can name halves of characters, which are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BodyError(name, text, "Unicode text, without half a surrogate pair") from None
+    return text
 
 
 def adapt_options(body: Json, where: str) -> AdaptOptions:
@@ -86,12 +103,16 @@ def _common(body: Json, allowed: set[str], default_temperature: float) -> Questi
         if value is not None:
             options[name] = value  # type: ignore[literal-required]
     options.setdefault("temperature", default_temperature)
+    if not 1 <= options.get("n", 1) <= MOST_SAMPLES:
+        raise BodyError("n", options["n"], f"1 to {MOST_SAMPLES}")
+    if options.get("seed", 0) < 0:
+        raise BodyError("seed", options["seed"], "0 or more")
     stop = body.get("stop")
     if stop is not None:
         stops = [stop] if isinstance(stop, str) else stop
         if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
             raise BodyError("stop", stop, "a string or an array of strings")
-        options["stop"] = [text for text in stops if text]
+        options["stop"] = [check_text("stop", text) for text in stops if text]
     ids = field_of(body, "stop_token_ids", list)
     if ids is not None:
         options["stop_token_ids"] = _ids("stop_token_ids", ids)
@@ -99,8 +120,9 @@ def _common(body: Json, allowed: set[str], default_temperature: float) -> Questi
     if bias:
         try:
             options["logit_bias"] = {int(token): float(value) for token, value in bias.items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise BodyError("logit_bias", bias, "token ids with numbers") from None
+        _ids("logit_bias", list(options["logit_bias"]))
     question = Question(options, stream=bool(field_of(body, "stream", bool)))
     usage = field_of(body, "stream_options", dict) or {}
     question.stream_usage = bool(field_of(usage, "include_usage", bool, "stream_options."))
@@ -143,6 +165,13 @@ def completion(body: Json) -> Question:
         question.prompts = [_ids("prompt", prompt)]
     else:
         raise BodyError("prompt", prompt, "a string, an array of strings, of token ids, or of arrays of token ids")
+    if len(question.prompts) > MOST_PROMPTS:
+        raise BodyError("prompt", f"{len(question.prompts)} prompts", f"at most {MOST_PROMPTS}")
+    for one in question.prompts:
+        if isinstance(one, str):
+            check_text("prompt", one)
+        if not one:
+            raise BodyError("prompt", one, "at least one token")
     question.echo = bool(field_of(body, "echo", bool))
     logprobs = field_of(body, "logprobs", int)
     if logprobs is not None:
@@ -157,10 +186,10 @@ def _text(name: str, content: Any) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
-        return content
+        return check_text(name, content)
     if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" and
                                          isinstance(part.get("text"), str) for part in content):
-        return "".join(part["text"] for part in content)
+        return check_text(name, "".join(part["text"] for part in content))
     raise BodyError(name, content, "a string, or an array of text parts")
 
 
