@@ -155,11 +155,29 @@ grpc::ServerWriteReactor<api::AdaptEvent>* ContextService::AdaptContext(grpc::Ca
       hub_.calls(), [this, request = *request](WriteCall<api::AdaptEvent>& call) { return Adapt(call, request); });
 }
 
+// Admits the request; rows that it needs to know of are found here, on the call's own thread.
+StatusOr<Coordinator::AdaptStart> ContextService::StartAdapt(WriteCall<api::AdaptEvent>& call,
+                                                             const api::AdaptContextRequest& request) {
+  const auto gone = [&] { return request.on_disconnect() == api::CANCEL && !call.Gone().ok(); };
+  std::unique_lock<std::mutex> turn(search_turn_, std::defer_lock);
+  FoundRows found;
+  while (true) {
+    REFOCUS_ASSIGN_OR_RETURN(Coordinator::AdaptStart start, hub_.With([&](Coordinator& core) {
+      const Status admitted = core.Admit();
+      return admitted.ok() ? core.Adapt(request, std::move(found)) : StatusOr<Coordinator::AdaptStart>(admitted);
+    }));
+    if (!start.search) return start;
+    if (turn.owns_lock()) {
+      found = find_rows_(*start.search, gone);
+    } else if (!turn.try_lock()) {
+      call.Wait(kCallPollSeconds);
+    }  // and ask again: while others searched it may have been refused or done
+    if (gone()) return call.Gone();
+  }
+}
+
 Status ContextService::Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptContextRequest& request) {
-  REFOCUS_ASSIGN_OR_RETURN(const Coordinator::AdaptStart start, hub_.With([&](Coordinator& core) {
-    const Status admitted = core.Admit();
-    return admitted.ok() ? core.Adapt(request) : StatusOr<Coordinator::AdaptStart>(admitted);
-  }));
+  REFOCUS_ASSIGN_OR_RETURN(const Coordinator::AdaptStart start, StartAdapt(call, request));
   if (start.job == nullptr) {
     for (const api::AdaptEvent& event : start.events) {
       call.Write(event);

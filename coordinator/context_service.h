@@ -4,6 +4,9 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
+#include <mutex>
+#include <utility>
 
 #include "coordinator/core/adapter_file.h"
 #include "coordinator/hub.h"
@@ -19,8 +22,12 @@ using ContextServiceBase =
 class ContextService : public ContextServiceBase {
  public:
   // An upload without a message for `upload_stall_seconds` ends; a deletion waits for at most `delete_seconds`.
-  ContextService(Hub& hub, double upload_stall_seconds, double delete_seconds)
-      : hub_(hub), upload_stall_seconds_(upload_stall_seconds), delete_seconds_(delete_seconds) {}
+  using RowFinder = std::function<FoundRows(const RowSearch&, const std::function<bool()>& stop)>;
+  ContextService(Hub& hub, double upload_stall_seconds, double delete_seconds, RowFinder find_rows)
+      : hub_(hub),
+        upload_stall_seconds_(upload_stall_seconds),
+        delete_seconds_(delete_seconds),
+        find_rows_(std::move(find_rows)) {}
 
   grpc::ServerReadReactor<api::CreateContextRequest>* CreateContext(grpc::CallbackServerContext*,
                                                                     api::Context* response) override;
@@ -47,6 +54,8 @@ class ContextService : public ContextServiceBase {
   Status Create(ReadCall<api::CreateContextRequest>& call, api::Context* response);
   Status Prefill(WriteCall<api::PrefillEvent>& call, const api::PrefillContextRequest& request);
   Status Adapt(WriteCall<api::AdaptEvent>& call, const api::AdaptContextRequest& request);
+  StatusOr<Coordinator::AdaptStart> StartAdapt(WriteCall<api::AdaptEvent>& call,
+                                               const api::AdaptContextRequest& request);
 
   using ExportCall = WriteCall<api::ExportAdapterResponse>;
   using ImportCall = ReadCall<api::ImportAdapterRequest>;
@@ -58,6 +67,8 @@ class ContextService : public ContextServiceBase {
   Hub& hub_;
   const double upload_stall_seconds_;
   const double delete_seconds_;
+  const RowFinder find_rows_;
+  std::mutex search_turn_;  // one call at a time searches, which takes up to 64 bytes a token
   std::atomic<int64_t> upload_bytes_{0};  // held by all uploads under way
 };
 

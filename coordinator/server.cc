@@ -90,7 +90,7 @@ class ServerImpl : public Server {
   ServerImpl(ServerOptions options, std::shared_ptr<const Tokenizer> tokenizer, Environment environment)
       : options_(std::move(options)),
         hub_(options_.core, std::move(tokenizer), std::move(environment), options_.read_within_seconds),
-        context_service_(hub_, options_.upload_stall_seconds, options_.delete_seconds),
+        context_service_(hub_, options_.upload_stall_seconds, options_.delete_seconds, options_.find_rows),
         inference_service_(hub_, options_.score_idle_seconds),
         cluster_service_(hub_),
         worker_service_(hub_) {}

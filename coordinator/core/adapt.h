@@ -38,6 +38,7 @@ struct AdaptPlan {
   std::vector<SpanRange> probes;
   std::vector<SpanRange> explicit_spans;  // these, if any
   std::vector<int64_t> recall_rows;       // else these, if any; else uniform
+  std::optional<int64_t> search_held_out;  // rows must be found first, with so many held out: nothing below is filled
   uint64_t from_uid = 0;      // on the ranks: whose committed delta it starts from; 0: from nothing
   int64_t earlier_steps = 0;  // behind that delta
   int64_t adapter_bytes = 0;  // of the committed delta on each rank

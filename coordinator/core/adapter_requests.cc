@@ -74,7 +74,8 @@ AdapterTarget Coordinator::TargetOf(Session& session, const std::string& adapter
   return target;
 }
 
-StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& request, Session& session) {
+StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& request, Session& session,
+                                              FoundRows found) {
   // A request id without a seed gets the same one again: a repeated call repeats the work.
   uint64_t seed = environment_.random();
   if (!request.request_id().empty())
@@ -82,8 +83,9 @@ StatusOr<AdaptPlan> Coordinator::PlanAdaptJob(const api::AdaptContextRequest& re
   const std::string id = AdapterIdOf(request);
   const std::string& from = request.continue_adapter() ? id : request.base_adapter();
   const Session::Adapter* start = from.empty() ? nullptr : session.FindAdapter(from);
+  HeldOutRows* rows = found.tokens == session.token_ids() ? &found.rows : nullptr;
   REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, options_.model, start == nullptr ? nullptr : &start->info,
-                                                     session.tokens(), seed));
+                                                     session.token_count(), seed, rows));
   if (start == nullptr && !from.empty()) return AdapterNotFound(session, from);
   REFOCUS_RETURN_IF_ERROR(CheckAdapterCount(session, id));
   plan.target = TargetOf(session, id);
@@ -109,7 +111,7 @@ api::AdaptEvent::Forecast Coordinator::ForecastOf(const AdaptPlan& plan, const S
   return forecast;
 }
 
-StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequest& request) {
+StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequest& request, FoundRows found) {
   REFOCUS_RETURN_IF_ERROR(CheckContextName(request.name()));
   REFOCUS_RETURN_IF_ERROR(CheckRequestId(request.request_id()));
   REFOCUS_RETURN_IF_ERROR(CheckOnDisconnect(request.on_disconnect()));
@@ -123,9 +125,9 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
     REFOCUS_ASSIGN_OR_RETURN(const RequestOutcome* outcome, requests_.Find(key, body_hash));
     if (outcome != nullptr && std::holds_alternative<AdaptOutcome>(*outcome)) {
       const auto& done = std::get<AdaptOutcome>(*outcome);
-      if (StillThere(done, *session)) return AdaptStart{nullptr, {done.effective, done.last}};
+      if (StillThere(done, *session)) return AdaptStart{nullptr, {done.effective, done.last}, {}};
     } else if (outcome != nullptr) {
-      AdaptStart start{std::get<std::shared_ptr<AdaptJob>>(*outcome), {}};
+      AdaptStart start{std::get<std::shared_ptr<AdaptJob>>(*outcome), {}, {}};
       if (start.job->stopping()) {
         return Busy(StatusCode::kAborted, request.name(), "the adaptation of this request_id is stopping; retry");
       }
@@ -134,11 +136,12 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
       return start;
     }
   }
-  REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdaptJob(request, *session));
+  REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdaptJob(request, *session, std::move(found)));
   REFOCUS_RETURN_IF_ERROR(CheckCanAdapt(*session));
   const AdaptationShape shape = ShapeOf(plan.effective);
   const int64_t work = AdaptationBytes(options_.model, group_.device(), shape);
   REFOCUS_RETURN_IF_ERROR(ledger_.CheckEach(work + plan.adapter_bytes));
+  if (plan.search_held_out) return AdaptStart{nullptr, {}, RowSearch{session->token_ids(), *plan.search_held_out}};
   if (request.validate_only()) {
     AdaptStart start;
     api::AdaptEvent& event = start.events.emplace_back();
@@ -158,7 +161,7 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
     adapt_keys_[job.get()] = {key, body_hash};
   }
   Track(job, session);
-  return AdaptStart{job, {}};
+  return AdaptStart{job, {}, {}};
 }
 
 Status Coordinator::CheckCanAdapt(const Session& session) const {

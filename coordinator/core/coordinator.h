@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -102,8 +103,11 @@ class Coordinator {
   struct AdaptStart {
     std::shared_ptr<AdaptJob> job;        // nullptr: see events
     std::vector<api::AdaptEvent> events;  // the answer to validate_only or to a request id that was done before
+    // The request needs to know which rows of the text it may train on: nothing has changed yet; call FindRows outside
+    // of any lock and ask again with the result. What was found in another text is asked for anew.
+    std::optional<RowSearch> search;
   };
-  StatusOr<AdaptStart> Adapt(const api::AdaptContextRequest& request);
+  StatusOr<AdaptStart> Adapt(const api::AdaptContextRequest& request, FoundRows found = {});
 
   // `prompt` and `target` were tokenized and checked (PromptIds, QuestionIds) outside of any lock. By now() + `seconds`
   // the caller is gone: what has not started then never does. Generate: sample 0; the others are its forks().
@@ -154,7 +158,7 @@ class Coordinator {
   StatusOr<std::shared_ptr<KvReservation>> ReserveTail(int64_t first_pos, int64_t tokens);
   StatusOr<SequencePlan> PlanSequence(const std::shared_ptr<Session>& session, const std::string& adapter_id,
                                       std::vector<int32_t> prompt, int64_t answer_tokens);
-  StatusOr<AdaptPlan> PlanAdaptJob(const api::AdaptContextRequest& request, Session& session);
+  StatusOr<AdaptPlan> PlanAdaptJob(const api::AdaptContextRequest& request, Session& session, FoundRows found);
   // The context, when it has this adapter.
   StatusOr<std::shared_ptr<Session>> SessionOf(const std::string& name, const std::string& adapter_id);
   AdapterTarget TargetOf(Session& session, const std::string& adapter_id);

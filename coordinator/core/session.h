@@ -53,6 +53,7 @@ class Session {
 
   const std::string& name() const { return setup_.name; }
   const std::vector<int32_t>& tokens() const { return *setup_.tokens; }
+  const TokenIds& token_ids() const { return setup_.tokens; }
   int64_t token_count() const { return static_cast<int64_t>(setup_.tokens->size()); }
   const std::string& chat_format() const { return setup_.chat_format; }
   State state() const { return state_; }

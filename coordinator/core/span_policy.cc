@@ -1,8 +1,8 @@
 #include "coordinator/core/span_policy.h"
 
-#include <absl/container/flat_hash_map.h>
-
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <utility>
 
 #include "base/check.h"
@@ -12,6 +12,8 @@ namespace refocus {
 namespace {
 
 constexpr size_t kLongestRun = 4;    // tokens
+constexpr size_t kRowsAhead = 32;    // look-ups under way at a time
+constexpr size_t kAskEvery = 2048;   // times that many rows
 constexpr uint64_t kHeldOutOf = 8;
 
 struct StartRange {
@@ -116,11 +118,35 @@ class ScatteredRows : public SpanPolicy {
 
 uint64_t Mixed(uint64_t value) { return SplitMix64(value).Next(); }
 
-// What followed a run of tokens so far.
-struct Followed {
-  int32_t by = 0;
-  bool always = true;
+// What followed the runs of one length so far: one flat table, open addressing, never more than two thirds full. What
+// another length has left in it counts as free.
+class RunTable {
+ public:
+  explicit RunTable(size_t runs) : slots_(std::bit_ceil(runs + runs / 2 + 1)) {}
+
+  struct Run {
+    uint64_t key = 0;
+    int32_t followed_by = 0;
+    bool always = true;
+    uint8_t length = 0;  // 0: free
+  };
+  void Prefetch(uint64_t key) const { __builtin_prefetch(&slots_[key & (slots_.size() - 1)], 1); }
+  // The run, or where it goes: then its length is another.
+  Run& Find(uint64_t key, uint8_t length) {
+    size_t slot = key & (slots_.size() - 1);
+    while (slots_[slot].length == length && slots_[slot].key != key) slot = (slot + 1) & (slots_.size() - 1);
+    return slots_[slot];
+  }
+
+ private:
+  std::vector<Run> slots_;
 };
+
+uint64_t KeyOf(std::span<const int32_t> run) {
+  uint64_t key = 0;
+  for (const int32_t token : run) key = Mixed(key + static_cast<uint32_t>(token) + 1);
+  return key;
+}
 
 }  // namespace
 
@@ -154,24 +180,32 @@ std::unique_ptr<SpanPolicy> MakeScatteredRows(std::vector<int64_t> rows, int64_t
   return std::make_unique<ScatteredRows>(std::move(rows), per_step, seed);
 }
 
-std::vector<int64_t> RecallRows(std::span<const int32_t> tokens) {
+std::vector<int64_t> RecallRows(std::span<const int32_t> tokens, const std::function<bool()>& stop) {
   const size_t rows = tokens.empty() ? 0 : tokens.size() - 1;
   enum : char { kOpen, kKnown, kNotKnown };
   std::vector<char> found(rows, kOpen);
-  absl::flat_hash_map<uint64_t, Followed> runs;
-  runs.reserve(rows);
-  // One length after the other, the longest first: one table at a time.
+  RunTable runs(rows);
+  std::array<uint64_t, kRowsAhead> keys;
+  // One length after the other, the longest first. A look-up is a cache miss: many are under way at a time.
   for (size_t length = kLongestRun; length >= 1; --length) {
-    runs.clear();
-    for (size_t row = length - 1; row < rows; ++row) {
-      uint64_t run = 0;
-      for (size_t i = row + 1 - length; i <= row; ++i) run = Mixed(run + static_cast<uint32_t>(tokens[i]) + 1);
-      const auto [entry, is_new] = runs.try_emplace(run, Followed{tokens[row + 1], true});
-      if (is_new) continue;
-      Followed& followed = entry->second;
-      const bool same = followed.by == tokens[row + 1];
-      if (found[row] == kOpen) found[row] = followed.always && same ? kKnown : kNotKnown;
-      followed.always &= same;
+    for (size_t first = length - 1; first < rows; first += kRowsAhead) {
+      if (stop && first / kRowsAhead % kAskEvery == 0 && stop()) return {};
+      const size_t end = std::min(rows, first + kRowsAhead);
+      for (size_t row = first; row < end; ++row) {
+        keys[row - first] = KeyOf(tokens.subspan(row + 1 - length, length));
+        runs.Prefetch(keys[row - first]);
+      }
+      for (size_t row = first; row < end; ++row) {
+        const int32_t next = tokens[row + 1];
+        RunTable::Run& run = runs.Find(keys[row - first], static_cast<uint8_t>(length));
+        if (run.length != length) {
+          run = {keys[row - first], next, true, static_cast<uint8_t>(length)};
+          continue;
+        }
+        const bool same = run.followed_by == next;
+        if (found[row] == kOpen) found[row] = run.always && same ? kKnown : kNotKnown;
+        run.always &= same;
+      }
     }
   }
   std::vector<int64_t> known;
@@ -194,6 +228,10 @@ HeldOutRows HoldOut(std::span<const int32_t> tokens, const std::vector<int64_t>&
   for (int64_t i = 0; i < most; ++i) kept.push_back(split.held_out[static_cast<size_t>(i * all / most)]);
   split.held_out = std::move(kept);
   return split;
+}
+
+FoundRows FindRows(const RowSearch& search, const std::function<bool()>& stop) {
+  return {search.tokens, HoldOut(*search.tokens, RecallRows(*search.tokens, stop), search.most_held_out)};
 }
 
 std::vector<SpanRange> AsSpans(const std::vector<int64_t>& rows) {

@@ -179,16 +179,15 @@ Status CheckEffective(const api::AdaptEvent::Effective& e) {
 }
 
 // Rows to train on and rows held out, of those that the policy draws from.
-Status PlanRecallRows(std::span<const int32_t> tokens, AdaptPlan* plan) {
+Status PlanRecallRows(HeldOutRows* found, AdaptPlan* plan) {
   auto& e = plan->effective;
-  HeldOutRows split = HoldOut(tokens, RecallRows(tokens), e.probe_spans() * e.span_tokens());
-  if (split.training.empty()) {
+  if (found->training.empty()) {
     return Error(StatusCode::kFailedPrecondition, "NOTHING_RECURS",
                  "recall_rows: no token of the context can be looked up in what stands before it; use uniform spans");
   }
-  e.set_recall_rows(static_cast<int64_t>(split.training.size()));
-  plan->probes = AsSpans(split.held_out);
-  plan->recall_rows = std::move(split.training);
+  e.set_recall_rows(static_cast<int64_t>(found->training.size()));
+  plan->probes = AsSpans(found->held_out);
+  plan->recall_rows = std::move(found->training);
   return absl::OkStatus();
 }
 
@@ -240,8 +239,7 @@ std::string AdapterIdOf(const api::AdaptContextRequest& request) {
 }
 
 StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConfig& model, const api::Adapter* start,
-                              std::span<const int32_t> tokens, uint64_t seed) {
-  const auto token_count = static_cast<int64_t>(tokens.size());
+                              int64_t token_count, uint64_t seed, HeldOutRows* found) {
   AdaptPlan plan;
   REFOCUS_RETURN_IF_ERROR(CheckAdapterId(AdapterIdOf(r)));
   auto& e = plan.effective;
@@ -295,7 +293,11 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   for (const SpanRange& span : plan.explicit_spans) rows = std::max(rows, span.rows);
   REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step x span_tokens", e.spans_per_step() * rows, 1, kMaxStepRows));
   if (r.has_recall_rows()) {
-    REFOCUS_RETURN_IF_ERROR(PlanRecallRows(tokens, &plan));
+    if (found == nullptr) {
+      plan.search_held_out = e.probe_spans() * e.span_tokens();
+      return plan;
+    }
+    REFOCUS_RETURN_IF_ERROR(PlanRecallRows(found, &plan));
   } else {
     plan.probes = ProbeSpans(token_count, e.span_tokens(), e.probe_spans());
   }

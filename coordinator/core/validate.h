@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -54,10 +53,12 @@ Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t wind
 // The request's, or the default one.
 std::string AdapterIdOf(const api::AdaptContextRequest& request);
 
-// `tokens` of the context. Fills effective, probes, explicit_spans, recall_rows; `seed` is used when the request has none.
-// `start`: the adapter whose delta the request wants to start from, as far as there is one; else null.
+// Fills effective, probes, explicit_spans, recall_rows; `seed` is used when the request has none. `start`: the adapter
+// whose delta the request wants to start from, as far as there is one; else null. `found`: the rows that a plan without
+// them has asked for, or null; they are moved from.
 StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, const ModelConfig& model,
-                              const api::Adapter* start, std::span<const int32_t> tokens, uint64_t seed);
+                              const api::Adapter* start, int64_t token_count, uint64_t seed,
+                              HeldOutRows* found = nullptr);
 
 // Everything but the sequence.
 StatusOr<GeneratePlan> PlanGenerate(const api::GenerateRequest& request, const ModelConfig& model,

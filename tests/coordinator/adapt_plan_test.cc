@@ -52,7 +52,11 @@ StatusOr<AdaptPlan> Plan(const std::function<void(api::AdaptContextRequest&)>& s
                          const ModelConfig& model = FakeModel(1000), const std::vector<int32_t>& tokens = NewTokens()) {
   api::AdaptContextRequest request;
   set(request);
-  return PlanAdapt(request, model, start, tokens, 1);
+  const auto token_count = static_cast<int64_t>(tokens.size());
+  REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, model, start, token_count, 1));
+  if (!plan.search_held_out) return plan;
+  HeldOutRows found = HoldOut(tokens, RecallRows(tokens), *plan.search_held_out);
+  return PlanAdapt(request, model, start, token_count, 1, &found);
 }
 
 TEST(AdaptPlanTest, KindsAndDefaults) {

@@ -117,6 +117,25 @@ TEST(RecallRowsTest, AsDefined) {
     for (int32_t& token : tokens) token = static_cast<int32_t>(random.Below(2 + round));
     EXPECT_EQ(RecallRows(tokens), RecallRowsSlowly(tokens)) << round;
   }
+  // Texts that repeat themselves, with a change now and then.
+  for (int round = 0; round < 30; ++round) {
+    std::vector<int32_t> tokens(400);
+    for (size_t i = 0; i < tokens.size(); ++i) {
+      const uint64_t changed = random.Below(1 << 30);
+      tokens[i] = static_cast<int32_t>(random.Below(20) == 0 ? changed : i % (static_cast<uint64_t>(round) + 1));
+    }
+    EXPECT_EQ(RecallRows(tokens), RecallRowsSlowly(tokens)) << round;
+  }
+}
+
+TEST(RecallRowsTest, StopsWhenToldTo) {
+  const std::vector<int32_t> tokens(300'000, 7);
+  int asked = 0;
+  EXPECT_EQ(RecallRows(tokens, [&] { return ++asked < 0; }).size(), tokens.size() - 2) << "the first 7 is new";
+  EXPECT_GE(asked, 12) << "some times for each length";
+  asked = 0;
+  RecallRows(tokens, [&] { return ++asked == 3; });
+  EXPECT_EQ(asked, 3);
 }
 
 TEST(RecallRowsTest, HoldsOutTokensWhereverTheyStand) {
@@ -273,18 +292,18 @@ TEST(PlanTest, RowsOfAStepAreBounded) {
   api::AdaptContextRequest request;
   request.set_spans_per_step(9);
   request.set_span_tokens(8192);
-  const Status status = PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).status();
+  const Status status = PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).status();
   EXPECT_EQ(ReasonOf(status), "FIELD_OUT_OF_RANGE");
   EXPECT_NE(std::string(status.message()).find("73728"), std::string::npos) << status;
-  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(1000), 1).ok());  // spans shrink to the context
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 1000, 1).ok());  // spans shrink to the context
   auto* span = request.mutable_explicit_spans()->add_spans();
   span->set_length(8192);
-  EXPECT_FALSE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).ok());
+  EXPECT_FALSE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
   span->set_length(7000);
-  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).ok());
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
   request.set_spans_per_step(8);
   span->set_length(8192);
-  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, std::vector<int32_t>(100'000), 1).ok());
+  EXPECT_TRUE(PlanAdapt(request, FakeModel(100'000), nullptr, 100'000, 1).ok());
 }
 
 TEST(UploadTest, BeginToken) {

@@ -200,7 +200,10 @@ class Simulation {
     return request;
   }
   StatusOr<std::shared_ptr<AdaptJob>> Adapt(const api::AdaptContextRequest& request) {
-    REFOCUS_ASSIGN_OR_RETURN(const auto start, core_.Adapt(request));
+    REFOCUS_ASSIGN_OR_RETURN(auto start, core_.Adapt(request));
+    if (start.search) {
+      REFOCUS_ASSIGN_OR_RETURN(start, core_.Adapt(request, FindRows(*start.search)));
+    }
     Collect();
     return start.job;
   }
