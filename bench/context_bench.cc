@@ -5,10 +5,12 @@
 //   mpirun -np 2 context_bench --model MODEL --tokens 4096 --threads 1
 //   mpirun -np 2 context_bench --model FOLDER --random-weights 1 --device cuda --tokens 32768,131072
 //   context_bench --model FOLDER --random-weights 1 --device cuda --tokens 131072 --batch 1,16 --adapters 0,1,8
+//   ... the same with --lora-rank 16: adapters that are LoRAs
 #include <ATen/Parallel.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/randn.h>
+#include <c10/util/accumulate.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -24,10 +26,12 @@
 #include <vector>
 
 #include "base/check.h"
+#include "base/limits.h"
 #include "bench/engine_driver.h"
 #include "worker/device.h"
 #include "worker/engine.h"
 #include "worker/launch.h"
+#include "worker/query_delta.h"
 
 namespace refocus {
 namespace {
@@ -49,6 +53,7 @@ struct Options {
   int64_t decode = 32;
   std::vector<int64_t> batch;
   std::vector<int64_t> adapters = {0};
+  int64_t lora_rank = 0;
   double learning_rate = 1e-4;
   std::optional<uint64_t> random_weights;
   uint64_t seed = 1;
@@ -166,6 +171,8 @@ class ContextBench {
  private:
   double attention_row() const { return 4.0 * static_cast<double>(c_.q_dim() * c_.layers); }  // per visible key
   double Real(int64_t value) const { return static_cast<double>(value); }
+  DeltaConfig delta() const { return {options_.lora_rank, 2.0f * static_cast<float>(options_.lora_rank)}; }
+  double delta_numbers() const { return Real(c10::multiply_integers(DeltaSizes(c_, delta()))); }
   double weight_bytes() const { return Real(c_.parameters() * element_); }
 
   void Prefill() {
@@ -181,8 +188,14 @@ class ContextBench {
     rows_.push_back(row);
   }
 
+  void BeginAdapter(uint64_t adapter) {
+    BeginAdapt begin{1, adapter};
+    begin.delta = delta();
+    driver_.Run(begin);
+  }
+
   void Adapt(Results* results) {
-    driver_.Run(BeginAdapt{1, 1});
+    BeginAdapter(1);
     std::mt19937_64 random(options_.seed);
     const double k = Real(options_.span * options_.spans_per_step);
     std::vector<double> each;
@@ -207,8 +220,8 @@ class ContextBench {
     // by bytes: gradient, moments and delta read, all but the gradient and the rounded delta written.
     const double steps = Real(options_.steps);
     const bool split = element_ == 4 || k >= 192.0 * ranks_;  // as the backends do it
-    const double linear = k / (split ? ranks_ : 1) * (2 * LinearFlops(c_, false, true) + 2.0 * Real(c_.query_parameters()));
-    const double adam = Real(c_.query_parameters()) * (16.0 + 12.0 + (element_ == 4 ? 0.0 : 2.0));
+    const double linear = k / (split ? ranks_ : 1) * (2 * LinearFlops(c_, false, true) + 2.0 * delta_numbers());
+    const double adam = delta_numbers() * (16.0 + 12.0 + (element_ == 4 ? 0.0 : 2.0));
     row.floor_seconds = row.flops / (ceilings_.gemm_flops * ranks_) +
                         steps * (std::max(linear / ceilings_.gemm_flops, 2.0 * weight_bytes() / ceilings_.copy_bytes) +
                                  adam / ceilings_.copy_bytes);
@@ -231,7 +244,7 @@ class ContextBench {
     row.seconds = Now() - begin;
     const double count = Real(options_.decode);
     row.flops = (LinearFlops(c_, true, true) + attention_row() * Real(tokens_)) * count;
-    row.bytes = count * (weight_bytes() + (adapter == 0 ? 0.0 : Real(c_.query_parameters() * element_)) +
+    row.bytes = count * (weight_bytes() + (adapter == 0 ? 0.0 : delta_numbers() * Real(element_)) +
                          Real(KvBytesPerToken(c_, options_.kind(), options_.kv())) * Real(tokens_) / ranks_);
     row.floor_seconds = row.bytes / ceilings_.copy_bytes;
     rows_.push_back(row);
@@ -250,7 +263,7 @@ class ContextBench {
     for (int64_t a = 1; a < adapters; ++a) {  // 1 has been adapted; an adapter costs the same whatever its numbers are
       if (adapters_made_ > a) continue;
       const auto uid = static_cast<uint64_t>(a + 1);
-      driver_.Run(BeginAdapt{1, uid});
+      BeginAdapter(uid);
       driver_.Run(EndAdapt{uid, true, 1});
       adapters_made_ = a + 1;
     }
@@ -271,7 +284,7 @@ class ContextBench {
     row.seconds = Now() - begin;
     const double steps = Real(options_.decode);
     row.flops = (LinearFlops(c_, true, true) + attention_row() * Real(tokens_)) * Real(row.units);
-    row.bytes = steps * (weight_bytes() + Real(std::min(adapters, rows) * c_.query_parameters() * element_) +
+    row.bytes = steps * (weight_bytes() + Real(std::min(adapters, rows) * element_) * delta_numbers() +
                          Real(KvBytesPerToken(c_, options_.kind(), options_.kv())) * Real(tokens_) / ranks_);
     row.floor_seconds = row.bytes / ceilings_.copy_bytes;
     rows_.push_back(row);
@@ -305,7 +318,8 @@ void Report(const std::vector<Row>& rows, const std::string& device, int ranks, 
       jsonl << "{\"phase\":\"" << row.what << "\",\"tokens\":" << row.tokens << ",\"ranks\":" << ranks << ",\"device\":\""
             << device << "\",\"kv_dtype\":\"" << KvTypeName(options.kv(), options.kind())
             << "\",\"synthetic_cache\":" << (options.synthetic_cache ? "true" : "false")
-            << ",\"threads\":" << options.threads << ",\"units\":" << row.units << ",\"seconds\":" << row.seconds
+            << ",\"lora_rank\":" << options.lora_rank << ",\"threads\":" << options.threads
+            << ",\"units\":" << row.units << ",\"seconds\":" << row.seconds
             << ",\"unit_ms\":" << unit * 1e3 << ",\"floor_ms\":" << floor * 1e3
             << ",\"tflops\":" << row.flops / static_cast<double>(row.units) / unit / 1e12 << "}\n";
     }
@@ -394,7 +408,8 @@ Status RunRank(const Options& options, const Launch& launch) {
   GpuReleaseCached();  // what the ceilings took is not the engine's
   const int64_t element_bytes = static_cast<int64_t>(c10::elementSize(backend->dtype()));
   const std::string kept =
-      ", K/V " + KvTypeName(options.kv(), options.kind()) + (options.synthetic_cache ? ", synthetic" : "");
+      ", K/V " + KvTypeName(options.kv(), options.kind()) + (options.synthetic_cache ? ", synthetic" : "") +
+      (options.lora_rank == 0 ? "" : ", LoRA of rank " + std::to_string(options.lora_rank));
   if (launch.rank == 0) {
     std::printf("# %s, %lld layers, %d x %s%s; GEMM %.3f TFLOP/s, copy %.3f TB/s; %.2f GB of weights in %.1f s\n",
                 config.name.c_str(), static_cast<long long>(config.layers), launch.size, device.c_str(),
@@ -458,6 +473,9 @@ int Main(int argc, char** argv) {
   app.add_option("--batch", options.batch, "Also decode so many questions at once over the context")->delimiter(',');
   app.add_option("--adapters", options.adapters, "With --batch: with so many adapters among them; 0: none")
       ->delimiter(',')
+      ->capture_default_str();
+  app.add_option("--lora-rank", options.lora_rank, "Adapters are LoRAs of this rank; 0: full deltas")
+      ->check(CLI::Range(int64_t{0}, kMaxLoraRank))
       ->capture_default_str();
   app.add_option("--learning-rate", options.learning_rate, "AdamW's")->capture_default_str();
   app.add_option("--threads", options.threads, "Threads of each CPU rank")->capture_default_str();

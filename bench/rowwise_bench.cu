@@ -11,6 +11,9 @@
 #include <functional>
 #include <limits>
 #include <random>
+#include <span>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/few_rows.h"
@@ -219,38 +222,93 @@ void BenchFewRows(int64_t rows) {
     const char* name;
     int64_t in, out;
     int matrices;
-    FewRowsOutput::Kind kind;
+    FewRowsProduct::Kind kind;
     bool second;
   };
-  constexpr auto kFloat = FewRowsOutput::Kind::kFloat;
+  constexpr auto kFloat = FewRowsProduct::Kind::kFloat;
   const Product products[] = {{"FewRows queries", kHidden, kHeads * kHeadDim, 1, kFloat, false},
                               {"FewRows queries + delta", kHidden, kHeads * kHeadDim, 1, kFloat, true},
                               {"FewRows keys, values", kHidden, kKvHeads * kHeadDim, 2, kFloat, false},
-                              {"FewRows output", kHeads * kHeadDim, kHidden, 1, FewRowsOutput::Kind::kBf16, false},
-                              {"FewRows gated", kHidden, kMlp, 1, FewRowsOutput::Kind::kGated, true},
-                              {"FewRows down", kMlp, kHidden, 1, FewRowsOutput::Kind::kBf16, false},
+                              {"FewRows output", kHeads * kHeadDim, kHidden, 1, FewRowsProduct::Kind::kBf16, false},
+                              {"FewRows gated", kHidden, kMlp, 1, FewRowsProduct::Kind::kGated, true},
+                              {"FewRows down", kMlp, kHidden, 1, FewRowsProduct::Kind::kBf16, false},
                               {"FewRows logits", kHidden, kVocab, 1, kFloat, false}};
   for (const Product& p : products) {
     Memory m;
     const int64_t matrix = p.in * p.out, count = p.matrices * (p.second ? 2 : 1);
     const int64_t copies = std::max<int64_t>(1, (int64_t{400} << 20) / (matrix * count * 2));
     const uint16_t* weights = m.Bf16(matrix * count * copies);
-    FewRowsParams params;
-    params.rows = rows;
-    params.in = p.in;
-    params.x = m.Bf16(rows * p.in);
-    params.outputs = p.matrices;
-    void* y = m.Float(rows * p.out * p.matrices);
+    const uint16_t* x = m.Bf16(rows * p.in);
+    std::vector<FewRowsProduct> launch(p.matrices);
+    for (FewRowsProduct& product : launch) {
+      product.kind = p.kind;
+      product.rows = rows;
+      product.in = p.in;
+      product.out = p.out;
+      product.x = x;
+      product.y = m.Float(rows * p.out);
+    }
     int64_t copy = 0;
     Measure(p.name, rows, 2.0 * static_cast<double>(matrix * count), [&](cudaStream_t s) {
       const uint16_t* w = weights + copy++ % copies * matrix * count;
-      for (int i = 0; i < p.matrices; ++i) {
-        params.output[i] = {p.kind, p.out, w, p.second ? w + matrix : nullptr, nullptr, nullptr, 1.0f,
-                            static_cast<float*>(y) + i * rows * p.out};
-        w += matrix;
+      for (FewRowsProduct& product : launch) {
+        product.w = std::exchange(w, w + matrix);
+        if (p.second) product.second = std::exchange(w, w + matrix);
       }
-      return FewRows(params, s);
+      return FewRows(launch, s);
     });
+  }
+}
+
+// What `adapters` of two rows each add to the queries of a layer, together and one after the other: full deltas, then
+// low-rank ones. Rows: of the whole batch.
+void BenchDeltas(int64_t adapters) {
+  constexpr int64_t kRows = 2, kOut = kHeads * kHeadDim;
+  const auto run = [](std::span<const FewRowsProduct> products, bool together, cudaStream_t s) {
+    if (together) return FewRows(products, s);
+    for (const FewRowsProduct& product : products) {
+      if (const cudaError_t error = FewRows({&product, 1}, s); error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+  };
+  for (const int64_t rank : {0, 16, 64}) {
+    Memory m;
+    const int64_t size = rank == 0 ? kOut * kHidden : rank * (kHidden + kOut);
+    const int64_t copies = std::max<int64_t>(1, (int64_t{400} << 20) / (adapters * size * 2));
+    const uint16_t* weights = m.Bf16(adapters * size * copies);
+    std::vector<FewRowsProduct> inner(adapters), outer(adapters);
+    for (int64_t i = 0; i < adapters; ++i) {
+      FewRowsProduct& a = inner[i];
+      a.kind = FewRowsProduct::Kind::kBf16;
+      a.rows = kRows;
+      a.in = kHidden;
+      a.out = rank;
+      a.x = m.Bf16(kRows * kHidden);
+      a.y = m.Bf16(std::max<int64_t>(1, kRows * rank));
+      FewRowsProduct& b = outer[i];
+      b.rows = kRows;
+      b.in = rank == 0 ? kHidden : rank;
+      b.out = kOut;
+      b.x = rank == 0 ? a.x : a.y;
+      float* y = m.Float(kRows * kOut);
+      b.add = y;
+      b.y = y;
+    }
+    int64_t copy = 0;
+    const auto measure = [&](const std::string& name, bool together) {
+      Measure(name.c_str(), kRows * adapters, 2.0 * static_cast<double>(adapters * size), [&](cudaStream_t s) {
+        const uint16_t* w = weights + copy++ % copies * adapters * size;
+        for (int64_t i = 0; i < adapters; ++i, w += size) {
+          inner[i].w = w;
+          outer[i].w = w + rank * kHidden;
+        }
+        const cudaError_t error = run(inner, together, s);  // nothing of full deltas
+        return error != cudaSuccess ? error : run(outer, together, s);
+      });
+    };
+    const std::string what = std::to_string(adapters) + (rank == 0 ? " deltas" : " LoRAs of " + std::to_string(rank));
+    measure(what, true);
+    measure(what + ", each", false);
   }
 }
 
@@ -266,6 +324,7 @@ int Main() {
   std::printf("%s\n\n| kernel                 |   rows | us, median |    TB/s |\n|---|---:|---:|---:|\n",
               properties.name);
   for (const int64_t rows : {1, 4, 8}) BenchFewRows(rows);
+  for (const int64_t adapters : {1, 8}) BenchDeltas(adapters);
   for (const int64_t rows : {1, 128, 16384}) {
     BenchNorm(rows);
     BenchRotate(rows);

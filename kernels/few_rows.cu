@@ -1,14 +1,18 @@
-// A block computes 16 outputs of all rows; its warps share the inner dimension, 32 elements at a time in turn, so that
-// together they read whole stretches of 16 matrix rows. Tensor cores do the arithmetic, since eight rows then cost no
-// more instructions than one; the weights go from memory to registers as the left factor. Its columns may come in any
-// order as long as x's come in the same: every lane takes 8 neighbouring elements in one access where the instruction
-// has pairs (kernels/mma.cuh).
+// A block computes 16 outputs of all rows of a product; its warps share the inner dimension, 32 elements at a time in
+// turn, so that together they read whole stretches of 16 matrix rows. Tensor cores do the arithmetic, since eight rows
+// then cost no more instructions than one; the weights go from memory to registers as the left factor. Its columns may
+// come in any order as long as x's come in the same: every lane takes 8 neighbouring elements in one access where the
+// instruction has pairs (kernels/mma.cuh).
 //
 // What counts is that loads are always under way: each warp holds a ring of them, and a launch begins to load weights
 // while the kernel before it still runs (programmatic dependent launch), which hides what 250 launches a token cost.
 #include "kernels/few_rows.h"
 
 #include <cuda_bf16.h>
+
+#include <algorithm>
+#include <array>
+#include <utility>
 
 #include "kernels/mma.cuh"
 #include "kernels/rowwise.cuh"
@@ -22,9 +26,13 @@ constexpr int kWarps = 8;
 constexpr int kStride = kWarps * kDepth;
 constexpr int kLoads = 4;   // of each matrix row that a lane has under way, over all matrices
 
+// Of one launch: most have one or two products, which should not pay for the parameters of many.
+constexpr size_t kFewProducts = 2;
+constexpr size_t kManyProducts = 32;
+
+template <size_t kMost>
 struct Launch {
-  FewRowsParams params;
-  int first_tile[kFewRowsMatrices + 1];  // of each output among the grid's blocks
+  FewRowsProduct product[kMost];
 };
 
 // Weights are read once: past the first cache, and not to be kept.
@@ -103,22 +111,20 @@ __device__ __forceinline__ void Walk(const TileRows (&w)[kMatrices], const row::
   }
 }
 
-// kMatrices: 2 where an output of the launch has a second matrix.
-template <int kMatrices>
-__global__ void __launch_bounds__(kWarps* row::kWarp) FewRowsKernel(const __grid_constant__ Launch launch) {
+// kMatrices: 2 where a product of the launch has a second matrix. Grid: tiles of the longest output, products.
+template <int kMatrices, size_t kMost>
+__global__ void __launch_bounds__(kWarps* row::kWarp) FewRowsKernel(const __grid_constant__ Launch<kMost> launch) {
   asm volatile("griddepcontrol.launch_dependents;");
-  const FewRowsParams& p = launch.params;
-  int which = 0;
-  while (which + 1 < p.outputs && static_cast<int>(blockIdx.x) >= launch.first_tile[which + 1]) ++which;
-  const FewRowsOutput& o = p.output[which];
-  const int64_t first = static_cast<int64_t>(blockIdx.x - launch.first_tile[which]) * kTile;
+  const FewRowsProduct& p = launch.product[blockIdx.y];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
+  if (first >= p.out) return;
   const int lane = threadIdx.x % row::kWarp, warp = threadIdx.x / row::kWarp;
   const int g = lane / 4;
 
   float sums[kMatrices][4] = {};
   TileRows w[kMatrices];
-  w[0] = TileRows(o.w, first + g, o.out, p.in);
-  if (kMatrices == 2) w[kMatrices - 1] = TileRows(o.second, first + g, o.out, p.in);
+  w[0] = TileRows(p.w, first + g, p.out, p.in);
+  if (kMatrices == 2) w[kMatrices - 1] = TileRows(p.second, first + g, p.out, p.in);
   Walk(w, g < p.rows ? static_cast<const row::Bf16*>(p.x) + g * p.in : nullptr, static_cast<int>(p.in), sums);
 
   __shared__ float shared[kWarps][kMatrices][kTile][kFewRows];
@@ -129,63 +135,76 @@ __global__ void __launch_bounds__(kWarps* row::kWarp) FewRowsKernel(const __grid
   }
   __syncthreads();
   const int column = threadIdx.x % kTile, r = threadIdx.x / kTile;
-  if (r >= p.rows || first + column >= o.out) return;
+  if (r >= p.rows || first + column >= p.out) return;
   float y = 0.0f, z = 0.0f;
 #pragma unroll
   for (int i = 0; i < kWarps; ++i) {
     y += shared[i][0][column][r];
     if (kMatrices == 2) z += shared[i][kMatrices - 1][column][r];
   }
-  const int64_t at = r * o.out + first + column;
-  if (o.kind == FewRowsOutput::Kind::kGated) {
+  const int64_t at = r * p.out + first + column;
+  if (p.kind == FewRowsProduct::Kind::kGated) {
     const float gate = __bfloat162float(__float2bfloat16_rn(y)), up = __bfloat162float(__float2bfloat16_rn(z));
     y = gate / (1.0f + __expf(-gate)) * up;
   } else {
     y += z;
-    if (o.bias != nullptr) y += __bfloat162float(static_cast<const row::Bf16*>(o.bias)[first + column]);
+    if (p.bias != nullptr) y += __bfloat162float(static_cast<const row::Bf16*>(p.bias)[first + column]);
   }
-  if (o.kind == FewRowsOutput::Kind::kFloat) {
-    y *= o.scale;
-    static_cast<float*>(o.y)[at] = o.add != nullptr ? o.add[at] + y : y;
+  if (p.kind == FewRowsProduct::Kind::kFloat) {
+    y *= p.scale;
+    static_cast<float*>(p.y)[at] = p.add != nullptr ? p.add[at] + y : y;
   } else {
-    static_cast<row::Bf16*>(o.y)[at] = __float2bfloat16_rn(y);
+    static_cast<row::Bf16*>(p.y)[at] = __float2bfloat16_rn(y);
   }
 }
 
-template <int kMatrices>
-cudaError_t Start(const Launch& launch, int64_t tiles, cudaStream_t stream) {
+// At most kMost products, none of them empty.
+template <size_t kMost>
+cudaError_t Start(std::span<const FewRowsProduct> products, cudaStream_t stream) {
+  Launch<kMost> launch;
+  std::copy(products.begin(), products.end(), launch.product);
+  int64_t longest = 0;
+  bool second = false;
+  for (const FewRowsProduct& p : products) {
+    longest = std::max(longest, p.out);
+    second = second || p.second != nullptr;
+  }
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(tiles));
+  config.gridDim = dim3(static_cast<unsigned>(row::CeilDiv(longest, kTile)), static_cast<unsigned>(products.size()));
   config.blockDim = dim3(kWarps * row::kWarp);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, FewRowsKernel<kMatrices>, launch);
+  return second ? cudaLaunchKernelEx(&config, FewRowsKernel<2, kMost>, launch)
+                : cudaLaunchKernelEx(&config, FewRowsKernel<1, kMost>, launch);
+}
+
+bool Fits(const FewRowsProduct& p) {
+  return p.rows >= 0 && FewRowsFit(p.rows, p.in) && p.in <= INT32_MAX / 2 && p.out <= INT32_MAX &&
+         row::Aligned(p.x, p.w, p.second);
 }
 
 }  // namespace
 
-cudaError_t FewRows(const FewRowsParams& params, cudaStream_t stream) {
-  if (!FewRowsFit(params.rows, params.in) || params.outputs < 1 || params.outputs > kFewRowsMatrices ||
-      params.in > INT32_MAX / 2 || !row::Aligned(params.x)) {
-    return cudaErrorInvalidValue;
+cudaError_t FewRows(std::span<const FewRowsProduct> products, cudaStream_t stream) {
+  if (!std::all_of(products.begin(), products.end(), Fits)) return cudaErrorInvalidValue;
+  std::array<FewRowsProduct, kManyProducts> some;
+  size_t count = 0;
+  const auto start = [&] {
+    const std::span<const FewRowsProduct> now(some.data(), std::exchange(count, 0));
+    if (now.empty()) return cudaSuccess;
+    return now.size() <= kFewProducts ? Start<kFewProducts>(now, stream) : Start<kManyProducts>(now, stream);
+  };
+  for (const FewRowsProduct& p : products) {
+    if (p.rows == 0 || p.out == 0) continue;
+    some[count++] = p;
+    if (count < some.size()) continue;
+    if (const cudaError_t error = start(); error != cudaSuccess) return error;
   }
-  Launch launch{params, {}};
-  int64_t tiles = 0;
-  bool second = false;
-  for (int i = 0; i < params.outputs; ++i) {
-    const FewRowsOutput& o = params.output[i];
-    if (!row::Aligned(o.w, o.second)) return cudaErrorInvalidValue;
-    launch.first_tile[i] = static_cast<int>(tiles);
-    tiles += row::CeilDiv(o.out, kTile);
-    second = second || o.second != nullptr;
-  }
-  if (tiles > INT32_MAX) return cudaErrorInvalidValue;
-  if (params.rows == 0 || tiles == 0) return cudaSuccess;
-  return second ? Start<2>(launch, tiles, stream) : Start<1>(launch, tiles, stream);
+  return start();
 }
 
 }  // namespace refocus::kernels

@@ -94,6 +94,15 @@ struct Losses {
 // head_dim elements; without any the addresses are not used. As in KvView, the first VisibleSlots are seen.
 inline constexpr int64_t kTailWords = 8;
 
+// y += scale * z . w^T, added in fp32, with z = x, or z = x . inner^T rounded to dtype.
+struct AddedProduct {
+  at::Tensor x;      // [rows, in] dtype
+  at::Tensor inner;  // [thin, in] dtype, or undefined
+  at::Tensor w;      // [out, in or thin] dtype
+  double scale = 1.0;
+  at::Tensor y;      // [rows, out] fp32, contiguous
+};
+
 // Rows [first, first + rows) of a decode pass read these.
 struct RowSweep {
   int64_t first = 0;
@@ -151,8 +160,8 @@ class Backend {
   virtual at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) = 0;
   // x . w^T + x . delta^T, added in fp32 before any rounding; delta [out, in] dtype or undefined -> [rows, out] fp32.
   virtual at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) = 0;
-  // y += scale * x . w^T, added in fp32: x [rows, in], w [out, in] dtype, y [rows, out] fp32, contiguous.
-  virtual void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) = 0;
+  // Products whose y do not overlap; on a GPU those of few rows run together: many cost no more than their bytes.
+  virtual void AddLinears(const std::vector<AddedProduct>& products) = 0;
   // dx = dy . w (+ dy . delta): dy [rows, out], w and delta [out, in] -> [rows, in] dtype.
   virtual at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) = 0;
   // grad [out, in] fp32 = dy^T . x, or += when `add`: dy [rows, out], x [rows, in] dtype.

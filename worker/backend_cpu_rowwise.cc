@@ -94,8 +94,10 @@ at::Tensor CpuRowwise::LinearSum(const at::Tensor& x, const at::Tensor& w, const
   return y;
 }
 
-void CpuRowwise::AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) {
-  y.add_(Linear(x, w), scale);
+void CpuRowwise::AddLinears(const std::vector<AddedProduct>& products) {
+  for (const AddedProduct& p : products) {
+    p.y.add_(Linear(p.inner.defined() ? Linear(p.x, p.inner) : p.x, p.w), p.scale);
+  }
 }
 
 at::Tensor CpuRowwise::LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) {

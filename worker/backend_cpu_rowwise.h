@@ -27,7 +27,7 @@ class CpuRowwise : public Backend {
     return SiluMul(Linear(x, gate), Linear(x, up));
   }
   at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) override;
-  void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) override;
+  void AddLinears(const std::vector<AddedProduct>& products) override;
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override;
   void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) override;
 

@@ -18,8 +18,8 @@
 #include <array>
 #include <bit>
 #include <cmath>
-#include <initializer_list>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -158,14 +158,14 @@ class CudaBackend : public Backend {
   at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) override {
     if (!Few(x)) return at::linear(x, w);
     at::Tensor y = Empty({x.size(0), w.size(0)}, dtype());
-    RunFew(x, {FewOf(FewKind::kBf16, w, y)});
+    RunFew(std::array{FewOf(FewKind::kBf16, x, w, y)});
     return y;
   }
 
   at::Tensor GatedLinear(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up) override {
     if (!Few(x)) return SiluMul(Linear(x, gate), Linear(x, up));
     at::Tensor y = Empty({x.size(0), gate.size(0)}, dtype());
-    RunFew(x, {FewOf(FewKind::kGated, gate, y, up)});
+    RunFew(std::array{FewOf(FewKind::kGated, x, gate, y, up)});
     return y;
   }
 
@@ -173,7 +173,7 @@ class CudaBackend : public Backend {
     at::Tensor y = Empty({x.size(0), w.size(0)}, at::kFloat);
     if (x.size(0) == 0) return y;
     if (Few(x)) {
-      RunFew(x, {FewOf(FewKind::kFloat, w, y, delta)});
+      RunFew(std::array{FewOf(FewKind::kFloat, x, w, y, delta)});
       return y;
     }
     at::mm_out(y, x, w.t(), at::kFloat);
@@ -181,16 +181,32 @@ class CudaBackend : public Backend {
     return y;
   }
 
-  void AddLinear(const at::Tensor& x, const at::Tensor& w, double scale, at::Tensor& y) override {
-    if (x.size(0) == 0) return;
-    if (!Few(x)) {
-      at::addmm_out(y, y, x, w.t(), at::kFloat, /*beta=*/1, scale);
-      return;
+  void AddLinears(const std::vector<AddedProduct>& products) override {
+    std::vector<at::Tensor> factors;
+    std::vector<kernels::FewRowsProduct> inner, outer;
+    for (const AddedProduct& p : products) {
+      if (!p.inner.defined()) {
+        factors.push_back(p.x);
+      } else if (Few(p.x)) {
+        factors.push_back(Empty({p.x.size(0), p.inner.size(0)}, dtype()));
+        inner.push_back(FewOf(FewKind::kBf16, p.x, p.inner, factors.back()));
+      } else {
+        factors.push_back(at::linear(p.x, p.inner));
+      }
     }
-    kernels::FewRowsOutput output = FewOf(FewKind::kFloat, w, y);
-    output.add = Data<float>(y);
-    output.scale = static_cast<float>(scale);
-    RunFew(x, {output});
+    RunFew(inner);
+    for (size_t i = 0; i < products.size(); ++i) {
+      const AddedProduct& p = products[i];
+      at::Tensor y = p.y;
+      if (Few(factors[i])) {
+        outer.push_back(FewOf(FewKind::kFloat, factors[i], p.w, y));
+        outer.back().add = Data<float>(y);
+        outer.back().scale = static_cast<float>(p.scale);
+      } else if (y.size(0) > 0) {
+        at::addmm_out(y, y, factors[i], p.w.t(), at::kFloat, /*beta=*/1, p.scale);
+      }
+    }
+    RunFew(outer);
   }
 
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override {
@@ -401,25 +417,23 @@ class CudaBackend : public Backend {
   }
 
   // Few rows are bound by reading the weights, which cuBLAS does at half of the memory's rate.
-  using FewKind = kernels::FewRowsOutput::Kind;
+  using FewKind = kernels::FewRowsProduct::Kind;
   static bool Few(const at::Tensor& x) { return x.size(0) > 0 && kernels::FewRowsFit(x.size(0), x.size(1)); }
-  static kernels::FewRowsOutput FewOf(FewKind kind, const at::Tensor& w, const at::Tensor& y,
-                                      const at::Tensor& second = {}) {
-    kernels::FewRowsOutput output;
-    output.kind = kind;
-    output.out = w.size(0);
-    output.w = Data(w);
-    output.second = Data(second);
-    output.y = Data(y);
-    return output;
+  static kernels::FewRowsProduct FewOf(FewKind kind, const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                                       const at::Tensor& second = {}) {
+    kernels::FewRowsProduct product;
+    product.kind = kind;
+    product.rows = x.size(0);
+    product.in = x.size(1);
+    product.out = w.size(0);
+    product.x = Data(x);
+    product.w = Data(w);
+    product.second = Data(second);
+    product.y = Data(y);
+    return product;
   }
-  void RunFew(const at::Tensor& x, std::initializer_list<kernels::FewRowsOutput> outputs) const {
-    kernels::FewRowsParams params;
-    params.rows = x.size(0);
-    params.in = x.size(1);
-    params.x = Data(x);
-    for (const kernels::FewRowsOutput& output : outputs) params.output[params.outputs++] = output;
-    CheckLaunch(kernels::FewRows(params, Stream()), "FewRows");
+  static void RunFew(std::span<const kernels::FewRowsProduct> products) {
+    CheckLaunch(kernels::FewRows(products, Stream()), "FewRows");
   }
 
   // Keys before bias, norm and rotation, fp32 [rows, kv_heads, head_dim], and values, bf16 [rows, kv_heads * head_dim].
@@ -427,9 +441,10 @@ class CudaBackend : public Backend {
     const at::Tensor keys = Empty({h.size(0), config_.kv_heads, config_.head_dim}, at::kFloat);
     if (Few(h)) {
       const at::Tensor values = Empty({h.size(0), config_.kv_dim()}, dtype());
-      kernels::FewRowsOutput output = FewOf(FewKind::kBf16, weights.wv, values);
-      output.bias = Data(weights.v_bias);
-      RunFew(h, {FewOf(FewKind::kFloat, weights.wk, keys), output});
+      std::array products = {FewOf(FewKind::kFloat, h, weights.wk, keys),
+                             FewOf(FewKind::kBf16, h, weights.wv, values)};
+      products[1].bias = Data(weights.v_bias);
+      RunFew(products);
       return {keys, values};
     }
     at::Tensor flat = keys.view({h.size(0), config_.kv_dim()});

@@ -40,18 +40,18 @@ at::Tensor ProjectQueries(Backend& backend, const at::Tensor& h, const at::Tenso
     return backend.LinearSum(h, wq, adapters[0].delta.full.select(0, layer));
   }
   const at::Tensor q = backend.LinearSum(h, wq, at::Tensor());
+  std::vector<AddedProduct> added;
   for (const AdapterRows& rows : adapters) {
     const QueryDelta& delta = rows.delta;
     if (!delta.defined() || rows.count == 0) continue;
-    const at::Tensor x = h.narrow(0, rows.first, rows.count);
-    at::Tensor sum = q.narrow(0, rows.first, rows.count);
+    const at::Tensor x = h.narrow(0, rows.first, rows.count), sum = q.narrow(0, rows.first, rows.count);
     if (delta.lora()) {
-      const at::Tensor thin = backend.Rounded(backend.LinearSum(x, delta.a.select(0, layer), at::Tensor()));
-      backend.AddLinear(thin, delta.b.select(0, layer), delta.scale, sum);
+      added.push_back({x, delta.a.select(0, layer), delta.b.select(0, layer), delta.scale, sum});
     } else {
-      backend.AddLinear(x, delta.full.select(0, layer), 1.0, sum);
+      added.push_back({x, at::Tensor(), delta.full.select(0, layer), 1.0, sum});
     }
   }
+  if (!added.empty()) backend.AddLinears(added);
   return q;
 }
 
