@@ -1,4 +1,5 @@
 // What Coordinator does for the RPCs about adapters: admission, then a job or an answer.
+#include <algorithm>
 #include <utility>
 
 #include "base/check.h"
@@ -34,12 +35,17 @@ StatusOr<api::Adapter> Coordinator::GetAdapter(const api::GetAdapterRequest& req
 
 Status Coordinator::DeleteAdapter(const api::DeleteAdapterRequest& request) {
   REFOCUS_ASSIGN_OR_RETURN(const auto session, SessionOf(request.name(), request.adapter_id()));
-  Session::Adapter* adapter = session->FindAdapter(request.adapter_id());
-  if (session->adapting() || adapter->users > 0) {
+  // Work that has answered only closes its sequence, which keeps the numbers for as long as it is there: its caller
+  // cannot wait for that.
+  const bool read = std::any_of(tracked_.begin(), tracked_.end(), [&](const Tracked& tracked) {
+    const Job& job = *tracked.job;
+    return tracked.session == session && job.adapter_id() == request.adapter_id() && !job.answered();
+  });
+  if (session->adapting() || read) {
     return Busy(StatusCode::kFailedPrecondition, request.name(), "the adapter is in use; wait");
   }
   wire::Command command;
-  command.mutable_drop_adapter()->set_adapter(adapter->uid);
+  command.mutable_drop_adapter()->set_adapter(session->FindAdapter(request.adapter_id())->uid);
   session->EraseAdapter(request.adapter_id());
   SendFirst(std::move(command));
   Settle();
@@ -192,7 +198,7 @@ StatusOr<std::shared_ptr<ExportJob>> Coordinator::Export(const api::ExportAdapte
   header.set_data_bytes(4 * DeltaNumbers(options_.model, adapter.info.lora_rank()));
   *header.mutable_adapter() = adapter.info;
   if (adapter.training) *header.mutable_training() = *adapter.training;
-  session->StartAnswer(request.adapter_id());
+  session->StartAnswer();
   auto job = std::make_shared<ExportJob>(NextId(), now(), session, adapter.uid, std::move(header));
   Track(job, session);
   return job;

@@ -48,7 +48,7 @@ void ExportJob::OnResult(const wire::Command& command, const wire::Result& resul
 }
 
 void ExportJob::OnEnd(double now) {
-  session_->EndAnswer(header_.adapter().id());
+  session_->EndAnswer();
   session_->Touch(now);
 }
 

@@ -20,11 +20,12 @@ inline constexpr size_t kMaxQueuedPieces = 4;
 
 class ExportJob : public Job {
  public:
-  // StartAnswer was called on `session` for header.adapter().
+  // StartAnswer was called on `session`.
   ExportJob(uint64_t id, double now, std::shared_ptr<Session> session, uint64_t uid, api::AdapterFileHeader header);
 
   const api::AdapterFileHeader& header() const { return header_; }
   const char* kind() const override { return "export"; }
+  std::string adapter_id() const override { return header_.adapter().id(); }
   // The next numbers, as bytes; empty: none now.
   std::string Take();
 

@@ -330,7 +330,7 @@ void GenerateJob::OnEnd(double now) {
   LeaveParent();
   plan_.sequence.memory.reset();
   of_parent_.reset();
-  session_->EndAnswer(plan_.sequence.adapter_id);
+  session_->EndAnswer();
   session_->Touch(now);
 }
 

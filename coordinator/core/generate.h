@@ -79,6 +79,7 @@ class GenerateJob : public Job {
   double SecondsLeft() const override;
   double DecodeSecondsLeft() const override;
   const char* kind() const override { return "generate"; }
+  std::string adapter_id() const override { return plan_.sequence.adapter_id; }
   void AddDecodeRows(std::vector<DecodeRow>* rows) const override;
 
  protected:

@@ -38,6 +38,8 @@ class Job {
   int in_flight() const { return in_flight_; }
   // Everything the caller will ever see is there, although clean-up may still run.
   virtual bool answered() const { return stopping_; }
+  // The adapter that it reads, which must not be deleted until it has answered; empty: none.
+  virtual std::string adapter_id() const { return {}; }
   uint64_t version() const { return version_; }  // grows when a watcher has something new to read
 
   // No further regular commands. Ends at once when nothing is in flight and nothing is to be cleaned.

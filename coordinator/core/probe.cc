@@ -196,7 +196,7 @@ void ProbeJob::NextCleanup(wire::Command* command) {
 
 void ProbeJob::OnEnd(double now) {
   plan_.sequence.memory.reset();
-  session_->EndAnswer(plan_.sequence.adapter_id);
+  session_->EndAnswer();
   session_->Touch(now);
 }
 

@@ -33,6 +33,7 @@ class ProbeJob : public Job {
   double Predict(const wire::Command& command) const override;
   double SecondsLeft() const override;
   const char* kind() const override { return "probe"; }
+  std::string adapter_id() const override { return plan_.sequence.adapter_id; }
 
  protected:
   bool NextCommand(wire::Command* command, double now) override;

@@ -259,7 +259,7 @@ StatusOr<std::shared_ptr<GenerateJob>> Coordinator::Generate(const api::Generate
     tails.push_back(std::move(tail));
   }
   const auto start = [&](GeneratePlan own) {
-    session->StartAnswer(request.adapter_id());
+    session->StartAnswer();
     auto job = std::make_shared<GenerateJob>(NextId(), now(), session, std::move(own), tokenizer_.get(), &tools_);
     job->deadline = now() + seconds;
     return job;
@@ -289,7 +289,7 @@ StatusOr<std::shared_ptr<ScoreJob>> Coordinator::Score(const api::ScoreRequest& 
   plan.target = std::move(target);
   plan.token_logprobs = request.token_logprobs();
   plan.target_id = request.target_id();
-  session->StartAnswer(request.adapter_id());
+  session->StartAnswer();
   auto job = std::make_shared<ScoreJob>(NextId(), now(), session, std::move(plan), &tools_);
   job->deadline = now() + seconds;
   Track(job, session);
@@ -303,7 +303,7 @@ StatusOr<std::shared_ptr<ProbeJob>> Coordinator::Probe(const api::ProbeAttention
   REFOCUS_ASSIGN_OR_RETURN(ProbePlan plan, PlanProbe(request, options_.model, session->token_count(),
                                                      static_cast<int64_t>(prompt.size())));
   REFOCUS_ASSIGN_OR_RETURN(plan.sequence, PlanSequence(session, request.adapter_id(), std::move(prompt), 0));
-  session->StartAnswer(request.adapter_id());
+  session->StartAnswer();
   auto job = std::make_shared<ProbeJob>(NextId(), now(), session, std::move(plan), &tools_);
   job->deadline = now() + seconds;
   Track(job, session);

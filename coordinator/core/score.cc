@@ -100,7 +100,7 @@ void ScoreJob::NextCleanup(wire::Command* command) {
 
 void ScoreJob::OnEnd(double now) {
   plan_.sequence.memory.reset();
-  session_->EndAnswer(plan_.sequence.adapter_id);
+  session_->EndAnswer();
   session_->Touch(now);
 }
 

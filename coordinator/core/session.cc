@@ -79,16 +79,14 @@ Session::Adapter* Session::FindAdapter(const std::string& id) {
   return found == adapters_.end() ? nullptr : &found->second;
 }
 
-void Session::StartAnswer(const std::string& adapter_id) {
+void Session::StartAnswer() {
   REFOCUS_CHECK(has_cache());
   ++answers_;
-  if (Adapter* adapter = FindAdapter(adapter_id)) ++adapter->users;
 }
 
-void Session::EndAnswer(const std::string& adapter_id) {
+void Session::EndAnswer() {
   REFOCUS_CHECK_GE(answers_, 1);
   --answers_;
-  if (Adapter* adapter = FindAdapter(adapter_id)) --adapter->users;
 }
 
 api::Context Session::ToProto(double now, double unix_now) const {

@@ -38,7 +38,6 @@ class Session {
     uint64_t uid = 0;  // on the ranks
     api::Adapter info;
     std::shared_ptr<KvReservation> memory;  // of the committed delta
-    int users = 0;                          // answers being made with it, exports
     std::optional<api::AdaptEvent::Effective> training;  // settings behind this revision, where known
   };
   struct Setup {
@@ -94,9 +93,9 @@ class Session {
   int64_t adapter_count() const { return static_cast<int64_t>(adapters_.size()); }
   void EraseAdapter(const std::string& id) { adapters_.erase(id); }
 
-  // Answers (generate, score) while they run; `adapter_id` may be empty.
-  void StartAnswer(const std::string& adapter_id);
-  void EndAnswer(const std::string& adapter_id);
+  // Answers, probes and exports while they run.
+  void StartAnswer();
+  void EndAnswer();
 
   // Idle life. Running work keeps a session alive.
   void Touch(double now) { last_used_ = now; }

@@ -397,6 +397,43 @@ TEST_F(AdapterTest, ExportEndsWhenTheAdapterChanges) {
   EXPECT_TRUE(core().DeleteAdapter(drop).ok());
 }
 
+// Whoever has the whole answer may delete its adapter at once, and make another of that name.
+TEST_F(AdapterTest, IsDeletedBehindItsLastAnswer) {
+  Adapted([](auto&) {}, 2);
+  api::DeleteAdapterRequest drop;
+  drop.set_name("contexts/a");
+  drop.set_adapter_id("default");
+  for (const bool cancelled : {false, true}) {
+    const auto base = *simulation_.Generate("a", 0, 3000);
+    const auto job = *simulation_.Generate("a", 0, 3, "default");
+    EXPECT_EQ(ReasonOf(core().DeleteAdapter(drop)), "CONTEXT_BUSY");
+    for (int turn = 0; turn < 100 && !job->answered() && !(cancelled && job->started()); ++turn) {
+      for (auto& link : simulation_.links()) {
+        if (simulation_.CanStepRank(link)) simulation_.StepRank(link);
+        while (!job->answered() && !link.outbox.empty()) simulation_.StepAnswer(link);
+      }
+    }
+    if (cancelled) simulation_.Stop(*job);
+    ASSERT_TRUE(job->answered());
+    ASSERT_FALSE(job->ended());
+    EXPECT_FALSE(base->answered()) << "base queries do not count";
+    const Status dropped = core().DeleteAdapter(drop);
+    EXPECT_TRUE(dropped.ok()) << dropped;
+    EXPECT_EQ(ReasonOf(core().DeleteAdapter(drop)), "ADAPTER_NOT_FOUND");
+    const auto again = simulation_.Adapt(Simulation::AdaptRequest("a", 4));
+    ASSERT_TRUE(again.ok()) << again.status();
+    simulation_.Stop(*base);
+    simulation_.DeliverCancels();
+    simulation_.Run();
+    EXPECT_TRUE(job->ended());
+    EXPECT_EQ(job->status().ok(), !cancelled) << job->status();
+    EXPECT_TRUE((*again)->status().ok()) << (*again)->status();
+    EXPECT_EQ(Find("default").revision(), 1);
+    EXPECT_EQ(Find("default").steps(), 4);
+    simulation_.ExpectConsistent();
+  }
+}
+
 TEST_F(AdapterTest, ALostGroupEndsTransfersCleanly) {
   Adapted([](auto&) {}, 2);
   api::ExportAdapterRequest request;
