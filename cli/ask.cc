@@ -1,4 +1,4 @@
-// ask: one answer from a context, streamed.
+// ask: answers from a context, streamed.
 #include <unistd.h>
 
 #include <fstream>
@@ -34,6 +34,7 @@ struct AskOptions {
   std::optional<int64_t> max_tokens;
   std::optional<double> temperature;
   std::optional<uint64_t> seed;
+  std::optional<int32_t> samples;
   std::optional<int32_t> logprobs;
   std::vector<std::string> stops;
   SamplingOptions sampling;
@@ -115,6 +116,7 @@ StatusOr<v1::GenerateRequest> MakeRequest(Client& client, const AskOptions& opti
   if (options.max_tokens) request.set_max_tokens(*options.max_tokens);
   if (options.temperature) request.set_temperature(*options.temperature);
   if (options.seed) request.set_seed(*options.seed);
+  if (options.samples) request.set_n(*options.samples);
   if (options.logprobs) request.set_logprobs(*options.logprobs);
   request.set_ignore_eos(options.ignore_eos);
   for (const auto& stop : options.stops) request.add_stop(stop);
@@ -165,6 +167,75 @@ void PrintSummary(const v1::GenerateSummary& summary, const std::string& adapter
   std::cerr << SamplingText(summary) << "]" << std::endl;
 }
 
+// Prints answers as they come. Of several samples, which come side by side, one follows the other: each streams once
+// those before it are whole, and waits here until then.
+class Answers {
+ public:
+  Answers(Client& client, const Settings& settings, const v1::GenerateRequest& request)
+      : client_(client), settings_(settings), request_(request) {}
+
+  void Add(const v1::GenerateEvent& event) {
+    received_ += event.token_ids_size();
+    EmitEvent(settings_, event);
+    waiting_[event.sample()].push_back(event);
+    for (auto at = waiting_.find(turn_); at != waiting_.end(); at = waiting_.find(turn_)) {
+      const std::vector<v1::GenerateEvent> events = std::move(at->second);
+      waiting_.erase(at);
+      for (const v1::GenerateEvent& next : events) Print(next);
+    }
+  }
+  // The stream broke off: what waits is printed as far as it came.
+  void Break() {
+    if (!settings_.json) std::cout << std::endl;
+    for (const auto& [sample, events] : waiting_) {
+      turn_ = sample;
+      begun_ = false;
+      for (const v1::GenerateEvent& event : events) Print(event);
+      if (!settings_.json && !events.back().has_summary()) std::cout << std::endl;
+    }
+    if (received_ > 0) std::cerr << "[stopped after " << FormatCount(received_) << " tokens]" << std::endl;
+  }
+  const std::string& text() const { return text_; }
+
+ private:
+  void Print(const v1::GenerateEvent& event) {
+    text_ += event.text();
+    logprobs_.insert(logprobs_.end(), event.logprobs().begin(), event.logprobs().end());
+    if (!settings_.json) PrintText(event);
+    begun_ = true;
+    if (!event.has_summary()) return;
+    if (!settings_.json) std::cout << std::endl;
+    if (request_.has_logprobs() && !settings_.json) PrintLogprobs(client_, logprobs_);
+    if (!settings_.quiet) PrintSummary(event.summary(), request_.adapter_id());
+    logprobs_.clear();
+    begun_ = thought_ = false;
+    ++turn_;
+  }
+  void PrintText(const v1::GenerateEvent& event) {
+    if (request_.n() > 1 && !begun_) std::cout << (turn_ > 0 ? "\n" : "") << "Sample " << turn_ << ":\n" << std::flush;
+    if (!settings_.quiet && !event.reasoning().empty()) {
+      std::cerr << event.reasoning() << std::flush;
+      thought_ = true;
+    }
+    if (thought_ && !event.text().empty()) {
+      std::cerr << "\n\n" << std::flush;
+      thought_ = false;
+    }
+    std::cout << event.text() << std::flush;
+  }
+
+  Client& client_;
+  const Settings& settings_;
+  const v1::GenerateRequest& request_;
+  std::map<int32_t, std::vector<v1::GenerateEvent>> waiting_;  // by sample
+  int32_t turn_ = 0;      // the sample that streams
+  bool begun_ = false;    // something of it was printed
+  bool thought_ = false;  // the reasoning, on stderr, has no end yet
+  int64_t received_ = 0;
+  std::string text_;
+  std::vector<v1::TokenLogprob> logprobs_;
+};
+
 int Ask(const Settings& settings, const AskOptions& options) {
   InstallInterrupt();
   Client client(settings.client);
@@ -172,37 +243,14 @@ int Ask(const Settings& settings, const AskOptions& options) {
   if (!question.ok()) return Finish("ask", question.status());
   const auto request = MakeRequest(client, options, *question);
   if (!request.ok()) return Finish("ask", request.status());
-  int64_t received = 0;
-  std::string answer;
-  bool thought = false;  // the reasoning, on stderr, has no end yet
-  std::vector<v1::TokenLogprob> logprobs;
-  v1::GenerateSummary summary;
-  const Status status = client.Generate(*request, [&](const v1::GenerateEvent& event) {
-    received += event.token_ids_size();
-    logprobs.insert(logprobs.end(), event.logprobs().begin(), event.logprobs().end());
-    if (event.has_summary()) summary = event.summary();
-    EmitEvent(settings, event);
-    answer += event.text();
-    if (settings.json) return;
-    if (!settings.quiet && !event.reasoning().empty()) {
-      std::cerr << event.reasoning() << std::flush;
-      thought = true;
-    }
-    if (thought && !event.text().empty()) {
-      std::cerr << "\n\n" << std::flush;
-      thought = false;
-    }
-    std::cout << event.text() << std::flush;
-  });
-  if (!settings.json) std::cout << std::endl;
+  Answers answers(client, settings, *request);
+  const Status status = client.Generate(*request, [&](const v1::GenerateEvent& event) { answers.Add(event); });
   if (!status.ok()) {
-    if (received > 0) std::cerr << "[stopped after " << FormatCount(received) << " tokens]" << std::endl;
+    answers.Break();
     return Finish("ask", status);
   }
-  if (options.logprobs && !settings.json) PrintLogprobs(client, logprobs);
-  if (!settings.quiet) PrintSummary(summary, request->adapter_id());
   if (!options.conversation.empty()) {
-    return Finish("ask", AppendConversation(options.conversation, *question, answer));
+    return Finish("ask", AppendConversation(options.conversation, *question, answers.text()));
   }
   return Finish("ask", status);
 }
@@ -224,9 +272,10 @@ void AddAsk(CLI::App& app, Settings* settings, Run* run) {
   raw->group(prompt);
   ids->group(prompt);
   verb->add_flag("--special", o->special, "Special tokens' names in the question mean special tokens")->group(prompt);
-  verb->add_option("--conversation", o->conversation,
-                   "File with what was asked and answered before, one JSON object a line; this exchange is added to it")
-      ->type_name("FILE")->excludes(raw)->excludes(ids)->group(prompt);
+  auto* conversation = verb->add_option(
+      "--conversation", o->conversation,
+      "File with what was asked and answered before, one JSON object a line; this exchange is added to it");
+  conversation->type_name("FILE")->excludes(raw)->excludes(ids)->group(prompt);
   const std::string thinking = "Reasoning (goes to stderr; the answer to stdout)";
   verb->add_option("--thinking", o->thinking, "on or off, for models that can (as their template does)")
       ->check(CLI::IsMember({"on", "off"}))->excludes(raw)->excludes(ids)->group(thinking);
@@ -237,6 +286,9 @@ void AddAsk(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("--temperature", o->temperature, "0: always the most likely token; or 0.01 to 100 (0)")
       ->group(sampling);
   verb->add_option("--seed", o->seed, "Of the sampling (drawn and printed)")->group(sampling);
+  verb->add_option("--samples", o->samples,
+                   "Answers drawn side by side, 1 to 64, printed one after the other; needs a temperature (1)")
+      ->type_name("N")->excludes(conversation)->group(sampling);
   verb->add_option("--stop", o->stops, "End before this text, repeatable")->group(sampling);
   verb->add_flag("--ignore-eos", o->ignore_eos, "Go on after the model's end tokens")->group(sampling);
   verb->add_option("--logprobs", o->logprobs, "Log-probabilities of the tokens and of the N most likely ones, 0 to 20")

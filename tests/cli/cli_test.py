@@ -60,7 +60,7 @@ class Help(unittest.TestCase):
         text = refocus("ask", "--help").stdout
         for option in ("--temperature", "--seed", "--top-k K", "--top-p", "--min-p", "--repetition-penalty",
                        "--presence-penalty", "--frequency-penalty", "--logit-bias ID=VALUE", "--min-tokens",
-                       "--stop-token-id ID", "--prompt-logprobs"):
+                       "--stop-token-id ID", "--prompt-logprobs", "--samples N"):
             self.assertRegex(text, rf"(?m)^ +{option}\b")
 
     def test_version(self):
@@ -88,6 +88,8 @@ class UsageErrors(unittest.TestCase):
         self.check(["adapt", "x", "--steps", "three"], "three", "--steps")
         self.check(["ask", "x"], "QUESTION")
         self.check(["ask", "x", "q", "--base", "--adapter", "a"], "--base", "--adapter")
+        self.check(["ask", "x", "q", "--samples", "2", "--conversation", "f"], "--samples", "--conversation")
+        self.check(["ask", "x", "q", "--samples", "two"], "two", "--samples")
         self.check(["score", "x", "--target", "t", "--parts", "0"], "--parts")
         self.check(["serve"], "--model")
         self.check(["serve", "--model", "m", "--ranks", "0"], "--ranks")

@@ -3,6 +3,7 @@
 Usage: real_model_test.py BIN_FOLDER REPOSITORY [unittest arguments]
 """
 import pathlib
+import re
 import signal
 import sys
 import unittest
@@ -113,6 +114,17 @@ class RealModel(unittest.TestCase):
             first = service.call(*ask, "--seed", "5")
             self.assertEqual(first, service.call(*ask, "--seed", "5"))
             self.assertNotEqual(first, service.call(*ask, "--seed", "6"))
+            # Not from the tail: rows of a batch are rounded differently, and its tokens are thinner than that.
+            likely = [*ask[:-1], "--top-k", "20"]
+            process = service.start(*likely, "--seed", "5", "--samples", "3", "--logprobs", "0")
+            out, err = process.communicate(timeout=120)
+            self.assertEqual(0, process.returncode, err)
+            parts = re.split(r"^Sample (\d):\n", out, flags=re.M)
+            self.assertEqual(("", "0", "1", "2"), (parts[0], *parts[1::2]))
+            seeds = re.findall(r"temperature 1, seed (\d+)", err)
+            self.assertEqual((3, 3, "5"), (len(seeds), out.count("log-probability"), seeds[0]))
+            for seed, part in zip(seeds, parts[2::2]):
+                self.assertTrue(part.startswith(service.call(*likely, "--quiet", "--seed", seed)), part)
             stop = first.strip()[4:8]
             self.assertEqual(first[:first.index(stop)], service.call(*ask, "--seed", "5", "--stop", stop).rstrip("\n"))
             text = "caf\u00e9 \u2014 \U0001f600 \u4e2d\u6587"

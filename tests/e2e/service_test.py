@@ -221,6 +221,8 @@ class Requests(unittest.TestCase):
             self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--logit-bias", bias)
         self.refused("TOKEN_ID_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--logit-bias", "9999999=1")
         self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--top-p", "0")
+        self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--samples", "2")  # all would be the same
+        self.refused("FIELD_OUT_OF_RANGE", "ask", "doc", "1", "--ids", "--samples", "65", "--temperature", "1")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--learning-rate", "-1")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--steps", "0")
         self.refused("FIELD_OUT_OF_RANGE", "adapt", "doc", "--span", "39:5")
@@ -232,6 +234,22 @@ class Requests(unittest.TestCase):
             self.refused("CONTEXT_EXISTS", "context", "create", file.name, "--ids", "--id", "doc")
             self.refused("FIELD_OUT_OF_RANGE", "context", "create", file.name, "--ids", "--id", "Not-Allowed")
             self.refused("NO_TOKENIZER", "context", "create", file.name)
+
+    def test_samples_are_what_each_is_alone(self):
+        ask = ("ask", "doc", "1 2", "--ids", "--max-tokens", "6", "--ignore-eos", "--temperature", "1")
+        events = self.service.events(*ask, "--samples", "3", "--seed", "7")
+        tokens, seeds = {}, {}
+        for event in events:
+            sample = event.get("sample", 0)
+            tokens.setdefault(sample, []).extend(event["token_ids"])
+            if "summary" in event:
+                seeds[sample] = event["summary"]["seed"]
+        self.assertEqual({0, 1, 2}, set(seeds))
+        self.assertEqual("7", seeds[0])
+        self.assertEqual(3, len(set(map(tuple, tokens.values()))))
+        for sample, seed in seeds.items():
+            alone = self.service.events(*ask, "--seed", seed)
+            self.assertEqual(tokens[sample], [i for event in alone for i in event["token_ids"]])
 
     def test_validate_only_changes_nothing(self):
         event, = self.service.events("adapt", "doc", "--validate-only", "--steps", "5", "--seed", "9")
