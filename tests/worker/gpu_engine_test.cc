@@ -422,8 +422,11 @@ TEST_P(GpuEngineTest, BatchedTokensAreWhatScoringExpects) {
     std::set<int32_t> seen(asked.question.begin(), asked.question.end());
     for (const int32_t id : asked.answer) EXPECT_TRUE(seen.insert(id).second) << uid << " has " << id << " again";
   }
-  const std::vector<int32_t>& prompt = all.at(104).question;
-  const Result alone = group->Score(kContext, {prompt[0]}, tokens_, {prompt.begin() + 1, prompt.end()});
+  const Asked& scored = all.at(104);
+  const std::vector<int32_t>& prompt = scored.question;
+  ASSERT_EQ(scored.adapter, 3);
+  const Result alone =
+      group->Score(kContext, {prompt[0]}, tokens_, {prompt.begin() + 1, prompt.end()}, scored.adapter, 1);
   ASSERT_EQ(prompt_logprobs.size(), prompt.size() - 1);
   for (size_t i = 0; i < prompt_logprobs.size(); ++i) {
     EXPECT_NEAR(prompt_logprobs[i], alone.score_logprobs[i], 0.1) << i;
