@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Trains the recall model: a small transformer of the Qwen3 type that looks values up perfectly in short contexts and is
-diluted in long ones. One GPU, a few minutes; the same seed draws the same data.
+diluted in long ones. One GPU, a minute and a half; the same seed draws the same data.
 
-    python3 bench/recall_model/train.py OUT_FOLDER [--steps 6000]
+    python3 bench/recall_model/train.py OUT_FOLDER [--steps 2500]
 
 A context is a ledger: pairs of an account and its value, " kamo 137 nuve 42 ...". An account's value is fixed within a
 context and drawn anew for the next; accounts come back about four times. The loss counts values that can be looked up, and
-others a little. Lengths grow from 64 to 1024 tokens and no further. Positions begin anywhere and jump, so that those of
-long contexts are known although their lengths are not.
+others a little. Contexts have 64 to 512 tokens and no more. Positions begin anywhere, so that those of long contexts are
+known, and jump, up to a reach of 1024: what lies further apart is new to the model, as are more than 64 accounts at once.
 
 Writes config.json, model.safetensors (bf16), tokenizer.json, tokenizer_config.json and training.json, in the layout of
 Hugging Face.
@@ -32,9 +32,10 @@ CONFIG = {
     "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
     "use_sliding_window": False, "vocab_size": ledger.VOCABULARY,
 }
-LONGEST = 1024         # tokens of a training context
+LENGTHS = ((64, 128), (64, 128, 256, 512, 512))  # tokens of training contexts: in the first fifth, then
+REACH = 1024           # positions that a training context spreads over
 REST_WEIGHT = 0.05     # of tokens that cannot be looked up
-FURTHEST = 60_000      # highest position
+FURTHEST = 60_000      # above every position
 
 
 class Norm(nn.Module):
@@ -128,14 +129,13 @@ def draw_contexts(batch, tokens, generator, device):
 
 
 def draw_positions(batch, tokens, generator, device):
-    """Rising positions [batch, tokens] below FURTHEST: a start anywhere and up to 16 jumps."""
+    """Rising positions [batch, tokens] below FURTHEST: a start anywhere and about eight jumps within REACH."""
     rand = lambda *shape: torch.rand(*shape, generator=generator, device=device)
     share = rand(batch, 1)                                   # of the room that the jumps take together
     jumps = (rand(batch, tokens) < 8.0 / tokens) * rand(batch, tokens)
     jumps[:, 0] = 0
-    room = FURTHEST - tokens
-    jumps = jumps / jumps.sum(1, keepdim=True).clamp(min=1e-6) * share * room
-    start = rand(batch, 1) * (room - share * room * (jumps.sum(1, keepdim=True) > 0))
+    jumps = jumps / jumps.sum(1, keepdim=True).clamp(min=1e-6) * share * (REACH - tokens)
+    start = rand(batch, 1) * (FURTHEST - tokens - jumps.sum(1, keepdim=True))
     return (start + jumps.cumsum(1)).long() + torch.arange(tokens, device=device)
 
 
@@ -174,7 +174,7 @@ def train(model, options, device):
         done = step / options.steps
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = (
             options.rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2))
-        lengths = (64, 128) if done < 0.2 else (128, 256, 512, LONGEST, LONGEST)
+        lengths = LENGTHS[done >= 0.2]
         tokens = lengths[step % len(lengths)]
         ids, known = draw_contexts(options.batch_tokens // tokens, tokens, generator, device)
         positions = draw_positions(ids.shape[0], tokens, generator, device)
@@ -208,11 +208,11 @@ def save(model, folder, facts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--batch-tokens", type=int, default=131_072)
+    parser.add_argument("--batch-tokens", type=int, default=65_536)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[512, 1024, 1536, 3072, 6144, 12288, 24576])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 1536, 3072, 6144, 12288, 24576])
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(options.seed)
