@@ -8,8 +8,8 @@ from google.protobuf.duration_pb2 import Duration
 from refocus import _calls, errors
 
 METHODS = {method.path: method for method in vars(_calls).values() if isinstance(method, _calls.Method)}
-REQUEST_STREAMS = {"CreateContext", "Score"}
-RESPONSE_STREAMS = {"PrefillContext", "AdaptContext", "Generate", "Score", "ProbeAttention"}
+REQUEST_STREAMS = {"CreateContext", "ImportAdapter", "Score"}
+RESPONSE_STREAMS = {"PrefillContext", "AdaptContext", "ExportAdapter", "Generate", "Score", "ProbeAttention"}
 REQUESTS = {
     "GetCluster": _calls.cluster_pb2.GetClusterRequest,
     "GetModel": _calls.cluster_pb2.GetModelRequest,
@@ -20,6 +20,8 @@ REQUESTS = {
     "ListContexts": _calls.context_pb2.ListContextsRequest,
     "DeleteContext": _calls.context_pb2.DeleteContextRequest,
     "DeleteAdapter": _calls.context_pb2.DeleteAdapterRequest,
+    "ExportAdapter": _calls.context_pb2.ExportAdapterRequest,
+    "ImportAdapter": _calls.context_pb2.ImportAdapterRequest,
     "Generate": _calls.inference_pb2.GenerateRequest,
     "Score": _calls.inference_pb2.ScoreRequest,
     "ProbeAttention": _calls.inference_pb2.ProbeAttentionRequest,

@@ -12,7 +12,8 @@ from refocus.client import AnswerStream, Client, Context
 from refocus.errors import (AbortedError, AlreadyExistsError, CancelledError, DataLossError, DeadlineExceededError,
                             FailedPreconditionError, InternalError, InvalidArgumentError, NotFoundError,
                             OutOfRangeError, RefocusError, ResourceExhaustedError, UnavailableError, UnimplementedError)
-from refocus.options import AdaptOptions, GenerateOptions, KeyRange, Prompt, Question, Source, chat, prologue
+from refocus.options import (AdapterSource, AdaptOptions, GenerateOptions, KeyRange, Prompt, Question, Source, chat,
+                             prologue)
 from refocus.results import Adaptation, Answer, AttentionMass, Progress
 from refocus.retry import RetryPolicy
 from refocus.v1.cluster_pb2 import GetClusterResponse as Cluster
@@ -23,9 +24,9 @@ from refocus.v1.inference_pb2 import Chat, GenerateEvent, GenerateSummary, Probe
 from refocus.v1.inference_pb2 import ScoreEvent as Score
 
 __all__ = [
-    "AbortedError", "AdaptOptions", "Adaptation", "Adapter", "AlreadyExistsError", "Answer", "AnswerStream",
-    "AttentionMass", "CancelledError", "Chat", "Client", "Cluster", "Context", "ContextInfo", "DataLossError",
-    "DeadlineExceededError", "FailedPreconditionError", "GenerateEvent", "GenerateOptions", "GenerateSummary",
+    "AbortedError", "AdaptOptions", "Adaptation", "Adapter", "AdapterSource", "AlreadyExistsError", "Answer",
+    "AnswerStream", "AttentionMass", "CancelledError", "Chat", "Client", "Cluster", "Context", "ContextInfo",
+    "DataLossError", "DeadlineExceededError", "FailedPreconditionError", "GenerateEvent", "GenerateOptions", "GenerateSummary",
     "InternalError", "InvalidArgumentError", "KeyRange", "Model", "NotFoundError", "OutOfRangeError", "PrefillEvent",
     "ProbeAttentionSummary", "Progress", "Prologue", "Prompt", "Question", "RefocusError", "ResourceExhaustedError",
     "RetryPolicy", "Score", "Source", "UnavailableError", "UnimplementedError", "aio", "chat", "prologue",

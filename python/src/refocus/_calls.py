@@ -1,20 +1,16 @@
 """One class a call: what is sent (again, after a failure), what its events mean, what comes out. No I/O of the network:
-client.py and aio.py drive these the same way."""
+client.py and aio.py drive these the same way. Calls that carry files: _transfers.py."""
 from __future__ import annotations
 
 import array
-import hashlib
-import io
-import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import BinaryIO, Generic, TypeVar, cast
+from typing import Generic, TypeVar
 
-from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 
 from refocus.errors import DataLossError
-from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Question, Source
+from refocus.options import AdaptOptions, GenerateOptions, KeyRange, Prompt, Question
 from refocus.options import chat as chat_message
 from refocus.results import Adaptation, Answer, AttentionMass, Progress
 from refocus.v1 import cluster_pb2, context_pb2, inference_pb2
@@ -22,8 +18,6 @@ from refocus.v1 import cluster_pb2, context_pb2, inference_pb2
 Request = TypeVar("Request", bound=Message)
 Response = TypeVar("Response", bound=Message)
 OnProgress = Callable[[Progress], object] | None
-
-CHUNK_BYTES = 512 << 10
 
 
 class Method(Generic[Request, Response]):
@@ -45,6 +39,9 @@ DELETE_CONTEXT = Method("ContextService", "DeleteContext", context_pb2.DeleteCon
                         context_pb2.DeleteContextResponse)
 DELETE_ADAPTER = Method("ContextService", "DeleteAdapter", context_pb2.DeleteAdapterRequest,
                         context_pb2.DeleteAdapterResponse)
+EXPORT_ADAPTER = Method("ContextService", "ExportAdapter", context_pb2.ExportAdapterRequest,
+                        context_pb2.ExportAdapterResponse)
+IMPORT_ADAPTER = Method("ContextService", "ImportAdapter", context_pb2.ImportAdapterRequest, context_pb2.Adapter)
 GENERATE = Method("InferenceService", "Generate", inference_pb2.GenerateRequest, inference_pb2.GenerateEvent)
 SCORE = Method("InferenceService", "Score", inference_pb2.ScoreRequest, inference_pb2.ScoreEvent)
 PROBE = Method("InferenceService", "ProbeAttention", inference_pb2.ProbeAttentionRequest,
@@ -123,7 +120,7 @@ class Call(Stoppable, Generic[Request, Response]):
         return None
 
     def take(self, event: Response) -> bool:
-        """False: a repetition of what an earlier attempt brought."""
+        """False: nothing that a further attempt would not have to bring again, or has brought before."""
         raise NotImplementedError
 
     def finish(self) -> None:
@@ -298,81 +295,3 @@ class ProbeCall(Call[inference_pb2.ProbeAttentionRequest, inference_pb2.ProbeAtt
         heads = [] if self._request.mean_over_heads else list(summary.heads)
         ranges = [(r.begin, r.end) for r in self._request.ranges]
         return AttentionMass(list(summary.layers), positions, ranges, heads, values, summary)
-
-
-class Upload(Stoppable):
-    """The messages of a CreateContext call; again from the start where the source can be read again."""
-
-    def __init__(self, source: Source, context_id: str, ttl: float | None, on_progress: OnProgress,
-                 options: CreateOptions) -> None:
-        super().__init__()
-        options = {"request_id": uuid.uuid4().hex, **options}  # a repeated upload returns the first one's context
-        self._header = context_pb2.CreateContextRequest.Header(context_id=context_id, **options)
-        if ttl is not None:
-            self._header.ttl.CopyFrom(Duration(seconds=int(ttl), nanos=int(ttl % 1 * 1e9)))
-        self._source: bytes | array.array[int] | os.PathLike[str] | BinaryIO
-        self._start = 0
-        self._seekable = False
-        self.failure: BaseException | None = None  # what reading the source raised: gRPC swallows it
-        if isinstance(source, str):
-            self._source = source.encode()
-        elif isinstance(source, (bytes, os.PathLike)):
-            self._source = source
-        elif hasattr(source, "read"):
-            self._source = cast(BinaryIO, source)
-            self.repeatable = self._seekable = self._source.seekable()
-            self._start = self._source.tell() if self._seekable else 0
-        else:
-            self._source = array.array("I", source)
-        self._on_progress = on_progress
-
-    def messages(self) -> Iterator[context_pb2.CreateContextRequest]:
-        try:
-            yield context_pb2.CreateContextRequest(header=self._header)
-            yield from self._content()
-        except Exception as error:
-            self.failure = error
-            raise
-
-    def _content(self) -> Iterator[context_pb2.CreateContextRequest]:
-        digest = hashlib.sha256()
-        offset, total = 0, self._total()
-        for piece in self._pieces():
-            if isinstance(piece, bytes):
-                chunk = context_pb2.CreateContextRequest.Chunk(offset=offset, text=piece)
-                digest.update(piece)
-            else:
-                chunk = context_pb2.CreateContextRequest.Chunk(offset=offset, ids=context_pb2.TokenIds(ids=piece))
-                digest.update(chunk.ids.SerializeToString()[-4 * len(piece):])  # packed fixed32: little-endian words
-            yield context_pb2.CreateContextRequest(chunk=chunk)
-            offset += len(piece)
-            if self._on_progress is not None:
-                self._on_progress(Progress("upload", offset, max(total, offset) if total else 0))
-        finish = context_pb2.CreateContextRequest.Finish(total=offset, sha256=digest.digest())
-        yield context_pb2.CreateContextRequest(finish=finish)
-
-    def _total(self) -> int:
-        if isinstance(self._source, os.PathLike):
-            return os.stat(self._source).st_size
-        return len(self._source) if isinstance(self._source, (bytes, array.array)) else 0
-
-    def _pieces(self) -> Iterator[bytes | array.array[int]]:
-        if isinstance(self._source, array.array):
-            step = CHUNK_BYTES // 4
-            yield from (self._source[i:i + step] for i in range(0, len(self._source), step))
-        elif isinstance(self._source, bytes):
-            yield from (self._source[i:i + CHUNK_BYTES] for i in range(0, len(self._source), CHUNK_BYTES))
-        elif isinstance(self._source, os.PathLike):
-            with open(self._source, "rb") as file:
-                yield from _read(file)
-        else:
-            if self._seekable:
-                self._source.seek(self._start)
-            yield from _read(self._source)
-
-
-def _read(file: BinaryIO | io.BufferedReader) -> Iterator[bytes]:
-    while piece := file.read(CHUNK_BYTES):
-        if not isinstance(piece, bytes):
-            raise TypeError(f"source: got a file of {type(piece).__name__}, allowed one opened in binary mode")
-        yield piece

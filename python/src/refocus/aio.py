@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -10,12 +11,13 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from refocus import _calls, client
+from refocus import _calls, _transfers, client
 from refocus._calls import OnProgress, Stoppable
 from refocus.client import CHANNEL_OPTIONS
 from refocus.errors import RefocusError, UnavailableError, from_rpc
-from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Question, Source
-from refocus.results import Adaptation, Answer, AttentionMass, Progress
+from refocus.options import (AdapterSource, AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Question,
+                             Source)
+from refocus.results import Adaptation, Answer, AttentionMass
 from refocus.retry import Attempts, RetryPolicy
 from refocus.v1 import cluster_pb2, context_pb2, inference_pb2
 
@@ -24,10 +26,20 @@ Response = TypeVar("Response", bound=Message)
 Result = TypeVar("Result")
 
 
+def _in_loop(on_progress: OnProgress) -> OnProgress:
+    """For calls that run on another thread."""
+    if on_progress is None:
+        return None
+    told = on_progress
+    loop = asyncio.get_running_loop()
+    return lambda progress: loop.call_soon_threadsafe(told, progress)
+
+
 class Client:
     """A connection to a service. Errors are RefocusError; calls are tried again as `retry` says.
 
-    timeout: seconds of a whole call that computes (upload, prefill, adapt, generate, score, probe), retries included.
+    timeout: seconds of a whole call that computes or carries files (upload, prefill, adapt, generate, score, probe,
+    export, import), retries included.
     read_timeout: of every other call.
     """
 
@@ -93,14 +105,8 @@ class Client:
         `source` is read on another thread. When prefilling fails the upload is kept: the error has a note that names the
         context.
         """
-        loop = asyncio.get_running_loop()
-
-        def tell(progress: Progress) -> None:
-            if on_progress is not None:
-                loop.call_soon_threadsafe(on_progress, progress)
-
-        upload = _calls.Upload(source, id, ttl, tell, options)
-        context = Context(self, (await self._in_thread(upload, lambda: self._threads._upload(upload))).name)
+        upload = _transfers.Upload(source, id, ttl, _in_loop(on_progress), options)
+        context = Context(self, (await self._in_thread(upload, lambda: self._threads._send(upload))).name)
         if prefill and not options.get("validate_only"):
             try:
                 await context.prefill(on_progress=on_progress)
@@ -139,8 +145,8 @@ class Client:
             again(request)
 
     async def _in_thread(self, call: Stoppable, run: Callable[[], Result]) -> Result:
-        """For calls whose requests are a stream: gRPC for asyncio loses the status of one that the server ends while
-        requests are still being written."""
+        """For calls that write files, and those whose requests are a stream: gRPC for asyncio loses the status of one
+        that the server ends while requests are still being written."""
         try:
             return await asyncio.to_thread(run)
         except asyncio.CancelledError:
@@ -302,6 +308,33 @@ class Context:
         """Frees K/V and adapters. force: cancels what runs on it first."""
         request = context_pb2.DeleteContextRequest(name=self.name, force=force, allow_missing=allow_missing)
         await self._client._read(_calls.DELETE_CONTEXT, request, _calls.allow_missing)
+
+    async def export_adapter(self, path: str | os.PathLike[str], adapter: str = "default", *,
+                       on_progress: OnProgress = None) -> None:
+        """Writes an adapter's file; it gets its name when it is whole and its checksum was right."""
+        call = _transfers.ExportCall(self.name, adapter, _in_loop(on_progress))
+
+        def run() -> None:
+            with _transfers.whole_file(path) as call.out:
+                self._client._threads._drain(call)
+        await self._client._in_thread(call, run)
+
+    async def adapter_bytes(self, adapter: str = "default", *, on_progress: OnProgress = None) -> bytes:
+        """An adapter's file in memory: 4 bytes for each of its numbers."""
+        call = _transfers.ExportCall(self.name, adapter, on_progress)
+        await self._client._drain(call)
+        return call.content()
+
+    async def import_adapter(self, source: AdapterSource, adapter: str = "", *, allow_other_model: bool = False,
+                       on_progress: OnProgress = None) -> context_pb2.Adapter:
+        """Makes the file's numbers the adapter's next revision, the first of a new one; nothing changes when they are
+        not whole. adapter: the file's own name when empty. allow_other_model: only the shapes must fit. When the
+        connection breaks at the very end it may be carried out twice: the same numbers, one revision more.
+
+        `source` is read on another thread.
+        """
+        call = _transfers.ImportCall(self.name, source, adapter, allow_other_model, _in_loop(on_progress))
+        return await self._client._in_thread(call, lambda: self._client._threads._send(call))
 
     async def delete_adapter(self, adapter: str) -> None:
         request = context_pb2.DeleteAdapterRequest(name=self.name, adapter_id=adapter)

@@ -1,6 +1,7 @@
 """The client for threads. One Client may be used by many threads; an AnswerStream by one."""
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -9,10 +10,11 @@ from typing import Self, TypeVar, Unpack
 import grpc
 from google.protobuf.message import Message
 
-from refocus import _calls
+from refocus import _calls, _transfers
 from refocus._calls import OnProgress
 from refocus.errors import RefocusError, UnavailableError, from_rpc
-from refocus.options import AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Question, Source
+from refocus.options import (AdapterSource, AdaptOptions, CreateOptions, GenerateOptions, KeyRange, Prompt, Question,
+                             Source)
 from refocus.results import Adaptation, Answer, AttentionMass
 from refocus.retry import Attempts, RetryPolicy
 from refocus.v1 import cluster_pb2, context_pb2, inference_pb2
@@ -26,7 +28,8 @@ CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 4 << 20), ("grpc.enable_r
 class Client:
     """A connection to a service. Errors are RefocusError; calls are tried again as `retry` says.
 
-    timeout: seconds of a whole call that computes (upload, prefill, adapt, generate, score, probe), retries included.
+    timeout: seconds of a whole call that computes or carries files (upload, prefill, adapt, generate, score, probe,
+    export, import), retries included.
     read_timeout: of every other call.
     """
 
@@ -89,8 +92,8 @@ class Client:
         on_progress is called while the upload runs on a thread of gRPC's. When prefilling fails the upload is kept: the
         error has a note that names the context.
         """
-        upload = _calls.Upload(source, id, ttl, on_progress, options)
-        context = Context(self, self._upload(upload).name)
+        upload = _transfers.Upload(source, id, ttl, on_progress, options)
+        context = Context(self, self._send(upload).name)
         if prefill and not options.get("validate_only"):
             try:
                 context.prefill(on_progress=on_progress)
@@ -128,19 +131,19 @@ class Client:
                 self._wait(attempts, error)
             again(request)
 
-    def _upload(self, upload: _calls.Upload) -> context_pb2.Context:
-        method = _calls.CREATE
+    def _send(self, call: _transfers.Sending[Request, Response]) -> Response:
+        method = call.method
         stub = self._channel.stream_unary(method.path, method.serialize, method.parse)
         attempts = Attempts(self._retry, self._timeout)
         while True:
             try:
-                running = stub.future(upload.messages(), timeout=attempts.remaining())
-                upload.runs(running.cancel)
+                running = stub.future(call.messages(), timeout=attempts.remaining())
+                call.runs(running.cancel)
                 return running.result()
             except grpc.RpcError as error:
-                if upload.failure is not None:
-                    raise upload.failure from None
-                self._wait(attempts, error, upload.repeatable)
+                if call.failure is not None:
+                    raise call.failure from None
+                self._wait(attempts, error, call.repeatable)
 
     def _events(self, call: _calls.Call[Request, Response]) -> Generator[Response, None, None]:
         """What is new of each attempt. Closing the generator cancels the call."""
@@ -285,6 +288,27 @@ class Context:
         """Frees K/V and adapters. force: cancels what runs on it first."""
         request = context_pb2.DeleteContextRequest(name=self.name, force=force, allow_missing=allow_missing)
         self._client._read(_calls.DELETE_CONTEXT, request, _calls.allow_missing)
+
+    def export_adapter(self, path: str | os.PathLike[str], adapter: str = "default", *,
+                       on_progress: OnProgress = None) -> None:
+        """Writes an adapter's file; it gets its name when it is whole and its checksum was right."""
+        call = _transfers.ExportCall(self.name, adapter, on_progress)
+        with _transfers.whole_file(path) as call.out:
+            self._client._drain(call)
+
+    def adapter_bytes(self, adapter: str = "default", *, on_progress: OnProgress = None) -> bytes:
+        """An adapter's file in memory: 4 bytes for each of its numbers."""
+        call = _transfers.ExportCall(self.name, adapter, on_progress)
+        self._client._drain(call)
+        return call.content()
+
+    def import_adapter(self, source: AdapterSource, adapter: str = "", *, allow_other_model: bool = False,
+                       on_progress: OnProgress = None) -> context_pb2.Adapter:
+        """Makes the file's numbers the adapter's next revision, the first of a new one; nothing changes when they are
+        not whole. adapter: the file's own name when empty. allow_other_model: only the shapes must fit. When the
+        connection breaks at the very end it may be carried out twice: the same numbers, one revision more.
+        """
+        return self._client._send(_transfers.ImportCall(self.name, source, adapter, allow_other_model, on_progress))
 
     def delete_adapter(self, adapter: str) -> None:
         request = context_pb2.DeleteAdapterRequest(name=self.name, adapter_id=adapter)

@@ -11,6 +11,8 @@ from refocus.v1 import context_pb2, inference_pb2
 Prompt: TypeAlias = str | bytes | Sequence[int] | inference_pb2.Prompt
 # A text itself, UTF-8 bytes, token ids; a path or an open binary file is read in pieces.
 Source: TypeAlias = str | bytes | Sequence[int] | os.PathLike[str] | BinaryIO
+# An adapter's file: its bytes, its path, or an open binary file.
+AdapterSource: TypeAlias = bytes | str | os.PathLike[str] | BinaryIO
 # A question that closes the turn which a context's prologue opened: its text, as chat() takes it, or chat's own result.
 Question: TypeAlias = str | bytes | inference_pb2.Chat
 KeyRange: TypeAlias = tuple[int, int]  # [begin, end) in tokens of the context

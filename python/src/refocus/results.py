@@ -11,7 +11,8 @@ from refocus.v1 import context_pb2, inference_pb2
 class Progress:
     """Told to on_progress callbacks."""
 
-    phase: str                  # "upload" (bytes or ids), "prefill" (tokens), "adapt" (steps)
+    phase: str                  # "upload" (bytes or ids), "prefill" (tokens), "adapt" (steps),
+                                # "export", "import" (bytes)
     done: int
     total: int                  # 0: not known
     rate: float = 0.0           # units a second, where the server says
