@@ -348,7 +348,8 @@ class Tests:
         def mixed(request, context):
             for letter in "ab":
                 for sample in range(request.n):
-                    yield Event(sample=sample, text=letter * (sample + 1), prompt_logprobs=[-1.5] * (sample == 0))
+                    yield Event(sample=sample, text=letter * (sample + 1), prompt_logprobs=[-1.5] * (sample == 0),
+                                prompt_best=[{"id": 7}] * (sample == 0))
             for sample in (1, 0):
                 yield Event(sample=sample, summary=inference_pb2.GenerateSummary(seed=sample))
         self.server.on["Generate"] = mixed
@@ -356,6 +357,7 @@ class Tests:
             "q", n=2, temperature=1.0, logit_bias={5: -1.0}).answers())
         self.assertEqual([("ab", 0), ("aabb", 1)], [(answer.text, answer.summary.seed) for answer in answers])
         self.assertEqual([-1.5, -1.5], answers[0].prompt_logprobs)
+        self.assertEqual([[7, 7], []], [[best.id for best in answer.prompt_best] for answer in answers])
         self.assertEqual({5: -1.0}, dict(self.server.named("Generate")[0].logit_bias))
         with self.assertRaises(refocus.DataLossError):
             self.server.on["Generate"] = lambda *_: iter([Event(summary={})])
@@ -445,6 +447,8 @@ class Tests:
             yield adapt(probe_loss_before=2.0)
             for step in range(1, last + 1):
                 yield adapt(step=adapt.Step(step=step, loss=1 / step))
+                if step % 2 == 0:
+                    yield adapt(probe=adapt.Probe(step=step, loss=step))
             if end:
                 yield adapt(probe_loss_after=1.5)
                 yield adapt(adapter=context_pb2.Adapter(id="default", revision=1))
@@ -456,6 +460,7 @@ class Tests:
         seen = []
         done = self.do(lambda client: client.context("a").adapt(steps=4, on_progress=seen.append))
         self.assertEqual([1, 2, 3, 4], [step.step for step in done.steps])
+        self.assertEqual([2, 4], [probe.step for probe in done.probes])
         self.assertEqual([(1, 4, 1.0), (2, 4, 0.5), (3, 4, 1 / 3), (4, 4, 0.25)],
                          [(p.done, p.total, p.loss) for p in seen])
         self.assertEqual((2.0, 1.5, 1), (done.probe_loss_before, done.probe_loss_after, done.adapter.revision))

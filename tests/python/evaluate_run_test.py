@@ -35,6 +35,7 @@ class Model:
     def __init__(self):
         self.server = FakeServer()
         self.words, self.texts, self.adapted, self.asked = {}, {}, {}, []
+        self.symbols = {}  # texts of token ids
         self.lock = threading.Lock()
         self.thinks, self.chat_format, self.broken, self.kind = False, "", {}, None
         self.server.on = {name: getattr(self, name) for name in (
@@ -79,6 +80,7 @@ class Model:
         ids = [id for m in messages if m.HasField("chunk") for id in m.chunk.ids.ids]
         name = "contexts/" + header.context_id
         user = header.prologue.user.decode() if header.HasField("prologue") else ""
+        self.symbols[name] = ids
         self.texts[name] = (user + data.decode(), len(self.ids(user + data.decode())) + len(ids) + 1)  # and a BOS
         self.adapted.pop(name, None)
         self.break_at("CreateContext", header, context)
@@ -121,6 +123,9 @@ class Model:
         asked = self.prompt(request)
         with self.lock:
             self.asked.append((request, asked))
+        if request.prompt_logprobs:
+            yield self.read_along(self.symbols[request.name], request)
+            return
         for sample in range(max(1, request.n)):
             said = " I look. Final" if asked.endswith("Scratchpad:") else self.answer(request.name, request.adapter_id,
                                                                                       asked, sample)
@@ -131,6 +136,20 @@ class Model:
             yield inference_pb2.GenerateEvent(sample=sample, summary=inference_pb2.GenerateSummary(
                 generated_tokens=33 if request.ignore_eos else len(ids), prompt_tokens=len(self.ids(asked)),
                 prompt_seconds=0.5, decode_seconds=0.25))
+
+    @staticmethod
+    def read_along(text, request):
+        """Of pairs: finds values in the last 100 tokens, and everywhere once it was adapted."""
+        asked = list(request.prompt.ids.ids)
+        best = []
+        for row in range(len(asked)):
+            before = text + asked[:row]
+            seen = before if request.adapter_id else before[-100 - len(before) % 2:]
+            held = dict(zip(seen[-len(seen) // 2 * 2::2], seen[1::2])) if row % 2 else {}
+            best.append(inference_pb2.TokenLogprob(id=held.get(asked[row - 1], 1)))
+        return inference_pb2.GenerateEvent(
+            token_ids=[1], prompt_logprobs=[-0.5] * len(asked), prompt_best=best if request.logprobs else [],
+            summary=inference_pb2.GenerateSummary(generated_tokens=1, prompt_tokens=len(asked), prompt_seconds=0.5))
 
     def Score(self, requests, context):
         for request in requests:
@@ -201,7 +220,8 @@ class Runs(Base):
         adapt = self.records("adapt")
         self.assertEqual(4, len(adapt))
         shape = flops.Shape(2, 8, 2, 1, 4, 16, 100)
-        self.assertEqual(flops.adapt(shape, adapt[0]["context_tokens"], 3, 128), adapt[0]["flops"])
+        tokens = adapt[0]["context_tokens"]
+        self.assertEqual(flops.adapt(shape, tokens, 3, 128) + 2 * flops.probe(shape, tokens, 256), adapt[0]["flops"])
         self.assertEqual((2.5, 2.25, [2.0, 1.9, 1.8], 4.0), tuple(
             adapt[0][name] for name in ("probe_before", "probe_after", "losses", "seconds")))
 
@@ -396,6 +416,32 @@ class Ways(Base):
         chunks = [m.chunk.ids.ids for messages in self.model.server.named("CreateContext") for m in messages
                   if m.HasField("chunk")]
         self.assertEqual([600, 1], [len(ids) for ids in chunks], "the floor has one token")
+
+
+    def test_later_tokens_are_read_along(self):
+        code, output, error = self.run_eval("--seeds", "0", "--later", "300", tasks="symbols-later", lengths="1200",
+                                            methods="in-context,qttt:steps=2,no-context")
+        self.assertEqual(0, code, error)
+        plain, adapted, floor = self.records()
+        count = len(plain["references"])
+        self.assertEqual(1.0, adapted["score"])
+        self.assertLess(plain["score"], 0.5)
+        self.assertGreaterEqual(plain["score"], floor["score"])
+        self.assertEqual((0.5, 300, 1), (plain["target_nats"], plain["tokens"]["prompt"], plain["tokens"]["generated"]))
+        self.assertEqual(3, len(self.model.asked), "one call for all of a text")
+        request = self.model.asked[0][0]
+        self.assertEqual((1, True, 1), (request.max_tokens, request.prompt_logprobs, request.logprobs))
+        self.assertRegex(output, rf"symbols-later +1,201  qttt:steps=2 +{count}  100.0 \(97 to 100\)")
+        self.assertIn(f"qttt:steps=2: {count} of {count}", error)
+        row = next(json.loads(line) for line in pathlib.Path(self.out, "summary.jsonl").open()
+                   if '"qttt:steps=2"' in line)
+        right = sum(a == str(b) for a, b in zip(plain["answer"].split(), plain["references"]))
+        self.assertAlmostEqual((count - right) / count, row["versus"][0])
+
+    def test_later_tokens_are_not_drawn(self):
+        code, _, error = self.run_eval("--seeds", "0", tasks="symbols-later", lengths="600", methods="best-of-n")
+        self.assertEqual(2, code)
+        self.assertIn("method best-of-n: got tokens to read along, allowed methods that draw nothing", error)
 
 
 class Benchmarks(Base):

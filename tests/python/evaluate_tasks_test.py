@@ -12,10 +12,12 @@ import re
 import tempfile
 import unittest
 
-from refocus.evaluate import flops, judges, methods, spans, stats, tasks
+from refocus.evaluate import flops, judges, methods, score, spans, stats, tasks
 from refocus.evaluate.formats import metrics
 from refocus.evaluate.item import FORMAT, EvalError, read_items, to_json, write_items
 from refocus.evaluate.tasks import bank, bugs, registry, ruler, words
+from refocus.results import Adaptation
+from refocus.v1 import context_pb2
 
 TOKENS = re.compile(r" ?\w+|[^\w]")
 
@@ -30,7 +32,7 @@ def count(text):
 
 
 SETTINGS = tasks.Settings(count, questions=5)
-TEXT_TASKS = [name for name in registry.TASKS if name != "symbols"]
+TEXT_TASKS = [name for name in registry.TASKS if not name.startswith("symbols")]
 
 
 class EveryTask(unittest.TestCase):
@@ -113,6 +115,7 @@ class TaskFiles(unittest.TestCase):
         self.assertIn("max_tokens: got 0", self.broken(question("max_tokens", 0)))
         self.assertIn("answers: got []", self.broken(question("answers", [])))
         self.assertIn("prompt: got list", self.broken(question("prompt", [1])))
+        self.assertIn("data.rows: got None, allowed for the judge tokens", self.broken(question("judge", "tokens")))
         self.assertIn("an id twice", self.broken(lambda v: v["questions"].append(v["questions"][0])))
 
     def test_no_task_file(self):
@@ -224,6 +227,32 @@ class Symbols(unittest.TestCase):
             self.assertEqual([(i, i + 2) for i in places], question.evidence)
 
 
+    def test_later(self):
+        made = tasks.make("symbols-later", 3000, 5, SETTINGS)
+        question, = made.questions
+        self.assertEqual((3000, 1536, "tokens"), (len(made.text), len(question.prompt), question.judge))
+        both = made.text + question.prompt
+        self.assertAlmostEqual(4, len(both) / 2 / len(set(both[::2])), delta=0.2)
+        held = dict(zip(both[::2], both[1::2]))
+        self.assertEqual([held[account] for account in both[::2]], both[1::2], "the value of an account is fixed")
+        rows = question.data["rows"]
+        self.assertEqual([question.prompt[row] for row in rows], question.answers)
+        seen = set(made.text[::2])
+        self.assertEqual([row for row in range(1, 1536, 2) if question.prompt[row - 1] in seen], rows)
+        self.assertGreater(len(rows), 700)
+        short = tasks.make("symbols-later", 3001, 5, tasks.Settings(count, later=200))
+        self.assertEqual((3000, 200), (len(short.text), len(short.questions[0].prompt)))
+
+    def test_later_in_a_file(self):
+        value = json.loads(to_json(tasks.make("symbols-later", 512, 0, SETTINGS)))
+        value["questions"][0]["data"]["rows"][-1] = 1536
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "t.jsonl")
+            path.write_text(json.dumps({"format": FORMAT}) + "\n" + json.dumps(value) + "\n")
+            with self.assertRaisesRegex(EvalError, r"t.jsonl:2: questions\[0\].data.rows: got .*, 0 to 1535"):
+                list(read_items(path))
+
+
 class Hops(unittest.TestCase):
     def test_the_chain_leads_to_the_answer(self):
         made = tasks.make("hops", 3000, 7, SETTINGS)
@@ -293,6 +322,10 @@ class Flops(unittest.TestCase):
         # products of 2 x 12, attention 2 1/2 times
         self.assertEqual(2 * 136 + 72 + 120, flops.adapt_step(tiny, 3, 1))
         self.assertEqual(2 * 136 + 3 * 2 * 8 + 120, flops.adapt_step(tiny, 3, 1, lora_rank=1))
+        self.assertEqual(2 * 136 + 72 + 300, flops.adapt_step(tiny, 3, 1, keys=5), "24 x 5 keys, 2 1/2 times")
+        # three rows of two keys each, forward
+        self.assertEqual(3 * (136 + 24 + 48), flops.probe(tiny, 3, 3))
+        self.assertEqual(3 * (136 + 16 + 48), flops.probe(tiny, 3, 3, lora_rank=1))
 
     def test_parameters_of_a_real_model(self):
         """Twice the parameters a token: 4.02 billion less the embedding's lookup, which is tied to the head."""
@@ -377,6 +410,12 @@ class Judges(unittest.TestCase):
     def test_tokens_and_ruler(self):
         self.assertEqual(1, self.score("token", "4100 7", ["4100"])["score"])
         self.assertEqual(0, self.score("token", "", ["4100"])["score"])
+        self.assertEqual(0.5, self.score("tokens", "7 4 9", [7, 8, 9, 10])["score"])
+        row, = score.rows([{"kind": "answer", "judge": "tokens", "score": 0.5, "answer": "7 4 9",
+                            "references": [7, 8, 9, 10], "parts": {}, "item": "a", "task": "t", "length": 1, "method": "in-context", "question": "q",
+                            "tokens": dict.fromkeys(("context", "generated", "budget"), 1), "flops": 1,
+                            "seconds": dict.fromkeys(("prefill", "queue", "prompt", "decode", "wall"), 1.0)}])
+        self.assertEqual((4, 0.5, stats.wilson(2, 4)), (row["questions"], row["score"], (row["low"], row["high"])))
         self.assertEqual(0.5, metrics.string_match_all("ABC and more", ["abc", "xyz"]))
         self.assertEqual(1, metrics.string_match_part("ABC and more", ["abc", "xyz"]))
 
@@ -387,7 +426,8 @@ class Methods(unittest.TestCase):
                                  "thinking:match=flops")
         self.assertEqual(["in-context", "qttt:steps=8,lr=1e-4", "qttt-lora+thinking:rank=4,budget=64",
                           "thinking:match=flops"], [method.label for method in made])
-        self.assertEqual((8, 1e-4, 128), (made[1].steps, made[1].learning_rate, made[1].span))
+        self.assertEqual({"steps": 8, "span_tokens": 128, "spans_per_step": 1, "learning_rate": 1e-4, "seed": 1,
+                          "kind": context_pb2.FULL}, made[1].adapt_options(1))
         self.assertEqual((True, 4, "thinking", 64), (made[2].adapt, made[2].lora_rank, made[2].way, made[2].budget))
         self.assertNotIn("learning_rate", made[2].adapt_options(1))
         self.assertEqual(4, made[2].adapt_options(1)["lora_rank"])
@@ -395,8 +435,43 @@ class Methods(unittest.TestCase):
         self.assertEqual({"seed": 3, "temperature": 0.6, "top_p": 0.95, "top_k": 20}, made[2].sampling(3))
         self.assertEqual({}, made[0].sampling(3))
 
+    def test_policies(self):
+        made = methods.parse("qttt:rows=recall,schedule=cosine,keep=best,probe_every=3,patience=2,warmup=1,clip=2,"
+                             "optimizer=sgd,momentum=0.5,probe_spans=4,max_rise=1")
+        request = context_pb2.AdaptContextRequest(**made.adapt_options(7))
+        self.assertEqual("recall_rows", request.WhichOneof("span_policy"))
+        self.assertEqual((context_pb2.COSINE, True, 3, 2, 1, 2, context_pb2.SGD, 0.5, 4, 1), (
+            request.schedule, request.keep_best, request.probe_every, request.patience, request.warmup_steps,
+            request.clip_norm, request.optimizer, request.momentum, request.probe_spans, request.max_probe_rise))
+        plain = context_pb2.AdaptContextRequest(**methods.parse("qttt:rows=uniform,keep=last").adapt_options(7))
+        self.assertEqual(context_pb2.AdaptContextRequest(**methods.parse("qttt").adapt_options(7)), plain)
+        self.assertIsNone(plain.WhichOneof("span_policy"))
+
+    def test_probes_cost(self):
+        shape = flops.Shape(2, 8, 2, 1, 4, 16, 100)
+        step, probe = flops.adapt_step(shape, 5000, 128), flops.probe(shape, 5000, 256)
+        for label, probes in (("qttt", 2), ("qttt:keep=best", 2 + 7), ("qttt:probe_every=5", 2 + 6),
+                              ("qttt:keep=best,probe_every=0", 2), ("qttt:keep=best,probe_every=31", 3),
+                              ("qttt:probe_spans=0", 0)):
+            self.assertEqual(32 * step + probes * probe, methods.parse(label).cost(shape, 5000), label)
+        self.assertEqual(32 * flops.adapt_step(shape, 21, 20) + 2 * flops.probe(shape, 21, 40),
+                         methods.parse("qttt").cost(shape, 21), "a span shrinks to the text")
+
+    def test_the_cost_of_what_was_done(self):
+        """Ended after three steps and one probe between; rows that recall stand where their starts say."""
+        shape, event = flops.Shape(2, 8, 2, 1, 4, 16, 100), context_pb2.AdaptEvent
+        steps = [event.Step(step=i, span_starts=[1000, 2001, 3002]) for i in (1, 2, 3)]
+        done = Adaptation(event.Effective(recall_rows=700), steps, 2.0, 1.0, context_pb2.Adapter(),
+                          context_pb2.PhaseUsage(), [event.Probe(step=2)])
+        self.assertEqual(3 * flops.adapt_step(shape, 5000, 128, keys=2001 + (128 / 3 + 1) / 2) +
+                         3 * flops.probe(shape, 5000, 100), methods.parse("qttt:rows=recall").cost(shape, 5000, done))
+
     def test_refused(self):
-        for text, message in (("qtt", "the method 'qtt', allowed in-context"), ("in-context:n=3", "'n', allowed none"),
+        for text, message in (("qttt:rows=some", "rows='some', allowed uniform or recall"),
+                              ("qttt:keep=all", "keep='all', allowed last or best"),
+                              ("qttt:schedule=step", "allowed constant or linear or cosine"),
+                              ("in-context:rows=recall", "'rows'"),
+                              ("qtt", "the method 'qtt', allowed in-context"), ("in-context:n=3", "'n', allowed none"),
                               ("qttt:steps=0", "steps='0', allowed 1 to 10000"), ("qttt:rank=3", "'rank'"),
                               ("thinking:match=money", "allowed flops or time"), ("qttt,qttt", "each once"),
                               ("in-context,thinking:match=flops", "no adaptation to match"), ("", "one or more")):

@@ -164,6 +164,7 @@ class AdaptCall(Call[context_pb2.AdaptContextRequest, context_pb2.AdaptEvent]):
         self._on_progress = on_progress
         self._events: dict[str, context_pb2.AdaptEvent] = {}
         self._steps: list[context_pb2.AdaptEvent.Step] = []
+        self._probes: list[context_pb2.AdaptEvent.Probe] = []
 
     def request(self) -> context_pb2.AdaptContextRequest:
         return self._request
@@ -178,6 +179,11 @@ class AdaptCall(Call[context_pb2.AdaptContextRequest, context_pb2.AdaptEvent]):
                 self._on_progress(Progress("adapt", event.step.step, self._events["effective"].effective.steps,
                                            loss=event.step.loss))
             return True
+        if kind == "probe":
+            if self._probes and event.probe.step <= self._probes[-1].step:
+                return False
+            self._probes.append(event.probe)
+            return True
         new = kind not in self._events
         self._events[kind] = event
         return new
@@ -191,7 +197,7 @@ class AdaptCall(Call[context_pb2.AdaptContextRequest, context_pb2.AdaptEvent]):
         before, after = self._events.get("probe_loss_before"), self._events.get("probe_loss_after")
         return Adaptation(self._events["effective"].effective, self._steps,
                           None if before is None else before.probe_loss_before,
-                          None if after is None else after.probe_loss_after, last.adapter, last.usage)
+                          None if after is None else after.probe_loss_after, last.adapter, last.usage, self._probes)
 
 
 class GenerateCall(Call[inference_pb2.GenerateRequest, inference_pb2.GenerateEvent]):
@@ -225,7 +231,8 @@ class GenerateCall(Call[inference_pb2.GenerateRequest, inference_pb2.GenerateEve
                        [logprob for event in events for logprob in event.logprobs],
                        "".join(event.reasoning for event in events),
                        [logprob for event in events for logprob in event.prompt_logprobs],
-                       events[-1].summary) for events in samples]
+                       events[-1].summary,
+                       [best for event in events for best in event.prompt_best]) for events in samples]
 
 
 class ScoreCall(Call[inference_pb2.ScoreRequest, inference_pb2.ScoreEvent]):

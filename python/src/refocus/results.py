@@ -28,6 +28,7 @@ class Answer:
     reasoning: str                              # of models that think, in a chat
     prompt_logprobs: list[float]                # empty unless asked for; of the first sample
     summary: inference_pb2.GenerateSummary
+    prompt_best: list[inference_pb2.TokenLogprob] = dataclasses.field(default_factory=list)  # beside prompt_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Adaptation:
     probe_loss_after: float | None
     adapter: context_pb2.Adapter              # empty with validate_only
     usage: context_pb2.PhaseUsage
+    probes: list[context_pb2.AdaptEvent.Probe] = dataclasses.field(default_factory=list)  # between steps
 
 
 @dataclasses.dataclass(frozen=True)

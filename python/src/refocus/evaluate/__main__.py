@@ -51,7 +51,8 @@ def _settings(options: argparse.Namespace, count: tasks.Count) -> tasks.Settings
             raise EvalError(f"--haystack: got {len(haystack.split())} words, allowed at least 100")
     if options.questions < 1:
         raise EvalError(f"--questions: got {options.questions}, allowed at least 1")
-    return tasks.Settings(count, options.questions, haystack, tuple(options.code), bug_rate=options.bug_rate)
+    return tasks.Settings(count, options.questions, haystack, tuple(options.code), bug_rate=options.bug_rate,
+                          later=options.later)
 
 
 def _is_file(task: str) -> bool:
@@ -107,7 +108,8 @@ def _run(options: argparse.Namespace) -> int:
             "started": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
             "settings": {"questions": options.questions, "chat": chat, "limit": options.limit or "",
                          "haystack": _digest(settings.haystack),
-                         "code": options.code, "bug rate": options.bug_rate or ""}})
+                         "code": options.code, "bug rate": options.bug_rate or "",
+                         **({"later tokens": options.later} if options.later != tasks.LATER else {})}})
         try:
             work = run.Run(client, model, run.Plan(makes, chosen, chat, options.measure, options.parallel), journal,
                            (lambda line: None) if options.quiet else _say)
@@ -172,6 +174,8 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--haystack", default="", metavar="FILE", help="running text for RULER's needles")
     source.add_argument("--code", action="append", default=[], metavar="FOLDER",
                         help="Python sources for bugs [the distribution's standard library]")
+    source.add_argument("--later", type=int, default=tasks.LATER, metavar="TOKENS",
+                        help="behind the text of symbols-later, read along [%(default)s]")
     source.add_argument("--bug-rate", type=float, default=0.0, help="bugs a token, at least one bug [%(default)s]")
     going = verbs.add_parser("run", parents=[source], help="ask a service; goes on where an earlier run stopped")
     going.add_argument("--methods", default="no-context,in-context,qttt", help="with settings, as in "

@@ -58,25 +58,38 @@ def decode(shape: Shape, context: int, tokens: int) -> int:
     return tokens * (linear(shape) + head(shape)) + attention(shape, keys)
 
 
-def adapt_step(shape: Shape, context: int, span: int, spans: int = 1, lora_rank: int = 0) -> int:
-    """A step on `spans` spans of `span` rows, starts uniform over the context, K and V read from the cache.
+def _delta(shape: Shape, lora_rank: int) -> int:
+    """Of one row: x Delta beside W_Q, or x A B with LoRA."""
+    return 2 * shape.layers * (lora_rank * (shape.hidden + shape.query_size) if lora_rank
+                               else shape.hidden * shape.query_size)
 
-    Forward: W_Q, W_O, MLP, head, and the delta x Delta beside W_Q (x A B with LoRA). Backward, activations only: the
-    same matrices once more; attention's scores again, dP and dQ (three products where the forward pass has two); and
-    the gradient of the delta itself. The mean row attends to half of the context.
+
+def adapt_step(shape: Shape, context: int, span: int, spans: int = 1, lora_rank: int = 0,
+               keys: float | None = None) -> int:
+    """A step on `spans` spans of `span` rows, K and V read from the cache.
+
+    Forward: W_Q, W_O, MLP, head, and the delta beside W_Q. Backward, activations only: the same matrices once more;
+    attention's scores again, dP and dQ (three products where the forward pass has two); and the gradient of the delta
+    itself. keys: that a row attends to on average; default half of the context, as with uniform starts.
     """
     rows = span * spans
-    keys = rows * (context + 1) // 2
     through = linear(shape, keys=False) + head(shape)
-    if lora_rank:
-        delta = 2 * shape.layers * lora_rank * (shape.hidden + shape.query_size)
-    else:
-        delta = 2 * shape.layers * shape.hidden * shape.query_size
-    return rows * (2 * through + 3 * delta) + attention(shape, keys) * 5 // 2
+    return rows * (2 * through + 3 * _delta(shape, lora_rank)) + attention(shape, _keys(context, rows, keys)) * 5 // 2
 
 
-def adapt(shape: Shape, context: int, steps: int, span: int, spans: int = 1, lora_rank: int = 0) -> int:
-    return steps * adapt_step(shape, context, span, spans, lora_rank)
+def _keys(context: int, rows: int, keys: float | None) -> int:
+    return rows * (context + 1) // 2 if keys is None else round(rows * keys)
+
+
+def adapt(shape: Shape, context: int, steps: int, span: int, spans: int = 1, lora_rank: int = 0,
+          keys: float | None = None) -> int:
+    return steps * adapt_step(shape, context, span, spans, lora_rank, keys)
+
+
+def probe(shape: Shape, context: int, rows: int, lora_rank: int = 0) -> int:
+    """The loss of held-out rows, spread over the context: the forward half of a step."""
+    through = linear(shape, keys=False) + head(shape)
+    return rows * (through + _delta(shape, lora_rank)) + attention(shape, _keys(context, rows, None))
 
 
 def matched_tokens(shape: Shape, context: int, budget: int) -> int:

@@ -105,7 +105,7 @@ def from_json(value: dict[str, Any], where: str) -> Item:
 
 
 def _question(value: Any, text: str | list[int], where: str) -> Question:
-    from refocus.evaluate.judges import JUDGES
+    from refocus.evaluate.judges import JUDGES, TOKENS
     if not isinstance(value, dict):
         raise EvalError(f"{where}: got {type(value).__name__}, allowed a JSON object")
     prompt = _field(value, "prompt", where, (type(text),))
@@ -125,9 +125,20 @@ def _question(value: Any, text: str | list[int], where: str) -> Question:
     if not answers or any(not isinstance(answer, int if isinstance(text, list) else str) for answer in answers):
         raise EvalError(f"{where}.answers: got {answers!r}, allowed a list of "
                         f"{'token ids' if isinstance(text, list) else 'strings'}")
+    data = _field(value, "data", where, (dict,), {})
+    if judge == TOKENS:
+        _check_rows(data.get("rows"), prompt, answers, where)
     return Question(_field(value, "id", where, (str,)), prompt, answers, judge, max_tokens, evidence,
-                    _field(value, "stop", where, (list,), []), _field(value, "data", where, (dict,), {}),
+                    _field(value, "stop", where, (list,), []), data,
                     _field(value, "floor", where, (str,), ""), _options(value, where))
+
+
+def _check_rows(rows: Any, prompt: str | list[int], answers: list[Any], where: str) -> None:
+    size = len(prompt) if isinstance(prompt, list) else 0
+    if (not isinstance(rows, list) or len(rows) != len(answers)
+            or any(not isinstance(row, int) or not 0 <= row < size for row in rows)):
+        raise EvalError(f"{where}.data.rows: got {str(rows)[:60]}, allowed for the judge tokens: the place of every "
+                        f"answer in a prompt of token ids, 0 to {size - 1}")
 
 
 def _options(value: dict[str, Any], where: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from refocus.evaluate.formats import babilong, longbench, longbench2, metrics, zeroscrolls
 
+TOKENS = "tokens"  # of questions whose tokens are read along, not written: question.data["rows"] says which count
 Judge = Callable[[str, list[str], dict[str, Any]], dict[str, float]]
 
 
@@ -31,6 +32,18 @@ def word(answer: str, references: list[str], data: dict[str, Any]) -> dict[str, 
 def token(answer: str, references: list[Any], data: dict[str, Any]) -> dict[str, float]:
     """Of token ids, written as numbers with blanks between: the first one is the reference."""
     return {"score": float(answer.split()[:1] == [str(references[0])])}
+
+
+def tokens(answer: str, references: list[Any], data: dict[str, Any]) -> dict[str, float]:
+    """Of token ids, one for each reference: the share that are right."""
+    found = right(answer, references)
+    return {"score": sum(found) / len(found)}
+
+
+def right(answer: str, references: list[Any]) -> list[float]:
+    """1 for each token of `references` that the answer has in its place, else 0."""
+    got = answer.split()
+    return [float(i < len(got) and got[i] == str(reference)) for i, reference in enumerate(references)]
 
 
 def bank(answer: str, references: list[str], data: dict[str, Any]) -> dict[str, float]:
@@ -62,8 +75,9 @@ def ruler_part(answer: str, references: list[str], data: dict[str, Any]) -> dict
     return {"score": metrics.string_match_part(answer, references)}
 
 
-JUDGES: dict[str, Judge] = {"word": word, "token": token, "bank": bank, "places": places, "ruler_all": ruler_all,
-                            "ruler_part": ruler_part, "longbench": longbench.judge, "longbench2": longbench2.judge,
+JUDGES: dict[str, Judge] = {"word": word, "token": token, TOKENS: tokens, "bank": bank,
+                            "places": places, "ruler_all": ruler_all, "ruler_part": ruler_part,
+                            "longbench": longbench.judge, "longbench2": longbench2.judge,
                             "zeroscrolls": zeroscrolls.judge, "babilong": babilong.judge}
 
 

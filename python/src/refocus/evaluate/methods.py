@@ -14,8 +14,10 @@ from typing import Any, cast
 from refocus.evaluate import flops
 from refocus.evaluate.item import EvalError
 from refocus.options import AdaptOptions, GenerateOptions
+from refocus.results import Adaptation
 from refocus.v1 import context_pb2
 
+Request = context_pb2.AdaptContextRequest
 WAYS = ("thinking", "self-consistency", "best-of-n")
 NAMES = ("in-context", "no-context", *WAYS, "qttt", "qttt-lora",
          *(f"{q}+{way}" for q in ("qttt", "qttt-lora") for way in WAYS))
@@ -32,30 +34,19 @@ class Method:
     context: bool = True       # False: the floor, without the text
     adapt: bool = False
     way: str = ""              # one of WAYS; empty: one greedy answer
-    steps: int = 32
-    span: int = 128
-    spans: int = 1             # a step
-    learning_rate: float | None = None  # None: the server's default
-    lora_rank: int = 0         # 0: a full delta
-    lora_alpha: float | None = None
-    decay: float | None = None
+    request: dict[str, Any] = dataclasses.field(default_factory=dict)  # of an adaptation, fields of AdaptContextRequest
     budget: int = 8192         # tokens of thinking
     match: str = ""            # "flops", "time": the budget is found
     n: int = 8                 # samples
     temperature: float | None = None
 
+    @property
+    def lora_rank(self) -> int:
+        """0: a full delta."""
+        return int(self.request.get("lora_rank", 0))
+
     def adapt_options(self, seed: int) -> AdaptOptions:
-        options: dict[str, Any] = {"steps": self.steps, "span_tokens": self.span, "spans_per_step": self.spans,
-                                   "seed": seed, "kind": context_pb2.LORA if self.lora_rank else context_pb2.FULL}
-        if self.learning_rate is not None:
-            options["learning_rate"] = self.learning_rate
-        if self.decay is not None:
-            options["weight_decay"] = self.decay
-        if self.lora_rank:
-            options["lora_rank"] = self.lora_rank
-            if self.lora_alpha is not None:
-                options["lora_alpha"] = self.lora_alpha
-        return cast(AdaptOptions, options)
+        return cast(AdaptOptions, {**self.request, "seed": seed})
 
     def sampling(self, seed: int) -> GenerateOptions:
         """Of one draw; greedy where nothing is drawn."""
@@ -68,10 +59,24 @@ class Method:
                 return {}
         return cast(GenerateOptions, options)
 
-    def cost(self, shape: flops.Shape, context: int) -> int:
-        """Operations of its adaptation."""
-        span = min(self.span, max(1, context - 1))
-        return flops.adapt(shape, context, self.steps, span, self.spans, self.lora_rank)
+    def cost(self, shape: flops.Shape, context: int, done: Adaptation | None = None) -> int:
+        """Operations of its adaptation, held-out rows that it probes included: as planned, or of one that is done, with
+        the steps and probes that it made and the rows that it drew."""
+        request = self.request
+        rows = min(request["span_tokens"], max(1, context - 1)) * request["spans_per_step"]
+        probe_rows = min(request["span_tokens"], max(1, context - 1)) * request.get("probe_spans", PROBE_SPANS)
+        steps, probes, keys = request["steps"], 2 + _probes_between(request), None
+        if done is not None:
+            steps = len(done.steps)
+            probes = len(done.probes) + (done.probe_loss_before is not None) + (done.probe_loss_after is not None)
+            if done.effective.recall_rows:  # that may be fewer; an eighth of all, a seventh of these, is held out
+                rows = min(rows, done.effective.recall_rows)
+                probe_rows = min(probe_rows, max(1, done.effective.recall_rows // 7))
+            starts = [start for step in done.steps for start in step.span_starts]
+            if starts:  # of runs of rows, equally long on average
+                keys = sum(starts) / len(starts) + (rows * steps / len(starts) + 1) / 2
+        return (flops.adapt(shape, context, steps, rows, 1, self.lora_rank, keys)
+                + probes * flops.probe(shape, context, probe_rows, self.lora_rank))
 
     def most_tokens(self) -> int:
         """Of thinking, where that is known before the run."""
@@ -98,19 +103,45 @@ def _real(low: float, high: float) -> Callable[[str], float]:
     return convert
 
 
-def _match(text: str) -> str:
-    """flops or time"""
-    if text not in ("flops", "time"):
-        raise ValueError
-    return text
+def _one_of(**values: Any) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        if text not in values:
+            raise ValueError
+        return values[text]
+    convert.__doc__ = " or ".join(values)
+    return convert
 
 
-ADAPTING = {"steps": ("steps", _whole(1, 10000)), "span": ("span", _whole(1, 8192)), "spans": ("spans", _whole(1, 64)),
-            "lr": ("learning_rate", _real(0, 1)), "decay": ("decay", _real(0, 1))}
-LORA_SETTINGS = {"rank": ("lora_rank", _whole(1, 512)), "alpha": ("lora_alpha", _real(1e-3, 1e6))}
-OF_WAY: dict[str, dict[str, tuple[str, Callable[[str], Any]]]] = {
+# A setting is a field of Method, or of AdaptContextRequest, and what makes its value of text; None: it stays unset.
+Settings = dict[str, tuple[str, Callable[[str], Any]]]
+ADAPTING: Settings = {
+    "steps": ("steps", _whole(1, 10000)), "span": ("span_tokens", _whole(1, 8192)),
+    "spans": ("spans_per_step", _whole(1, 64)), "lr": ("learning_rate", _real(0, 1)),
+    "decay": ("weight_decay", _real(0, 1)), "clip": ("clip_norm", _real(1e-6, 1e6)),
+    "rows": ("recall_rows", _one_of(uniform=None, recall=Request.RecallRows())),
+    "schedule": ("schedule", _one_of(constant=context_pb2.CONSTANT, linear=context_pb2.LINEAR,
+                                     cosine=context_pb2.COSINE)),
+    "warmup": ("warmup_steps", _whole(0, 9999)),
+    "optimizer": ("optimizer", _one_of(adamw=context_pb2.ADAMW, sgd=context_pb2.SGD)),
+    "momentum": ("momentum", _real(0, 0.9999999)),
+    "keep": ("keep_best", _one_of(last=None, best=True)), "patience": ("patience", _whole(0, 10000)),
+    "probe_every": ("probe_every", _whole(0, 10000)), "probe_spans": ("probe_spans", _whole(0, 16)),
+    "max_rise": ("max_probe_rise", _real(0, 1e6)),
+}
+LORA_SETTINGS: Settings = {"rank": ("lora_rank", _whole(1, 512)), "alpha": ("lora_alpha", _real(1e-3, 1e6))}
+DEFAULTS = {"steps": 32, "span_tokens": 128, "spans_per_step": 1}
+PROBE_SPANS = 2  # the server's default
+
+
+def _probes_between(request: dict[str, Any]) -> int:
+    """Probes behind some of the steps, as the server does it."""
+    every = request.get("probe_every", max(1, request["steps"] // 8) if request.get("keep_best") else 0)
+    return int((request["steps"] - 1) // every) if every else 0
+
+
+OF_WAY: dict[str, Settings] = {
     "": {},
-    "thinking": {"budget": ("budget", _whole(1, 65536)), "match": ("match", _match),
+    "thinking": {"budget": ("budget", _whole(1, 65536)), "match": ("match", _one_of(flops="flops", time="time")),
                  "temperature": ("temperature", _real(0, 100))},
     "self-consistency": {"n": ("n", _whole(2, 64)), "temperature": ("temperature", _real(0.01, 100))},
     "best-of-n": {"n": ("n", _whole(2, 64)), "temperature": ("temperature", _real(0.01, 100))},
@@ -124,25 +155,26 @@ def parse(label: str) -> Method:
     base, _, way = name.partition("+")
     if base in WAYS:
         base, way = "", base
-    known: dict[str, tuple[str, Callable[[str], Any]]] = dict(OF_WAY[way])
-    fields: dict[str, Any] = {"label": label, "name": name, "context": base != "no-context", "way": way}
-    if base.startswith("qttt"):
-        known |= ADAPTING
-        fields["adapt"] = True
-    if base == "qttt-lora":
-        known |= LORA_SETTINGS
-        fields["lora_rank"] = 16
+    adapt = base.startswith("qttt")
+    lora = base == "qttt-lora"
+    adapting = (ADAPTING if adapt else {}) | (LORA_SETTINGS if lora else {})
+    request: dict[str, Any] = {}
+    if adapt:
+        request = {**DEFAULTS, **({"kind": context_pb2.LORA, "lora_rank": 16} if lora else {"kind": context_pb2.FULL})}
+    fields: dict[str, Any] = {}
     for setting in filter(None, settings.split(",")):
         key, _, text = setting.partition("=")
-        if key not in known:
+        if key not in adapting and key not in OF_WAY[way]:
             raise EvalError(f"method {name}: got the setting {key!r}, allowed "
-                            f"{', '.join(sorted(known)) or 'none'}")
-        field, convert = known[key]
+                            f"{', '.join(sorted(adapting | OF_WAY[way])) or 'none'}")
+        field, convert = (adapting | OF_WAY[way])[key]
         try:
-            fields[field] = convert(text)
+            value = convert(text)
         except ValueError:
             raise EvalError(f"method {name}: got {key}={text!r}, allowed {convert.__doc__}") from None
-    return Method(**fields)
+        if value is not None:
+            (request if key in adapting else fields)[field] = value
+    return Method(label, name, base != "no-context", adapt, way, request, **fields)
 
 
 def split(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import refocus
-from refocus.evaluate import flops, judges, measure, methods as ways
+from refocus.evaluate import flops, judges, measure, methods as ways, score
 from refocus.evaluate.item import EvalError, Item, Question
 from refocus.evaluate.journal import Journal
 from refocus.evaluate.methods import Method
@@ -121,10 +121,11 @@ class Run:
             return method.budget
         reference = ways.reference(self._plan.methods)
         assert reference is not None
+        adapted = self._journal.done.get((item.id, reference.label, ""))
         if method.match == "flops":
             shape = shape_of(self._model)
-            return flops.matched_tokens(shape, opened.tokens, reference.cost(shape, opened.tokens))
-        adapted = self._journal.done.get((item.id, reference.label, ""))
+            cost = adapted["flops"] if adapted is not None else reference.cost(shape, opened.tokens)
+            return flops.matched_tokens(shape, opened.tokens, cost)
         if adapted is None:
             raise EvalError(f"method {method.label}: {item.id} has no measured {reference.label} to match")
         return max(1, min(65536, round(float(adapted["seconds"]) * opened.decode_rate())))
@@ -135,10 +136,11 @@ class Run:
         effective = adaptation.effective
         self._journal.add({
             **self._names("adapt", item, method), "context_tokens": opened.tokens,
-            "steps": effective.steps, "span_tokens": effective.span_tokens, "spans": effective.spans_per_step,
+            "steps": len(adaptation.steps), "span_tokens": effective.span_tokens, "spans": effective.spans_per_step,
             "learning_rate": effective.learning_rate, "seconds": adaptation.usage.seconds,
             "queue_seconds": adaptation.usage.queue_seconds, "wall_seconds": time.monotonic() - begin,
-            "flops": method.cost(shape_of(self._model), opened.tokens),
+            "flops": method.cost(shape_of(self._model), opened.tokens, adaptation),
+            "recall_rows": effective.recall_rows, "probes": [[p.step, round(p.loss, 5)] for p in adaptation.probes],
             "first_loss": adaptation.adapter.first_loss, "last_loss": adaptation.adapter.last_loss,
             "losses": [round(step.loss, 5) for step in adaptation.steps],
             "probe_before": adaptation.probe_loss_before, "probe_after": adaptation.probe_loss_after,
@@ -151,6 +153,8 @@ class Run:
         record = {**self._names("answer", item, method), "question": question.id, "judge": question.judge,
                   "score": parts["score"], "parts": {k: v for k, v in parts.items() if k != "score"},
                   "answer": reply.text, "references": question.answers, **self._costs(opened, reply)}
+        if reply.nats is not None:
+            record["target_nats"] = reply.nats
         if reply.samples:
             record["samples"] = reply.samples
         if look and method.context and not method.way:
@@ -179,7 +183,8 @@ class Run:
         self._journal.add({**self._names("failure", item, method), "why": why})
 
     def _progress(self, item: Item, method: Method) -> None:
-        scores = [self._journal.done[item.id, method.label, question.id]["score"] for question in item.questions]
+        scores = [value for question in item.questions
+                  for value in score.scores(self._journal.done[item.id, method.label, question.id])]
         worked = self._finished - self._skipped
         left = self._worked / max(1, worked) * (self._units - self._finished)
         self._say(f"[{self._finished}/{self._units}] {item.id} {method.label}: {sum(scores):g} of {len(scores)}"
@@ -201,8 +206,8 @@ def check(model: refocus.Model, tasks: list[str], lengths: list[int], methods: l
         what = f"{longest} tokens" + (f" and {thinking} of thinking" if thinking else "")
         raise EvalError(f"got a text of {what}, allowed {model.max_positions} with question and answer (the window of "
                         f"{model.name}): lower --lengths or the budget, or serve with --rope-scaling")
-    if not model.has_tokenizer and (other := [task for task in tasks if task != "symbols"]):
-        raise EvalError(f"got the task {other[0]} for a model without a tokenizer, allowed symbols")
+    if not model.has_tokenizer and (other := [task for task in tasks if not task.startswith("symbols")]):
+        raise EvalError(f"got the task {other[0]} for a model without a tokenizer, allowed symbols, symbols-later")
 
 
 def each(items: Iterator[Item]) -> list[Callable[[], Item]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from refocus.evaluate import stats
+from refocus.evaluate import judges, stats
 
 Record = dict[str, Any]
 PHASES = ("prefill", "adapt", "queue", "prompt", "decode")
@@ -15,13 +15,19 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
+def scores(record: Record) -> list[float]:
+    """Of an answer: one, or one for each of the tokens that were read along."""
+    if record["judge"] == judges.TOKENS:
+        return judges.right(record["answer"], record["references"])
+    return [record["score"]]
+
+
 def _groups(answers: Sequence[Record], field: str = "score") -> list[list[float]]:
     """Scores by text."""
     by_item: dict[str, list[float]] = {}
     for record in answers:
-        value = record["score"] if field == "score" else record["parts"].get(field)
-        if value is not None:
-            by_item.setdefault(record["item"], []).append(value)
+        values = scores(record) if field == "score" else [record["parts"].get(field)]
+        by_item.setdefault(record["item"], []).extend(value for value in values if value is not None)
     return list(by_item.values())
 
 
@@ -49,7 +55,7 @@ def _row(key: tuple[str, int, str], answers: list[Record], adapts: list[Record],
     mean, low, high = stats.interval(groups)
     parts = sorted({name for record in answers for name in record["parts"]})
     row: Record = {
-        "task": key[0], "length": key[1], "method": key[2], "texts": len(groups), "questions": len(answers),
+        "task": key[0], "length": key[1], "method": key[2], "texts": len(groups), "questions": sum(map(len, groups)),
         "score": mean, "low": low, "high": high,
         "parts": {name: stats.interval(_groups(answers, name)) for name in parts},
         "context_tokens": _mean(record["tokens"]["context"] for record in answers),
@@ -98,10 +104,10 @@ def _rivals(answers: list[Record]) -> Record:
 
 def versus(answers: list[Record], base: list[Record]) -> tuple[float, float, float]:
     """Mean difference to the in-context answers of the same questions, with a 95 % interval."""
-    known = {(record["item"], record["question"]): record["score"] for record in base}
+    known = {(record["item"], record["question"]): scores(record) for record in base}
     by_item: dict[str, list[float]] = {}
     for record in answers:
         if (record["item"], record["question"]) in known:
-            by_item.setdefault(record["item"], []).append(
-                record["score"] - known[record["item"], record["question"]])
+            by_item.setdefault(record["item"], []).extend(
+                mine - other for mine, other in zip(scores(record), known[record["item"], record["question"]]))
     return stats.paired(list(by_item.values()))

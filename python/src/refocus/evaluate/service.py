@@ -42,6 +42,7 @@ class Reply:
     decode_seconds: float = 0.0
     seconds: float = 0.0              # from asking to the last token, here
     budget: int = 0                   # of thinking
+    nats: float | None = None         # of the references, per token, where they were read along
 
 
 class Opened:
@@ -110,7 +111,9 @@ class Opened:
         if self.floor and question.floor:
             question = dataclasses.replace(question, prompt=question.floor)
         begin = time.monotonic()
-        if method.way == "thinking":
+        if question.judge == judges.TOKENS:
+            reply = self._read_along(question, method, adapter)
+        elif method.way == "thinking":
             reply = self._think(question, method, adapter, budget)
         else:
             reply = self._draw(question, method, adapter)
@@ -148,6 +151,20 @@ class Opened:
         reply = Reply(texts[chosen], texts if method.way else [])
         for answer in answers:
             self._count(reply, answer, side_by_side=True)
+        return reply
+
+    def _read_along(self, question: Question, method: Method, adapter: str) -> Reply:
+        """The most likely token in each reference's place, behind the right tokens before it: one pass over the prompt."""
+        if method.way:
+            raise EvalError(f"method {method.label}: got tokens to read along, allowed methods that draw nothing")
+        answer = self.context.ask(question.prompt, adapter=adapter, max_tokens=1, ignore_eos=True, logprobs=1,
+                                  prompt_logprobs=True)
+        rows = question.data["rows"]
+        if len(answer.prompt_best) != len(question.prompt):
+            raise EvalError(f"{self.item.id}: the service does not say which token is most likely where: update it")
+        reply = Reply(" ".join(str(answer.prompt_best[row].id) for row in rows), [],
+                      nats=-sum(answer.prompt_logprobs[row] for row in rows) / len(rows))
+        self._count(reply, answer)
         return reply
 
     def _think(self, question: Question, method: Method, adapter: str, budget: int) -> Reply:

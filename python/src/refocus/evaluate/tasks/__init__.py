@@ -8,6 +8,7 @@ from typing import Any
 
 from refocus.evaluate.item import EvalError, Item, Question
 
+LATER = 1536
 Count = Callable[[str], int]  # tokens of a text
 
 
@@ -23,6 +24,7 @@ class Settings:
     account_ids: tuple[int, int] = (257, 4353)
     value_ids: tuple[int, int] = (4353, 4609)
     bug_rate: float = 0.0                   # bugs a token; at least one bug
+    later: int = LATER                      # tokens behind the symbolic ledger that symbols-later reads along
 
 
 @dataclasses.dataclass

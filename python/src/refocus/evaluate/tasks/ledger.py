@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 
 from refocus.evaluate.item import EvalError, Item, Question
+from refocus.evaluate.judges import TOKENS
 from refocus.evaluate.tasks import Settings, fit, generator, item, join, words
 
 PREAMBLE = ("The ledger below says what each account holds. Answer the question after it with the one word that the "
@@ -37,23 +38,48 @@ def recall(length: int, seed: int, settings: Settings) -> Item:
     return item("ledger", length, seed, PREAMBLE, draft.text, questions)
 
 
+def _pairs(task: str, rng: random.Random, tokens: int, settings: Settings) -> list[tuple[int, int]]:
+    """Accounts with their values, in the order of a ledger of so many tokens."""
+    low, high = settings.account_ids
+    pairs = tokens // 2
+    accounts = max(1, pairs // RECURRENCES)
+    if pairs < 1 or accounts > high - low:
+        raise EvalError(f"{task}: got a length of {tokens} tokens, allowed 2 to {(high - low) * RECURRENCES * 2 + 7} "
+                        f"with {high - low} account ids")
+    held = {account: rng.randrange(*settings.value_ids) for account in rng.sample(range(low, high), accounts)}
+    return [(account, held[account]) for account in rng.choices(list(held), k=pairs)]
+
+
 def symbolic(length: int, seed: int, settings: Settings) -> Item:
     """A length of n tokens is n / 2 pairs; questions are accounts that occurred, answered by one token."""
     rng = generator("symbols", seed, length)
-    pairs = length // 2
-    accounts = max(1, pairs // RECURRENCES)
-    low, high = settings.account_ids
-    if pairs < 1 or accounts > high - low:
-        raise EvalError(f"symbols: got a length of {length} tokens, allowed 2 to {(high - low) * RECURRENCES * 2 + 7} "
-                        f"with {high - low} account ids")
-    held = {account: rng.randrange(*settings.value_ids) for account in rng.sample(range(low, high), accounts)}
-    order = rng.choices(list(held), k=pairs)
-    text = [token for account in order for token in (account, held[account])]
+    order = _pairs("symbols", rng, length, settings)
+    held = dict(order)
+    text = [token for pair in order for token in pair]
     places: dict[int, list[tuple[int, int]]] = {}
-    for index, account in enumerate(order):
+    for index, (account, _) in enumerate(order):
         places.setdefault(account, []).append((2 * index, 2 * index + 2))
     asked = rng.choices(list(places), k=settings.questions) if settings.questions > len(places) else \
         rng.sample(list(places), settings.questions)
     questions = [Question(f"{index}-{account}", [account], [held[account]], "token", 1, places[account])
                  for index, account in enumerate(asked)]
     return item("symbols", length, seed, "", text, questions)
+
+
+def later(length: int, seed: int, settings: Settings) -> Item:
+    """A ledger that goes on behind the text: every value there whose account the text has, each predicted from all that
+    stands before it. The number of accounts grows with text and later tokens together, as where the recall model was
+    trained and measured."""
+    if settings.later < 2:
+        raise EvalError(f"symbols-later: got {settings.later} later tokens, allowed at least 2")
+    rng = generator("symbols-later", seed, length)
+    order = _pairs("symbols-later", rng, length // 2 * 2 + settings.later, settings)
+    before, behind = order[:length // 2], order[length // 2:]
+    seen = {account for account, _ in before}
+    found = [(2 * index + 1, value) for index, (account, value) in enumerate(behind) if account in seen]
+    if not found:
+        raise EvalError(f"symbols-later: got a length of {length} tokens, of which no account comes back in the next "
+                        f"{settings.later}, allowed 64 or more")
+    question = Question("later", [token for pair in behind for token in pair], [value for _, value in found], TOKENS, 1,
+                        data={"rows": [row for row, _ in found]})
+    return item("symbols-later", length, seed, "", [token for pair in before for token in pair], [question])

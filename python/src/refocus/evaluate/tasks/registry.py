@@ -9,6 +9,7 @@ from refocus.evaluate.tasks import Settings, bank, bugs, hops, ledger, noisy, ru
 TASKS: dict[str, Callable[[int, int, Settings], Item]] = {
     "ledger": ledger.recall,
     "symbols": ledger.symbolic,
+    "symbols-later": ledger.later,
     "bank": bank.transaction_log,
     "bugs": bugs.localise,
     "hops": hops.multi_hop,
@@ -22,6 +23,7 @@ TASKS: dict[str, Callable[[int, int, Settings], Item]] = {
 ABOUT = {
     "ledger": "associative recall: what an account of a ledger holds",
     "symbols": "the same as token ids, for the small model that comes with Refocus",
+    "symbols-later": "the values that come back in the 1,536 tokens behind such a ledger, all read at once",
     "bank": "a transaction log with one anomaly; kind and place",
     "bugs": "the line of a bug in real Python source code",
     "hops": "who reports to whom, over two to four steps",
