@@ -7,10 +7,11 @@ JOBS ?= $(shell nproc)
 CTEST := ctest --output-on-failure -j 2 --test-dir
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build build-all demo test test-all asan tsan cuda bench bundle clean
+.PHONY: help setup build build-all demo demo-novel test test-all asan tsan cuda bench bundle clean
 
 help:
-	@echo "make demo      read a novel on two ranks, adapt to it, ask it a question (sets everything up)"
+	@echo "make demo      a small model looks values up in long ledgers, before and after adapting (sets up what it needs)"
+	@echo "make demo-novel  read a novel on two ranks, adapt to it, ask it a question"
 	@echo "make test      set up, build, run the fast tests"
 	@echo "make test-all  also the slow ones"
 	@echo "make build     set up and build build/release/bin/{refocus,refocus-coordinator,refocus-worker}"
@@ -23,12 +24,27 @@ help:
 setup:
 	@./setup
 
-build: setup
-	@cmake --preset release $(CONFIGURE)
-	@cmake --build $(BUILD) -j $(JOBS) --target refocus refocus-coordinator refocus-worker
+define build_programs
+@cmake --preset release $(CONFIGURE)
+@cmake --build $(BUILD) -j $(JOBS) --target refocus refocus-coordinator refocus-worker
+endef
 
-demo: build
-	@./deploy/demo.sh $(BUILD)/bin
+build: setup
+	$(build_programs)
+
+# Needs neither the model nor the novels that ./setup fetches.
+demo:
+	@./setup --no-data
+	$(build_programs)
+	@$(MAKE) --no-print-directory --silent build/python/.made
+	@PYTHONPATH=$(CURDIR)/build/python:$(CURDIR)/.deps/python ./deploy/demo.sh $(BUILD)/bin build/demo
+
+build/python/.made: $(shell find python proto -type f -not -name '*.pyc')
+	@PYTHONPATH=$(CURDIR)/.deps/python python3 -B deploy/python_package.py . build/python
+	@touch $@
+
+demo-novel: build
+	@./deploy/demo_novel.sh $(BUILD)/bin
 
 build-all: setup
 	@cmake --preset release $(CONFIGURE)

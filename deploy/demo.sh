@@ -1,25 +1,20 @@
 #!/usr/bin/env bash
-# A language model of 135 million parameters reads the first pages of a novel on two ranks, adapts its queries to them,
-# and answers. Usage: demo.sh BIN_FOLDER [NOVEL]; everything it starts ends with it.
+# The recall model, which is part of this repository, looks values up in ledgers, on two ranks of this machine: 200
+# questions, 32 steps of adapting, the same 200 questions. A table, and a page with the curves.
+#
+# Usage: demo.sh BIN_FOLDER OUT_FOLDER, with the Python package where $REFOCUS_PYTHON (python3) finds it; everything it
+# starts ends with it. REFOCUS_DEMO_{METHOD,LENGTHS,QUESTIONS} take the place of what stands below.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
-bin=$(cd "${1:?usage: demo.sh BIN_FOLDER [NOVEL]}" && pwd)
-novel=${2:-pride_and_prejudice}
-model=$root/.deps/data/SmolLM2-135M-Instruct.Q4_1.gguf
-text=$root/.deps/data/novels/$novel.txt
+bin=$(cd "${1:?usage: demo.sh BIN_FOLDER OUT_FOLDER}" && pwd)
+out=${2:?usage: demo.sh BIN_FOLDER OUT_FOLDER}
 
+method=${REFOCUS_DEMO_METHOD:-qttt:rows=recall,lr=2e-3}  # see docs/evaluation.md; the rate suits this model
+lengths=${REFOCUS_DEMO_LENGTHS:-1536,3072,6144}          # tokens
+questions=${REFOCUS_DEMO_QUESTIONS:-200}                 # of each ledger
 ranks=2
-context_bytes=${REFOCUS_DEMO_BYTES:-15500}   # about 4,000 tokens
-unseen_bytes=$((context_bytes / 4))          # about 1,000 tokens, the pages that follow
-steps=${REFOCUS_DEMO_STEPS:-32}
-span_tokens=128
-learning_rate=1e-4                           # for 135 million parameters; billions want about 1e-5
 start_seconds=120
-question="What is the name of the house that Mr. Bingley has rented?"
-
-for file in "$model" "$text"; do
-  [ -f "$file" ] || { echo "demo: $file is not there: run ./setup" >&2; exit 1; }
-done
+export REFOCUS_PYTHON=${REFOCUS_PYTHON:-python3}
 
 work=$(mktemp -d)
 server=
@@ -34,7 +29,6 @@ trap finish EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-refocus() { "$bin/refocus" "$@"; }
 headline() { printf '\n== %s\n' "$*"; }
 give_up() {
   echo "demo: $*; the end of its output:" >&2
@@ -42,9 +36,11 @@ give_up() {
   exit 1
 }
 
-headline "Starting a coordinator and $ranks workers: SmolLM2-135M-Instruct on the CPU"
-# Not through the function: $! would be a subshell that dies without its server.
-"$bin/refocus" serve --model "$model" --chat-template chatml --ranks $ranks --listen 127.0.0.1:0 --log-level warning \
+"$bin/refocus" eval list >/dev/null  # says in a line where the Python package is missing
+
+headline "Starting a coordinator and $ranks workers: the recall model, 4 million parameters, on the CPU"
+ln -s "$root/bench/recall_model/model" "$work/recall-model"  # the name that the service gives it
+"$bin/refocus" serve --model "$work/recall-model" --ranks $ranks --listen 127.0.0.1:0 --log-level warning \
     >"$work/serve.out" 2>"$work/serve.err" &
 server=$!
 deadline=$((SECONDS + start_seconds))
@@ -57,26 +53,11 @@ grep '^Ready' "$work/serve.out"
 REFOCUS_ADDRESS=$(sed -n 's/^Ready: \([^,]*\),.*/\1/p' "$work/serve.out")
 export REFOCUS_ADDRESS
 
-headline "Opening the first $context_bytes bytes of ${novel//_/ }"
-refocus context create "$text" --id novel --chat --max-bytes "$context_bytes" --json-file "$work/prefill"
-
-unseen=(--target-file "$text" --skip-bytes "$context_bytes" --max-bytes $unseen_bytes --parts 4)
-headline "The pages that follow, unseen, with the model's own queries"
-refocus score novel --base "${unseen[@]}" --json-file "$work/score_base"
-
-headline "Adapting the queries: $steps steps on spans of $span_tokens tokens"
-refocus adapt novel --steps "$steps" --span-tokens $span_tokens --learning-rate $learning_rate --seed 1 \
-    --json-file "$work/adapt"
-
-headline "The same unseen pages with the adapted queries"
-refocus score novel "${unseen[@]}" --json-file "$work/score_adapted"
-
-headline "Question: $question"
-echo "-- base queries"
-refocus ask novel "$question" --base --max-tokens 60 --json-file "$work/answer_base"
-echo "-- adapted queries"
-refocus ask novel "$question" --adapter default --max-tokens 60 --json-file "$work/answer_adapted"
+headline "Ledgers of $lengths tokens: $questions questions each, adapting, the same questions"
+mkdir -p "$out"
+rm -f "$out"/{journal.jsonl,summary.jsonl,results.csv,report.html}
+"$bin/refocus" eval run --tasks symbols --lengths "$lengths" --questions "$questions" --methods "in-context,$method" \
+    --measure 0 --out "$out" >/dev/null
 
 headline "Summary"
-refocus status --json >"$work/status"
-python3 "$root/deploy/demo_summary.py" "$work"
+"$REFOCUS_PYTHON" "$root/deploy/demo_summary.py" "$out"

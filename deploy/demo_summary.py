@@ -1,70 +1,51 @@
 #!/usr/bin/env python3
-"""The demo's closing table and its verdict, from the events that `refocus --json-file` and `status --json` wrote.
+"""The demo's table, from the journal of `refocus eval`: recall before and after adapting, and what it took.
 
-Usage: demo_summary.py FOLDER
+Usage: demo_summary.py FOLDER, with the package refocus
 """
-import json
-import pathlib
+import os
 import sys
 
-NOTICEABLE = 0.02  # nats per token; less may as well be chance on a thousand tokens
+from refocus.evaluate import journal, score
+from refocus.evaluate.item import EvalError
+
+HEADS = ("tokens", "in context, %", "adapted, %", "difference", "prefill, s", "adapt, s", "questions, s")
 
 
-def events(path):
-    """64-bit integers are strings in protobuf's JSON."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def share(row):
+    return f"{100 * row['score']:.1f} ({100 * row['low']:.0f} to {100 * row['high']:.0f})"
 
 
-def row(label, tokens, seconds, rate):
-    speed = "-" if rate <= 0 else f"{rate:,.0f}" if rate >= 100 else f"{rate:.1f}"
-    return (label, f"{tokens:,}", f"{seconds:.2f}", speed)
+def asking(records, row):
+    """Seconds of all questions of the row, from asking to the answer."""
+    return sum(record["seconds"]["wall"] for record in records if record["kind"] == "answer" and
+               (record["length"], record["method"]) == (row["length"], row["method"]))
 
 
-def phase(label, event):
-    usage = event["usage"]
-    return row(label, int(usage["tokens"]), usage["seconds"], usage["tokens_per_second"])
-
-
-def answer(label, event):
-    """The first token's time holds the reading of the question, so the rate is that of the tokens after it."""
-    summary = event["summary"]
-    tokens = int(summary["generated_tokens"])
-    return row(label, tokens, summary["prompt_seconds"] + summary["decode_seconds"],
-               summary["tokens_per_second"] if tokens > 1 else 0)
-
-
-def score(label, event):
-    tokens, seconds = int(event["token_count"]), event["seconds"]
-    return row(label, tokens, seconds, tokens / seconds if seconds > 0 else 0)
-
-
-def verdict(base, adapted):
-    change = f"{adapted - base:+.4f} nats per token on pages that it had not read"
-    if base - adapted > NOTICEABLE:
-        return f"Adapting helped this model on this text: {change}."
-    if base - adapted > -NOTICEABLE:
-        return f"Adapting made little difference to this model on this text: {change}."
-    return f"Adapting did not help this model on this text: {change}."
+def cells(records, base, adapted):
+    change, low, high = (100 * value for value in adapted["versus"])
+    return (f"{base['context_tokens']:,.0f}", share(base), share(adapted), f"{change:+.1f} ({low:+.0f} to {high:+.0f})",
+            f"{base['seconds']['prefill']:.2f}", f"{adapted['seconds']['adapt']:.2f}",
+            f"{asking(records, base):.2f} + {asking(records, adapted):.2f}")
 
 
 def main():
     if len(sys.argv) != 2:
         sys.exit(__doc__)
-    work = pathlib.Path(sys.argv[1])
-    names = ("prefill", "adapt", "score_base", "score_adapted", "answer_base", "answer_adapted")
-    last = {name: events(work / name)[-1] for name in names}
-    rows = [("phase", "tokens", "seconds", "tokens/s")]
-    rows += [phase(name, last[name]) for name in ("prefill", "adapt")]
-    rows += [score(f"score, {name}", last[f"score_{name}"]) for name in ("base", "adapted")]
-    rows += [answer(f"answer, {name}", last[f"answer_{name}"]) for name in ("base", "adapted")]
-    for cells in rows:
-        print(f"{cells[0]:<16}" + "".join(f"{cell:>12}" for cell in cells[1:]))
-    ranks = events(work / "status")[0]["ranks"]
-    print("memory per rank " + ", ".join(f"{int(rank['resident_bytes']) / 2**20:,.0f} MiB" for rank in ranks))
-    base, adapted = (-last[name]["sum_logprob"] / max(int(last[name]["token_count"]), 1)
-                     for name in ("score_base", "score_adapted"))
-    print(f"\nunseen pages: {base:.4f} nats per token before adapting, {adapted:.4f} after")
-    print(verdict(base, adapted))
+    try:
+        records = journal.results(os.path.join(sys.argv[1], "journal.jsonl"))
+    except EvalError as error:
+        sys.exit(f"demo: {error}")
+    rows = score.rows(records)
+    pairs = [(base, next((row for row in rows if row["length"] == base["length"] and "versus" in row), None))
+             for base in rows if base["method"] == "in-context"]
+    if not pairs or any(adapted is None for _, adapted in pairs):
+        sys.exit(f"demo: {sys.argv[1]}/journal.jsonl: got a run that did not end, allowed one with every answer")
+    lines = [HEADS, *(cells(records, base, adapted) for base, adapted in pairs)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    print(f"{pairs[0][0]['questions']} questions each, right answers with 95 % intervals; adapted: {pairs[0][1]['method']}")
+    for line in lines:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 
 
 if __name__ == "__main__":

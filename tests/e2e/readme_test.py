@@ -1,7 +1,7 @@
 """Runs the commands of README.md. Usage: readme_test.py BIN_FOLDER REPOSITORY [unittest arguments]
 
 Every ```sh block is run, in order, in one shell at the root of the repository, with free ports. Commands that build or
-test the whole project are run by ctest's `demo` and by the build that this test is part of; here it is checked that
+test the whole project are run by ctest's `demo` and `demo_novel` and by the build that this test is part of; here it is checked that
 make knows them.
 """
 import os

@@ -590,6 +590,8 @@ class Reports(Base):
         self.assertIn("<svg", svg.lines([svg.Series("a", 0, [svg.Point(0, 0)])], "x", "y"))
         self.assertIn("<svg", svg.lines([svg.Series("a", 0, [svg.Point(1, 0), svg.Point(5, 3)])], "x", "y", log_y=True))
         self.assertEqual([0, 0.2, 0.4, 0.6, 0.8, 1.0], svg.ticks(0, 1))
+        self.assertEqual(["0.00", "0.0052", "0.099", "0.10", "2.35"], [
+            svg.seconds(value) for value in (0, 0.00517, 0.099, 0.0999, 2.345001)])
         self.assertEqual([1000, 1500, 2000, 2500, 3000], svg.ticks(1000, 3000))
 
 

@@ -37,6 +37,7 @@ th { text-align: right; font-weight: 600; border-bottom: 1.5px solid var(--soft)
  vertical-align: bottom; }
 td { text-align: right; padding: 3px 8px; white-space: nowrap; }
 th.left, td.left { text-align: left; } tr.first td { border-top: 1px solid var(--line); }
+@media (max-width: 520px) { svg text { font-size: 13px; } }
 .up { color: var(--c2); } .down { color: var(--c5); }
 """ + "\n".join(f"svg .curve.s{i}, svg .bar.s{i} {{ stroke: var(--c{i}); }} svg .dot.s{i}, svg .fill.s{i} "
                 f"{{ fill: var(--c{i}); }} .legend i.s{i} {{ background: var(--c{i}); }}" for i in range(svg.SERIES))
@@ -123,7 +124,7 @@ def _table(rows: Sequence[Row]) -> str:
                  row["questions"],
                  f"{100 * row['score']:.1f}", f"{100 * row['low']:.0f} to {100 * row['high']:.0f}", change,
                  *(f"{100 * row['parts'][name][0]:.1f}" if name in row["parts"] else "" for name in parts),
-                 f"{row['seconds']['adapt']:.2f}" if row["seconds"]["adapt"] else "", f"{row['seconds']['wall']:.2f}",
+                 f"{row['seconds']['adapt']:.2f}" if row["seconds"]["adapt"] else "", svg.seconds(row["seconds"]["wall"]),
                  f"{row['budget']:,.0f}" if row["budget"] else "",
                  f"{row['adapt_flops'] / 1e12:,.3g}" if row["adapt_flops"] else "",
                  f"{row['answer_flops'] / 1e12:,.3g}"]
@@ -144,7 +145,8 @@ def _time(rows: Sequence[Row]) -> str:
     figures = []
     for length in dict.fromkeys(row["length"] for row in rows):
         chosen = [row for row in rows if row["length"] == length]
-        stacks = [(f"{row['task']}, {row['method']}",
+        several = len({row["task"] for row in chosen}) > 1
+        stacks = [(f"{row['task']}, {row['method']}" if several else row["method"],
                    [(PHASES[phase][0], PHASES[phase][1], row["seconds"][phase] or 0.0) for phase in score.PHASES])
                   for row in chosen]
         tokens = f"{max(_x(row, rows) for row in chosen):,.0f} tokens" if length else "texts as they are"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from refocus.evaluate import journal, page, score
+from refocus.evaluate import journal, page, score, svg
 from refocus.evaluate.item import EvalError
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append([
             row["task"], f"{row['context_tokens']:,.0f}", row["method"], str(row["questions"]), percent(row),
             "" if versus is None else f"{100 * versus[0]:+.1f} ({100 * versus[1]:+.0f} to {100 * versus[2]:+.0f})",
-            f"{seconds['adapt']:.2f}" if seconds["adapt"] else "", f"{seconds['wall']:.2f}",
+            f"{seconds['adapt']:.2f}" if seconds["adapt"] else "", svg.seconds(seconds["wall"]),
             "" if row["mass"] is None else f"{100 * row['mass']:.2f} %",
             "" if row["target_nats"] is None else f"{row['target_nats']:.2f}"])
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]

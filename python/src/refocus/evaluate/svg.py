@@ -40,6 +40,11 @@ def compact(value: float) -> str:
     return f"{value:.3g}"
 
 
+def seconds(value: float) -> str:
+    """Two digits behind the point, or of what is short two digits that say something."""
+    return f"{value:.2f}" if value >= 0.0995 or value == 0 else f"{value:.2g}"
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from low to high."""
     span = high - low
@@ -144,7 +149,7 @@ def bars(rows: Sequence[tuple[str, list[tuple[str, int, float]]]], unit: str, ti
     out = [_head(title, height)]
     for number, (label, parts) in enumerate(rows):
         y, begin = 6 + step * number, 0.0
-        name = label if len(label) <= 27 else label[:26] + "\u2026"
+        name = label if len(label) <= 24 else label[:23] + "\u2026"
         out.append(f'<text class="tick" x="{left - 8}" y="{y + 12}" text-anchor="end">{text(name)}'
                    f'<title>{text(label)}</title></text>')
         for phase, color, value in parts:

@@ -1,6 +1,6 @@
-"""The demo's closing table, also for answers without a token.
+"""The closing table of the demo on a novel, also for answers without a token.
 
-Usage: demo_summary_test.py REPOSITORY [unittest arguments]
+Usage: demo_novel_summary_test.py REPOSITORY [unittest arguments]
 """
 import json
 import pathlib
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import unittest
 
-SCRIPT = pathlib.Path(sys.argv.pop(1)).resolve() / "deploy/demo_summary.py"
+SCRIPT = pathlib.Path(sys.argv.pop(1)).resolve() / "deploy/demo_novel_summary.py"
 
 
 def usage(tokens, seconds):
