@@ -10,7 +10,7 @@ CTEST := ctest --output-on-failure -j 2 --test-dir
 .PHONY: help setup build build-all demo demo-novel test test-all asan tsan cuda bench bundle clean
 
 help:
-	@echo "make demo      a small model looks values up in long ledgers, before and after adapting (sets up what it needs)"
+	@echo "make demo      look values up in ledgers, before and after adapting (sets up what it needs)"
 	@echo "make demo-novel  read a novel on two ranks, adapt to it, ask it a question"
 	@echo "make test      set up, build, run the fast tests"
 	@echo "make test-all  also the slow ones"

@@ -43,7 +43,8 @@ def main():
         sys.exit(f"demo: {sys.argv[1]}/journal.jsonl: got a run that did not end, allowed one with every answer")
     lines = [HEADS, *(cells(records, base, adapted) for base, adapted in pairs)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    print(f"{pairs[0][0]['questions']} questions each, right answers with 95 % intervals; adapted: {pairs[0][1]['method']}")
+    base, adapted = pairs[0]
+    print(f"{base['questions']} questions each, right answers with 95 % intervals; adapted: {adapted['method']}")
     for line in lines:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Installs the Python package into a folder, as `pip install ./python` does, from a copy of the sources, fetching nothing.
+"""Installs the Python package into a folder, as `pip install ./python` does, of a copy of the sources; fetches nothing.
 
 Usage: python_package.py REPOSITORY TARGET, with the build's requirements on PYTHONPATH (./setup: .deps/python)
 """
