@@ -120,6 +120,7 @@ struct Consumer {
     int limit[2];
     SeenKeys<kKeys>(limit, plan.counts, row, args.pipeline.shape.kv[at.extent], first_key);
     Mask<kKeys>(scores, limit, -INFINITY);
+    if constexpr (Pipe::kInt8) return;  // widened to zeros
     const int64_t most = plan.most[at.extent] - first_key;
     if (most >= kKeys) return;
     WaitAt(SharedAddress(&pipe.state.v_full[v.stage]), v.parity);

@@ -76,7 +76,7 @@ struct Consumer {
       Mask<kKeys>(scores, limit, -INFINITY);
       Mask<kKeys>(dweights, limit, 0.0f);
       const int64_t most = plan.most[at.extent] - first_key;
-      if (most < kKeys) {
+      if (!Pipe::kInt8 && most < kKeys) {  // in eight bits they were widened to zeros
         ZeroRows<kDim, kKeys>(pipe.KAt(k_stage), static_cast<int>(most));
         WarpgroupSync(turns.warpgroup);
       }
