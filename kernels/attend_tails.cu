@@ -46,7 +46,7 @@ __device__ __forceinline__ Columns Load(const __nv_bfloat16* from) {
 
 __device__ __forceinline__ Columns Load(const uint8_t* codes, uint16_t scale_bits) {
   const uint2 raw = *reinterpret_cast<const uint2*>(codes);
-  const CodeScale scale(scale_bits);
+  const CodeScale scale = CodeScale::Twice(scale_bits);
   const uint2 low = WidenCodes(raw.x, scale), high = WidenCodes(raw.y, scale);
   return ToColumns(make_uint4(low.x, low.y, high.x, high.y));
 }

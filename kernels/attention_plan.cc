@@ -124,7 +124,8 @@ int AttendSplits(const AttentionShape& shape, int sm_count) {
   const BlockRates rates =
       UsesHopper(shape)
           ? HopperRates(HopperAttendTileOf(shape))
-          : PortableRates(shape, AttendTile(PaddedHeadDim(shape.head_dim), AttendTileRows(PackedRows(shape))));
+          : PortableRates(shape, AttendTile(PaddedHeadDim(shape.head_dim), AttendTileRows(PackedRows(shape)),
+                                            shape.int8));
   return ChooseSplits(shape, rates, 2, AttendPartialBytes(shape), sm_count);
 }
 

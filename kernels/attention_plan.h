@@ -36,7 +36,13 @@ constexpr int PaddedHeadDim(int head_dim) {
 // keys.
 constexpr int AttendTileRows(int64_t packed_rows) { return packed_rows <= 16 ? 16 : packed_rows <= 64 ? 64 : 128; }
 
-constexpr TileConfig AttendTile(int padded_dim, int tile_rows) {
+// Few rows over K and V in eight bits: no bf16 tile, codes are widened where they are multiplied (attend_codes.cuh).
+constexpr bool WidensInRegisters(int padded_dim, int tile_rows) {
+  return tile_rows == 16 && (padded_dim == 64 || padded_dim == 128);
+}
+
+constexpr TileConfig AttendTile(int padded_dim, int tile_rows, bool int8 = false) {
+  if (int8 && WidensInRegisters(padded_dim, tile_rows)) return {16, 128, padded_dim == 64 ? 6 : 3, 1, 1, 4};
   if (tile_rows == 16) return {16, padded_dim <= 64 ? 128 : 64, 3, 1, 1, 4};
   if (padded_dim <= 128) return tile_rows == 64 ? TileConfig{64, 64, 3, 2, 2, 2} : TileConfig{128, 64, 2, 2, 4, 1};
   return tile_rows == 64 ? TileConfig{64, 64, 2, 1, 4, 2} : TileConfig{128, 64, 2, 1, 8, 1};
@@ -51,6 +57,9 @@ constexpr TileConfig QueryGradTile(int padded_dim) {
 constexpr int TileBytes(int padded_dim, TileConfig tile, int row_operands) {
   return 2 * padded_dim * (row_operands * tile.rows + 2 * tile.stages * tile.keys);
 }
+
+// Stages of codes alone, where codes are widened in registers.
+constexpr int CodeTileBytes(int padded_dim, TileConfig tile) { return 2 * padded_dim * tile.stages * tile.keys; }
 
 // Where the warps that share keys meet: out [warps_n, rows, padded_dim + 8], then maximum and sum [warps_n, rows] each.
 constexpr int MergeBytes(int padded_dim, TileConfig tile) {

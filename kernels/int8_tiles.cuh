@@ -1,4 +1,4 @@
-// K and V in eight bits on their way into bf16 tiles (base/kv_int8.h). A magnitude m is the mantissa of the bf16 number
+// K and V in eight bits on their way to what tensor cores read (base/kv_int8.h). A magnitude m is the mantissa of the bf16 number
 // 128 + m; scale * (128 + m) - scale * 128 is formed exactly and rounded once.
 #pragma once
 
@@ -11,24 +11,29 @@
 
 namespace refocus::kernels {
 
-// A vector's scale as the product wants it.
+// Two scales as the product wants them: of one vector twice, or of two.
 struct CodeScale {
-  uint32_t times;  // the scale, twice
-  uint32_t plus;   // -128 * scale, twice
+  uint32_t times;
+  uint32_t plus;  // -128 * scale
 
-  __device__ __forceinline__ explicit CodeScale(uint16_t bits) {
+  CodeScale() = default;
+  __device__ __forceinline__ explicit CodeScale(uint32_t pair) : times(pair) {
     constexpr uint32_t kMinus128 = 0xc300c300u;
-    times = bits * 0x10001u;
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(plus) : "r"(times), "r"(kMinus128));
   }
+  static __device__ __forceinline__ CodeScale Twice(uint16_t bits) { return CodeScale(bits * 0x10001u); }
 };
 
-// Two codes, each in both bytes of its half.
-__device__ __forceinline__ uint32_t WidenPair(uint32_t doubled, const CodeScale& scale) {
-  const uint32_t shifted = (doubled & 0x007f007fu) | 0x43004300u;
-  uint32_t wide;
+// Two codes: magnitudes from the low bytes of one word's halves, signs from the high bytes of another's.
+__device__ __forceinline__ uint32_t WidenPair(uint32_t low, uint32_t high, const CodeScale& scale) {
+  uint32_t shifted, wide;  // the first (low & 0x007f007f) | 0x43004300, in one instruction
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(shifted) : "r"(low), "r"(0x007f007fu), "r"(0x43004300u));
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(wide) : "r"(shifted), "r"(scale.times), "r"(scale.plus));
-  return wide ^ (doubled & 0x80008000u);
+  return wide ^ (high & 0x80008000u);
+}
+
+__device__ __forceinline__ uint32_t WidenPair(uint32_t doubled, const CodeScale& scale) {
+  return WidenPair(doubled, doubled, scale);
 }
 
 // Four codes -> four bf16 numbers.
@@ -138,7 +143,8 @@ struct KeyWidener {
       const int row = at.row + (at.value ? kTile.keys : 0);
       const uint32_t to = wide + (at.value ? 2 * kDim * kTile.keys : 0);
       WidenPiece(raw + row * kDim + at.piece * 16, to + TileOffset<kDim>(at.row, 2 * at.piece),
-                 to + TileOffset<kDim>(at.row, 2 * at.piece + 1), half != (at.row % 2 != 0), CodeScale(scales[i]));
+                 to + TileOffset<kDim>(at.row, 2 * at.piece + 1), half != (at.row % 2 != 0),
+                 CodeScale::Twice(scales[i]));
     }
   }
 };

@@ -411,7 +411,7 @@ struct Pipeline {
       const uint32_t line = panel + row * kPanelRowBytes;
       const bool turn = (lane / 4 % 2 != 0) != (row % 2 != 0);
       WidenPiece(codes + row * kDim, line + (2 * piece ^ row) % 8 * 16, line + ((2 * piece + 1) ^ row) % 8 * 16, turn,
-                 CodeScale(static_cast<uint16_t>(pair >> shift)));
+                 CodeScale::Twice(static_cast<uint16_t>(pair >> shift)));
     }
     PublishStores();
     __syncwarp();

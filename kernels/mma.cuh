@@ -161,6 +161,14 @@ __device__ __forceinline__ void Scores(float (&sums)[kTiles][kKeyTiles][4],
   for (int step = 0; step < kDim / 16; ++step) ScoreStep<kDim>(sums, rows[step], keys, keys_lane, step);
 }
 
+// Sums of two neighbouring 16 x 8 tiles as a left factor.
+__device__ __forceinline__ void PackFactor(uint32_t (&a)[4], const float (&left)[4], const float (&right)[4]) {
+  a[0] = PackBf16(left[0], left[1]);
+  a[1] = PackBf16(left[2], left[3]);
+  a[2] = PackBf16(right[0], right[1]);
+  a[3] = PackBf16(right[2], right[3]);
+}
+
 // out += weights (rounded to bf16) . values, with values' rows the keys (values_lane: RowsFirst).
 template <int kDim, int kTiles, int kKeyTiles>
 __device__ __forceinline__ void AddWeighted(float (&out)[kTiles][kDim / 8][4],
@@ -170,14 +178,7 @@ __device__ __forceinline__ void AddWeighted(float (&out)[kTiles][kDim / 8][4],
   for (int step = 0; step < kKeyTiles / 2; ++step) {
     uint32_t a[kTiles][4];
 #pragma unroll
-    for (int m = 0; m < kTiles; ++m) {
-      const float(&left)[4] = weights[m][2 * step];
-      const float(&right)[4] = weights[m][2 * step + 1];
-      a[m][0] = PackBf16(left[0], left[1]);
-      a[m][1] = PackBf16(left[2], left[3]);
-      a[m][2] = PackBf16(right[0], right[1]);
-      a[m][3] = PackBf16(right[2], right[3]);
-    }
+    for (int m = 0; m < kTiles; ++m) PackFactor(a[m], weights[m][2 * step], weights[m][2 * step + 1]);
 #pragma unroll
     for (int pair = 0; pair < kDim / 16; ++pair) {
       uint32_t b[4];

@@ -81,6 +81,13 @@ TEST(AttentionPlan, TilesFitAMultiprocessor) {
       EXPECT_LE(MergeBytes(dim, tile), TileBytes(dim, tile, 1)) << dim << " x " << rows;
       EXPECT_EQ(tile.rows, 16 * tile.m_tiles * tile.warps_m);
     }
+    if (WidensInRegisters(dim, 16)) {
+      const TileConfig tile = AttendTile(dim, 16, true);
+      const int bytes = CodeTileBytes(dim, tile) + 8 * tile.rows + 256 + kReserved;
+      EXPECT_LE(BlocksPerSm(dim, tile) * bytes, kSharedPerSm) << dim;
+      EXPECT_LE(MergeBytes(dim, tile), CodeTileBytes(dim, tile)) << dim;
+      EXPECT_EQ(tile.keys / tile.warps_n, 32) << "a lane a key's scales";
+    }
     const TileConfig tile = QueryGradTile(dim);
     EXPECT_LE(BlocksPerSm(dim, tile) * (TileBytes(dim, tile, 2) + 8 * tile.rows + 256 + kReserved), kSharedPerSm)
         << dim;

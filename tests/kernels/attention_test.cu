@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -101,6 +102,70 @@ TEST_F(Attention, EightBits) {
     }
   }
   CheckAll(cases, sm_count_);
+}
+
+// Rows of one tile that widens codes in registers, and whole and padded head_dims of both its sizes.
+TEST_F(Attention, EightBitsOfFewRows) {
+  std::vector<Case> cases;
+  uint64_t seed = 22000;
+  const std::vector<std::vector<double>> cuts = {{0.0, 1.0}, {0.0, 0.0, 0.4, 1.0}, {0.1, 0.33, 0.34, 1.0}};
+  for (const int head_dim : {48, 64, 112, 128}) {
+    for (const int group : {1, 3, 4, 8, 16}) {
+      for (const int64_t keys : {1, 31, 33, 127, 128, 129, 255, 257, 700, 5000}) {
+        for (const int64_t rows : {1, 2, 5, 16}) {
+          if (rows * group > 16) continue;
+          ++seed;
+          const char* order = seed % 4 == 0 ? "tail" : seed % 4 == 1 ? "random" : seed % 4 == 2 ? "early" : "behind";
+          cases.push_back({.rows = rows,
+                           .heads = 2 * group,
+                           .kv_heads = 2,
+                           .head_dim = head_dim,
+                           .keys = keys,
+                           .shards = 1 + static_cast<int64_t>(seed % 3),
+                           .cuts = cuts[seed % 5 % 3],
+                           .order = order,
+                           .gain = seed % 7 == 0 ? 30.0f : 1.0f,
+                           .expected_keys = seed % 2 == 0 ? -1 : 100000,
+                           .seed = seed,
+                           .int8 = true});
+        }
+      }
+    }
+  }
+  CheckAll(cases, sm_count_);
+}
+
+// The output of a row that sees one key is its V: code * scale rounded to bf16, which the bounds of other tests are too
+// wide to tell from code * scale.
+TEST_F(Attention, EightBitsStandForRoundedNumbers) {
+  for (int head_dim = 16; head_dim <= 256; head_dim += 16) {
+    for (const int64_t rows : {1, 12, 40}) {
+      const Case c{.rows = rows,
+                   .heads = 4,
+                   .kv_heads = 2,
+                   .head_dim = head_dim,
+                   .keys = 1,
+                   .order = "behind",
+                   .seed = 23000 + static_cast<uint64_t>(head_dim),
+                   .int8 = true};
+      SCOPED_TRACE(c.Describe());
+      const Inputs in = MakeInputs(c);
+      PartialOut got;
+      RunAttend(in.shards[0].packed, in.q, sm_count_, &got);
+      if (HasFatalFailure()) return;
+      const std::vector<__nv_bfloat16> v = in.shards[0].memory[1].Host();
+      const int64_t head_stride = in.shards[0].shape.kv[0].head_stride;
+      int64_t wrong = 0;
+      for (int64_t i = 0; i < rows * c.heads; ++i) {
+        for (int d = 0; d < head_dim; ++d) {
+          const float want = __bfloat162float(v[i % c.heads / 2 * head_stride + d]);
+          const float error = std::fabs(got.out[i * head_dim + d] - want);
+          wrong += !(error <= 1e-5f * std::fabs(want));
+        }
+      }
+      EXPECT_EQ(wrong, 0);
+    }
+  }
 }
 
 TEST_F(Attention, EveryNumberOfRowsAndKeys) {
