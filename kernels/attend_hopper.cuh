@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/code_pipeline.cuh"
 #include "kernels/hopper_paths.h"
 #include "kernels/key_pipeline.cuh"
 #include "kernels/launch.cuh"
@@ -234,12 +235,12 @@ __global__ void __launch_bounds__(HopperAttendTile(kDim, kTall, kInt8).threads()
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     GiveRegisters<ProducerRegisters(kTile)>();
-    if (warp == 0) {
+    if constexpr (kInt8) {
+      CodeProducer<kDim, kTile, 1>{pipe}.Run(warp);
+    } else if (warp == 0) {
       if (threadIdx.x == 0) pipe.template LoadItems<true>();
     } else if (warp == 1) {
       pipe.PlanItems();
-    } else if constexpr (kInt8) {
-      pipe.WidenItems();
     }
   } else {
     TakeRegisters<ConsumerRegisters(kTile)>();
@@ -267,10 +268,15 @@ cudaError_t AttendOnHopper(const AttendParams& params, int splits, float* out, f
   args.out = out;
   args.lse = lse;
   args.scale_log2 = params.shape.scale * kLog2E;
-  if (params.shape.head_dim == 64) return Launch<64, true, kInt8>(args, params, splits, sm_count, stream);
-  return HopperFillsTallTiles(PackedRows(params.shape))
-             ? Launch<128, true, kInt8>(args, params, splits, sm_count, stream)
-             : Launch<128, false, kInt8>(args, params, splits, sm_count, stream);
+  const bool tall = HopperFillsTallTiles(PackedRows(params.shape));
+  if (params.shape.head_dim == 64) {
+    if constexpr (kInt8) {
+      if (!tall) return Launch<64, false, true>(args, params, splits, sm_count, stream);
+    }
+    return Launch<64, true, kInt8>(args, params, splits, sm_count, stream);
+  }
+  return tall ? Launch<128, true, kInt8>(args, params, splits, sm_count, stream)
+              : Launch<128, false, kInt8>(args, params, splits, sm_count, stream);
 }
 
 }  // namespace

@@ -104,8 +104,7 @@ bool UsesHopper(const AttentionShape& shape) {
   for (int i = 0; i < shape.extents; ++i) {
     if (shape.kv[i].slots > kMost) return false;
   }
-  // Fewer rows are bound by reading K and V.
-  return PackedRows(shape) > 64 && shape.rows <= kMost;
+  return PackedRows(shape) > HopperSpares(shape.int8) && shape.rows <= kMost;
 }
 
 HopperTile HopperAttendTileOf(const AttentionShape& shape) {

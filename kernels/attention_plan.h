@@ -67,13 +67,15 @@ constexpr int MergeBytes(int padded_dim, TileConfig tile) {
 }
 
 // The tile of a Hopper block: 64 rows for each consuming warpgroup, keys of a tile, how many tiles of K and of V lie in
-// shared memory, and how many tiles of codes on their way there (K and V in eight bits).
+// shared memory; and for K and V in eight bits, how many tiles of codes on their way there, and how many registers each
+// consuming thread leaves to those who widen them.
 struct HopperTile {
   int rows;
   int keys;
   int k_stages;
   int v_stages;
   int code_stages = 0;
+  int spare_registers = 0;
 
   constexpr int consumers() const { return rows / 64; }
   constexpr int threads() const { return 128 * (1 + consumers()); }
@@ -82,8 +84,8 @@ struct HopperTile {
 // As many keys as the registers hold scores and weights of. Tall tiles, of three warpgroups, read K and V least often
 // and hide most.
 constexpr HopperTile HopperAttendTile(int head_dim, bool tall, bool int8 = false) {
-  if (int8 && head_dim <= 64) return {192, 128, 4, 4, 4};
-  if (int8) return tall ? HopperTile{192, 80, 3, 3, 4} : HopperTile{128, 128, 2, 2, 3};
+  if (int8 && head_dim <= 64) return tall ? HopperTile{192, 128, 4, 4, 4} : HopperTile{128, 128, 4, 4, 4, 8};
+  if (int8) return tall ? HopperTile{192, 80, 3, 3, 4, 8} : HopperTile{128, 128, 2, 2, 3, 8};
   if (head_dim <= 64) return {192, 128, 4, 4};
   return tall ? HopperTile{192, 80, 4, 4} : HopperTile{128, 176, 2, 2};
 }
@@ -97,7 +99,7 @@ constexpr bool HopperFillsTallTiles(int64_t packed_rows) {
 
 // Two products of a tile lie beside each other in registers.
 constexpr HopperTile HopperQueryGradTile(int head_dim, bool int8 = false) {
-  if (int8) return head_dim <= 64 ? HopperTile{192, 80, 4, 4, 4} : HopperTile{128, 96, 3, 2, 3};
+  if (int8) return head_dim <= 64 ? HopperTile{192, 80, 4, 4, 4} : HopperTile{128, 96, 3, 2, 3, 8};
   return head_dim <= 64 ? HopperTile{192, 80, 4, 4} : HopperTile{128, 96, 3, 3};
 }
 
@@ -106,6 +108,10 @@ constexpr int HopperTileBytes(int head_dim, HopperTile tile, int row_operands) {
   return head_dim * (2 * row_operands * tile.rows +
                      (2 * (tile.k_stages + tile.v_stages) + tile.code_stages) * tile.keys);
 }
+
+// The most packed rows that Hopper's kernels leave to the portable ones, since they are bound by reading K and V. In
+// eight bits that reading takes half as long, and widening goes on beside the products there.
+constexpr int64_t HopperSpares(bool int8) { return int8 ? 16 : 64; }
 
 // Whether Hopper's warpgroup kernels take the shape: many rows, and columns that fill their panels.
 bool UsesHopper(const AttentionShape& shape);

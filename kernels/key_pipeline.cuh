@@ -1,14 +1,12 @@
 // Hopper's way through the keys, shared by attend_hopper.cu and query_grad_hopper.cu. A block stays on its
 // multiprocessor and takes work items (row tile, K/V head, key split) one after the other. Its first warpgroup brings
 // tiles: one warp plans the next item, one thread asks the copy engine for rows, K and V. The others own 64 rows each
-// and compute. Of K and V in eight bits the copy engine brings codes, and the first warpgroup's other two warps widen
-// them into the tiles that the consumers wait for.
+// and compute. K and V in eight bits take a way of their own to the same tiles (code_pipeline.cuh).
 #pragma once
 
 #include <cuda.h>
 
 #include "kernels/async_tiles.cuh"
-#include "kernels/int8_tiles.cuh"
 #include "kernels/key_tiles.cuh"
 #include "kernels/tile_maps.h"
 #include "kernels/wgmma.cuh"
@@ -16,8 +14,12 @@
 namespace refocus::kernels {
 
 // A multiprocessor's 65536 registers among one producing and two or three consuming warpgroups.
-constexpr int ProducerRegisters(HopperTile tile) { return tile.consumers() == 2 ? 40 : 32; }
-constexpr int ConsumerRegisters(HopperTile tile) { return tile.consumers() == 2 ? 232 : 160; }
+constexpr int ConsumerRegisters(HopperTile tile) {
+  return (tile.consumers() == 2 ? 232 : 160) - tile.spare_registers;
+}
+constexpr int ProducerRegisters(HopperTile tile) {
+  return (tile.consumers() == 2 ? 40 : 32) + tile.consumers() * tile.spare_registers;
+}
 
 // Items in the order of row tiles from the last to the first (in a prefill later rows see more, and long items are
 // better started early), within a row tile of K/V heads, within a head of key splits.
@@ -169,7 +171,7 @@ __device__ __forceinline__ void ReleaseByWarp(uint64_t* barrier) {
 template <int kDim, HopperTile kTile, int kRowOperands>
 struct Pipeline {
   static constexpr bool kInt8 = kTile.code_stages > 0;
-  static constexpr int kWideners = kInt8 ? 2 : 0;  // warps
+  static constexpr int kWideners = kInt8 ? 3 : 0;  // warps
   static constexpr int kConsumerWarps = 4 * kTile.consumers();
   static constexpr uint32_t kRowPanel = kTile.rows * kPanelRowBytes;
   static constexpr uint32_t kKeyPanel = kTile.keys * kPanelRowBytes;
@@ -240,13 +242,13 @@ struct Pipeline {
   __device__ void PlanItems() {
     ItemWalk walk;
     RingPlace<2> slot;
-    for (uint32_t item; walk.Next(args.items, &item); slot.Next()) {
-      const BlockPlace place = Place(item);
-      WaitAt(SharedAddress(&state.plan_empty[slot.stage]), slot.parity ^ 1);
-      state.plans[slot.stage].template Fill<kTile.keys>(args.shape, Rows(place), place.split, args.splits);
-      if (threadIdx.x % 32 == 0) ArriveAt(SharedAddress(&state.plan_full[slot.stage]));
-      __syncwarp();
-    }
+    for (uint32_t item; walk.Next(args.items, &item); slot.Next()) PlanItem(Place(item), slot);
+  }
+  __device__ __forceinline__ void PlanItem(const BlockPlace& place, RingPlace<2> slot) {
+    WaitAt(SharedAddress(&state.plan_empty[slot.stage]), slot.parity ^ 1);
+    state.plans[slot.stage].template Fill<kTile.keys>(args.shape, Rows(place), place.split, args.splits);
+    if (threadIdx.x % 32 == 0) ArriveAt(SharedAddress(&state.plan_full[slot.stage]));
+    __syncwarp();
   }
 
   // One thread of the first warpgroup. kVBehind: K of the next tile is asked for before V of this one.
@@ -257,7 +259,6 @@ struct Pipeline {
     RingPlace<1> rows_place;
     RingPlace<kTile.k_stages> k_place;
     RingPlace<kTile.v_stages> v_place;
-    RingPlace<kInt8 ? kTile.code_stages : 1> code_place;
     for (uint32_t item; walk.Next(args.items, &item); slot.Next()) {
       const BlockPlace place = Place(item);
       WaitAt(SharedAddress(&state.plan_full[slot.stage]), slot.parity);
@@ -267,15 +268,6 @@ struct Pipeline {
         if (args.rows_by_box) LoadRows(place, rows_place);
         KeyTile k;
         k.Seek(plan.tiles, plan.begin);
-        if constexpr (kInt8) {
-#pragma unroll 1
-          for (int i = 0; i < tiles; ++i, k.Next(plan.tiles, args.shape.extents)) {
-            LoadCodes(args.keys[k.extent], k.tile, place.kv_head, code_place);
-            LoadCodes(args.values[k.extent], k.tile, place.kv_head, code_place);
-          }
-          ArriveAt(SharedAddress(&state.plan_empty[slot.stage]));
-          continue;
-        }
         KeyTile v = k;
         const int behind = kVBehind ? 1 : 0;
 #pragma unroll 1
@@ -295,39 +287,6 @@ struct Pipeline {
         }
       }
       ArriveAt(SharedAddress(&state.plan_empty[slot.stage]));
-    }
-  }
-
-  // Two warps of the first warpgroup: codes to tiles of K and V in turn, each warp half of a tile's rows.
-  __device__ void WidenItems() {
-    ItemWalk walk;
-    RingPlace<2> slot;
-    RingPlace<kTile.k_stages> k_place;
-    RingPlace<kTile.v_stages> v_place;
-    RingPlace<kInt8 ? kTile.code_stages : 1> code_place;
-    for (uint32_t item; walk.Next(args.items, &item); slot.Next()) {
-      const int kv_head = Place(item).kv_head;
-      WaitAt(SharedAddress(&state.plan_full[slot.stage]), slot.parity);
-      const ItemPlan<kTile.rows>& plan = state.plans[slot.stage];
-      const int tiles = plan.end - plan.begin;
-      if (tiles > 0) {
-        KeyTile at;
-        at.Seek(plan.tiles, plan.begin);
-        TileScales next = ScalesOf(at, kv_head, plan.most[at.extent]);
-#pragma unroll 1
-        for (int i = 0; i < tiles; ++i) {
-          const TileScales scales = next;
-          at.Next(plan.tiles, args.shape.extents);
-          if (i + 1 < tiles) next = ScalesOf(at, kv_head, plan.most[at.extent]);
-          WidenTile(KAt(k_place.stage), &state.k_full[k_place.stage], &state.k_empty[k_place.stage], k_place.parity,
-                    scales, 0, code_place);
-          k_place.Next();
-          WidenTile(VAt(v_place.stage), &state.v_full[v_place.stage], &state.v_empty[v_place.stage], v_place.parity,
-                    scales, 16, code_place);
-          v_place.Next();
-        }
-      }
-      ReleaseByWarp(&state.plan_empty[slot.stage]);
     }
   }
 
@@ -362,75 +321,6 @@ struct Pipeline {
     WarpgroupSync(warpgroup);
   }
 
- private:
-  static constexpr int kHalfRows = kTile.keys / 2;
-  static_assert(!kInt8 || (kHalfRows > 32 && kHalfRows <= 64 && kTile.keys % 16 == 0));
-
-  // Scales of this lane's two rows of the warp's half: the row of its number, and 32 behind. K's below, V's above.
-  struct TileScales {
-    uint32_t pair[2];
-  };
-  __device__ __forceinline__ TileScales ScalesOf(const KeyTile& at, int kv_head, int64_t most) const {
-    const KvSlots& kv = args.shape.kv[at.extent];
-    const int64_t first = int64_t{at.tile} * kTile.keys;
-    const int64_t offset = kv_head * (kv.head_stride / kDim) + first;
-    TileScales scales;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int lane = static_cast<int>(threadIdx.x) % 32 + 32 * i;
-      const int row = static_cast<int>(threadIdx.x) / 32 % 2 * kHalfRows + lane;
-      scales.pair[i] = 0;  // rows that nobody sees become zero
-      if (lane >= kHalfRows || first + row >= most) continue;
-      const uint32_t low = static_cast<const uint16_t*>(kv.k_scale)[offset + row];
-      const uint32_t high = static_cast<const uint16_t*>(kv.v_scale)[offset + row];
-      scales.pair[i] = low | high << 16;
-    }
-    return scales;
-  }
-
-  // `shift`: of the tile's scale in a pair.
-  __device__ __forceinline__ void WidenTile(uint32_t to, uint64_t* full, uint64_t* empty, uint32_t parity,
-                                            const TileScales& scales, int shift,
-                                            RingPlace<kInt8 ? kTile.code_stages : 1>& code_place) const {
-    constexpr int kRowPieces = kDim / 16;
-    constexpr int kStepRows = 32 / kRowPieces;
-    static_assert(kHalfRows % kStepRows == 0);
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int first = static_cast<int>(threadIdx.x) / 32 % 2 * kHalfRows + lane / kRowPieces;
-    const int piece = lane % kRowPieces;
-    const uint32_t panel = to + 2 * piece / 8 * kKeyPanel;
-    const uint32_t codes = CodesAt(code_place.stage) + piece * 16;
-    WaitAt(SharedAddress(&state.codes_full[code_place.stage]), code_place.parity);
-    WaitAt(SharedAddress(empty), parity ^ 1);
-#pragma unroll 2
-    for (int step = 0; step < kHalfRows / kStepRows; ++step) {
-      const int within = step * kStepRows;
-      const int row = first + within;
-      const uint32_t pair = __shfl_sync(0xffffffffu, within < 32 ? scales.pair[0] : scales.pair[1],
-                                        (within + lane / kRowPieces) % 32);
-      const uint32_t line = panel + row * kPanelRowBytes;
-      const bool turn = (lane / 4 % 2 != 0) != (row % 2 != 0);
-      WidenPiece(codes + row * kDim, line + (2 * piece ^ row) % 8 * 16, line + ((2 * piece + 1) ^ row) % 8 * 16, turn,
-                 CodeScale::Twice(static_cast<uint16_t>(pair >> shift)));
-    }
-    PublishStores();
-    __syncwarp();
-    if (lane == 0) {
-      ArriveAt(SharedAddress(full));
-      ArriveAt(SharedAddress(&state.codes_empty[code_place.stage]));
-    }
-    code_place.Next();
-  }
-
-  __device__ __forceinline__ void LoadCodes(const CUtensorMap& map, int tile, int kv_head,
-                                            RingPlace<kInt8 ? kTile.code_stages : 1>& place) {
-    const uint32_t full = SharedAddress(&state.codes_full[place.stage]);
-    WaitAt(SharedAddress(&state.codes_empty[place.stage]), place.parity ^ 1);
-    ArriveExpecting(full, kCodeBytes);
-    CopyBox3(CodesAt(place.stage), &map, full, 0, tile * kTile.keys, kv_head);
-    place.Next();
-  }
-
   __device__ void LoadRows(const BlockPlace& place, RingPlace<1>& rows_place) {
     const uint32_t full = SharedAddress(&state.rows_full);
     WaitAt(SharedAddress(&state.rows_empty), rows_place.parity ^ 1);
@@ -445,6 +335,7 @@ struct Pipeline {
     }
   }
 
+ private:
   __device__ __forceinline__ void LoadTile(const CUtensorMap& map, int tile, int kv_head, uint32_t to, uint64_t* full,
                                            uint64_t* empty, uint32_t parity) {
     WaitAt(SharedAddress(empty), parity ^ 1);

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include "kernels/code_pipeline.cuh"
 #include "kernels/hopper_paths.h"
 #include "kernels/key_pipeline.cuh"
 #include "kernels/launch.cuh"
@@ -201,12 +202,12 @@ __global__ void __launch_bounds__(HopperQueryGradTile(kDim, kInt8).threads(), 1)
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     GiveRegisters<ProducerRegisters(kTile)>();
-    if (warp == 0) {
+    if constexpr (kInt8) {
+      CodeProducer<kDim, kTile, 2>{pipe}.Run(warp);
+    } else if (warp == 0) {
       if (threadIdx.x == 0) pipe.template LoadItems<false>();
     } else if (warp == 1) {
       pipe.PlanItems();
-    } else if constexpr (kInt8) {
-      pipe.WidenItems();
     }
   } else {
     TakeRegisters<ConsumerRegisters(kTile)>();

@@ -64,10 +64,12 @@ cudaError_t MapKeys(const AttentionShape& shape, const KvSlots& kv, const void* 
 cudaError_t MapCodes(const AttentionShape& shape, const KvSlots& kv, const void* data, int keys, CUtensorMap* map) {
   const uint64_t dim = shape.head_dim;
   const uint64_t slots = kv.slots;
+  const uint64_t panels = dim / kPanelColumns;
   const uint64_t head_stride = shape.kv_heads == 1 ? slots * dim : static_cast<uint64_t>(kv.head_stride);
-  return Encode<3>(data, {dim, slots, static_cast<uint64_t>(shape.kv_heads)}, {dim, head_stride},
-                   {static_cast<uint32_t>(dim), static_cast<uint32_t>(keys), 1}, map, CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                   CU_TENSOR_MAP_SWIZZLE_NONE);
+  return Encode<4>(data, {kPanelColumns, slots, panels, static_cast<uint64_t>(shape.kv_heads)},
+                   {dim, kPanelColumns, head_stride},
+                   {kPanelColumns, static_cast<uint32_t>(keys), static_cast<uint32_t>(panels), 1}, map,
+                   CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
 }  // namespace refocus::kernels

@@ -15,7 +15,7 @@ cudaError_t MapRows(const AttentionShape& shape, const void* data, int group, in
 // extent read as zero.
 cudaError_t MapKeys(const AttentionShape& shape, const KvSlots& kv, const void* data, int keys, CUtensorMap* map);
 
-// Codes of K or V of such an extent, all columns of `keys` slots a box, as they lie. Slots behind the extent read as zero.
+// Codes of K or V of such an extent, in the same boxes with a byte a column.
 cudaError_t MapCodes(const AttentionShape& shape, const KvSlots& kv, const void* data, int keys, CUtensorMap* map);
 
 }  // namespace refocus::kernels

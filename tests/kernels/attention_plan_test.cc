@@ -133,6 +133,26 @@ TEST(AttentionPlan, HopperTakesManyRowsOfWholePanels) {
   EXPECT_FALSE(UsesHopper(shape));
 }
 
+// In eight bits reading takes half as long, so that products count from fewer rows on.
+TEST(AttentionPlan, HopperTakesFewerRowsInEightBits) {
+  const auto int8 = [](AttentionShape shape) {
+    shape.int8 = true;
+    return shape;
+  };
+  EXPECT_FALSE(UsesHopper(int8(Shape(4, 32, 8, 128, 1 << 17))));
+  EXPECT_TRUE(UsesHopper(int8(Shape(5, 32, 8, 128, 1 << 17))));
+  EXPECT_FALSE(UsesHopper(int8(Shape(5, 32, 8, 96, 1 << 17))));
+  EXPECT_FALSE(UsesHopper(Shape(5, 32, 8, 128, 1 << 17)));
+  EXPECT_EQ(HopperAttendTileOf(int8(Shape(16, 9, 3, 64, 1 << 17))).rows, 128);
+  EXPECT_EQ(HopperAttendTileOf(int8(Shape(128, 9, 3, 64, 1 << 17))).rows, 192);
+  for (const int64_t rows : {1, 4, 8, 16, 128}) {
+    const AttentionShape shape = int8(Shape(rows, 32, 8, 128, 1 << 17));
+    const int64_t slots = UsesHopper(shape) ? kSms : 2 * kSms;
+    const int64_t blocks = Blocks(shape);
+    EXPECT_GE(static_cast<double>(blocks) / static_cast<double>((blocks + slots - 1) / slots * slots), 0.9) << rows;
+  }
+}
+
 TEST(AttentionPlan, RefusesWhatTheKernelsCannotRead) {
   const AttentionShape good = Shape(3, 12, 4, 40, 100);
   EXPECT_TRUE(ValidShape(good));
