@@ -30,10 +30,10 @@ __device__ __forceinline__ uint32_t CodeOffset(int key, int piece) {
   return line * kCodeLineBytes + ((place ^ turn) << 4);
 }
 
-// A warp's copy of its keys of a tile: K, behind it V. Keys from `valid` on and columns from head_dim on become 0.
-// kWhole: there are none, and then the loop needs next to no arithmetic.
+// A warp's copy of kKeys keys from `own` on of a tile that begins at k and v: K, behind it V. Keys from `valid` on and
+// columns from head_dim on become 0. kWhole: there are none, and then the loop needs next to no arithmetic.
 template <int kDim, int kKeys, bool kWhole>
-__device__ __forceinline__ void CopyWarpCodes(uint32_t to, const uint8_t* k, const uint8_t* v, int valid,
+__device__ __forceinline__ void CopyWarpCodes(uint32_t to, const uint8_t* k, const uint8_t* v, int own, int valid,
                                               int head_dim) {
   constexpr int kPieces = kDim / 16;
   constexpr int kStep = 32 / kPieces;  // keys that a warp copies at once
@@ -41,8 +41,8 @@ __device__ __forceinline__ void CopyWarpCodes(uint32_t to, const uint8_t* k, con
   const int piece = lane % kPieces;
   const int first = lane / kPieces;
   const int stride = kWhole ? kDim : head_dim;
-  const int limit = piece * 16 < head_dim ? valid : 0;
-  const int from = first * stride + piece * 16;
+  const int limit = piece * 16 < head_dim ? valid - own : 0;
+  const int from = (own + first) * stride + piece * 16;
 #pragma unroll
   for (int i = 0; i < kKeys / kStep; ++i) {
     const bool inside = kWhole || i * kStep + first < limit;
@@ -196,17 +196,17 @@ __global__ void __launch_bounds__(AttendTile(kDim, 16, true).threads(), BlocksPe
     if (left > 0) {
       --left;
       const KvSlots& kv = shape.kv[loading.extent];
-      const int64_t first = int64_t{loading.tile} * kTile.keys + own;
+      const int64_t first = int64_t{loading.tile} * kTile.keys;
       const int64_t seen = visible.most[loading.extent] - first;
       const int64_t offset = place.kv_head * kv.head_stride + first * shape.head_dim;
       const uint32_t to = SharedAddress(stages) + stage * 2 * kWarpBytes;
       const auto* k = static_cast<const uint8_t*>(kv.k) + offset;
       const auto* v = static_cast<const uint8_t*>(kv.v) + offset;
-      if (seen >= kWarpKeys && shape.head_dim == kDim) {
-        CopyWarpCodes<kDim, kWarpKeys, true>(to, k, v, kWarpKeys, kDim);
+      if (seen >= kTile.keys && shape.head_dim == kDim) {
+        CopyWarpCodes<kDim, kWarpKeys, true>(to, k, v, own, kTile.keys, kDim);
       } else {
-        CopyWarpCodes<kDim, kWarpKeys, false>(to, k, v, seen < kWarpKeys ? static_cast<int>(seen) : kWarpKeys,
-                                              shape.head_dim);
+        const int valid = seen < kTile.keys ? static_cast<int>(seen) : kTile.keys;
+        CopyWarpCodes<kDim, kWarpKeys, false>(to, k, v, own, valid, shape.head_dim);
       }
       loading.Next(visible.tiles, shape.extents);
     }

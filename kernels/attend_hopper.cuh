@@ -199,6 +199,20 @@ struct Consumer {
     ReleaseV();
   }
 
+  // A warpgroup without rows lets the others have its turns, the stages go on.
+  __device__ __forceinline__ void Skip(int tiles) {
+    ReleaseByWarp(&pipe.state.rows_empty);
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+      WaitAt(SharedAddress(&pipe.state.k_full[k.stage]), k.parity);
+      turns.Await();
+      turns.Pass();
+      ReleaseK();
+      WaitAt(SharedAddress(&pipe.state.v_full[v.stage]), v.parity);
+      ReleaseV();
+    }
+  }
+
   __device__ __forceinline__ void Run() {
     ItemWalk walk;
     RingPlace<2> slot;
@@ -211,10 +225,13 @@ struct Consumer {
       const int tiles = plan.end - plan.begin;
       float out[kDim / 2];
       RunningRows run;
-      if (tiles > 0) {
-        pipe.AwaitRows(pipe.Rows(place), turns.warpgroup, rows_place);
+      // In eight bits rows may be few: half of the products would be of none.
+      const bool skip = Pipe::kInt8 && pipe.Rows(place).rows <= 64 * turns.warpgroup;
+      if (tiles > 0) pipe.AwaitRows(pipe.Rows(place), turns.warpgroup, rows_place);
+      if (tiles > 0 && !skip) {
         Walk(plan, tiles, out, run);
       } else {
+        if (tiles > 0) Skip(tiles);
 #pragma unroll
         for (float& x : out) x = 0.0f;
       }

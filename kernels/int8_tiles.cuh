@@ -1,5 +1,5 @@
-// K and V in eight bits on their way to what tensor cores read (base/kv_int8.h). A magnitude m is the mantissa of the bf16 number
-// 128 + m; scale * (128 + m) - scale * 128 is formed exactly and rounded once.
+// K and V in eight bits on their way to what tensor cores read (base/kv_int8.h). A magnitude m is the mantissa of the
+// bf16 number 128 + m; scale * (128 + m) - scale * 128 is formed exactly and rounded once.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -170,19 +170,42 @@ TEST_F(Attention, HopperExtremeLogitsAndRandomShapes) {
 
 // More items than multiprocessors: blocks take several, and a prefill's rows see from one key to all.
 TEST_F(Attention, HopperSeveralItemsABlock) {
-  CheckAllOnHopper(
-      {{.rows = 64, .heads = 288, .kv_heads = 72, .head_dim = 128, .keys = 700, .seed = 14000},
-       {.rows = 1500, .heads = 8, .kv_heads = 2, .head_dim = 128, .keys = 1500, .seed = 14001},
-       {.rows = 3000, .heads = 6, .kv_heads = 2, .head_dim = 64, .keys = 1000, .order = "random", .seed = 14002},
-       {.rows = 1100,
-        .heads = 32,
-        .kv_heads = 8,
-        .head_dim = 128,
-        .keys = 1200,
-        .shards = 2,
-        .cuts = {0.0, 0.4, 1.0},
-        .seed = 14003}},
-      sm_count_);
+  std::vector<Case> cases = {
+      {.rows = 64, .heads = 288, .kv_heads = 72, .head_dim = 128, .keys = 700, .seed = 14000},
+      {.rows = 1500, .heads = 8, .kv_heads = 2, .head_dim = 128, .keys = 1500, .seed = 14001},
+      {.rows = 3000, .heads = 6, .kv_heads = 2, .head_dim = 64, .keys = 1000, .order = "random", .seed = 14002},
+      {.rows = 1100,
+       .heads = 32,
+       .kv_heads = 8,
+       .head_dim = 128,
+       .keys = 1200,
+       .shards = 2,
+       .cuts = {0.0, 0.4, 1.0},
+       .seed = 14003}};
+  const size_t plain = cases.size();
+  for (size_t i = 0; i < plain; ++i) {
+    cases.push_back(cases[i]);
+    cases.back().int8 = true;
+  }
+  // Warpgroups without rows; rows that the copy engine cannot gather; splits without keys.
+  for (const int head_dim : {64, 128}) {
+    for (const int group : {4, 5}) {
+      for (const int64_t keys : {1, 100, 900}) {
+        for (const int64_t expected : {-1, 100000}) {
+          cases.push_back({.rows = 5,
+                           .heads = group * 144,
+                           .kv_heads = 144,
+                           .head_dim = head_dim,
+                           .keys = keys,
+                           .order = "random",
+                           .expected_keys = expected,
+                           .seed = 14010,
+                           .int8 = true});
+        }
+      }
+    }
+  }
+  CheckAllOnHopper(cases, sm_count_);
 }
 
 double Norm(const std::vector<float>& a, const std::vector<float>& b) {
