@@ -64,7 +64,7 @@ __device__ __forceinline__ void LoadQuery(uint32_t (&q)[kDim / 16][4], const __n
 #pragma unroll
     for (int p = 0; p < kDim / 64; ++p) {
       const int column = p * 64 + lane % 4 * 16;
-      uint32_t pairs[8] = {};
+      alignas(16) uint32_t pairs[8] = {};
       if (row < rows.rows && column < head_dim) {
         const auto* at = reinterpret_cast<const uint4*>(from + rows.Index(row, heads) * head_dim + column);
         *reinterpret_cast<uint4*>(pairs) = at[0];
@@ -94,7 +94,7 @@ __device__ __forceinline__ void ScoreCodes(float (&scores)[kKeyTiles][4], const 
   }
 #pragma unroll
   for (int p = 0; p < kDim / 64; ++p) {
-    uint32_t codes[kKeyTiles][4];
+    alignas(16) uint32_t codes[kKeyTiles][4];
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
       *reinterpret_cast<uint4*>(codes[n]) =
@@ -125,7 +125,7 @@ __device__ __forceinline__ void AddCodes(float (&out)[kDim / 8][4], const float 
     uint32_t a[4];
     PackFactor(a, weights[2 * step], weights[2 * step + 1]);
     CodeScale scale[2];  // of keys `key` and `key` + 1; of those 8 behind
-    uint32_t codes[4][kWords];
+    alignas(16) uint32_t codes[4][kWords];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const unsigned char* from = values + CodeOffset<kDim>(key + i / 2 * 8 + i % 2, bytes / 16) + bytes % 16;
