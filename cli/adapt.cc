@@ -19,6 +19,8 @@ struct AdaptOptions {
   std::vector<std::string> spans;
   std::optional<int64_t> probe_every, patience;
   bool recall = false;
+  std::optional<double> recall_from;
+  bool automatic = false;
   bool keep_best = false;
   std::optional<std::string> kind, optimizer, schedule;
   std::optional<int64_t> lora_rank, warmup_steps;
@@ -63,6 +65,8 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
   if (options.patience) request.set_patience(*options.patience);
   request.set_keep_best(options.keep_best);
   if (options.recall) request.mutable_recall_rows();
+  if (options.recall_from) request.mutable_recall_rows()->set_from(*options.recall_from);
+  if (options.automatic) request.mutable_automatic();
   request.set_base_adapter(options.base_adapter);
   request.set_continue_adapter(options.continue_adapter);
   request.set_validate_only(options.validate_only);
@@ -99,7 +103,8 @@ class AdaptView {
         break;
       case v1::AdaptEvent::kStep: OnStep(event.step()); break;
       case v1::AdaptEvent::kProbe:
-        progress_.Line("held-out spans behind step " + std::to_string(event.probe().step()) + ": " +
+        progress_.Line(std::string("held-out spans behind ") + (event.probe().trial() ? "trial " : "step ") +
+                       std::to_string(event.probe().step()) + ": " +
                        FormatFixed(event.probe().loss(), 4) + (event.probe().best() ? ", the best so far" : ""));
         break;
       case v1::AdaptEvent::kProbeLossAfter:
@@ -266,6 +271,11 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
       ->type_name("START:LENGTH")->group(spans);
   verb->add_flag("--recall", o->recall, "Train on single tokens that can be looked up in what stands before them")
       ->excludes("--span")->group(spans);
+  verb->add_option("--recall-from", o->recall_from, "With --recall: only behind this share of the text (0.5)")
+      ->needs("--recall")->group(spans);
+  verb->add_flag("--automatic", o->automatic,
+                 "Find out by trials on held-out spans whether, on what, at which rate and how long to train")
+      ->excludes("--span")->excludes("--recall")->group(spans);
   const std::string probe = "Held-out spans";
   verb->add_option("--probe-spans", o->probe_spans, "How many are measured before and after (2)")->group(probe);
   verb->add_option("--probe-every", o->probe_every, "Measure them also behind every so many steps (never)")->group(probe);

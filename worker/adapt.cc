@@ -174,23 +174,33 @@ void Adapter::Begin(Model& model, const DeltaConfig& config, const OptimizerConf
                     const Adapter* from, bool keep_best) {
   const auto options = at::TensorOptions(model.backend().device()).dtype(at::kFloat);
   const std::vector<int64_t> sizes = DeltaSizes(model.config(), config);
-  at::Tensor master;
+  auto work = std::make_unique<Work>();
+  work->delta = MakeDelta(model, config, at::zeros(sizes, options));
+  work->seed = seed;
   if (from != nullptr) {
     REFOCUS_CHECK(from->committed_.config == config);
-    master = from->committed_.master.clone();
-  } else {
-    master = at::zeros(sizes, options);
-    if (config.lora_rank > 0) DrawLora(model.config(), config, seed, master);
+    work->start = from->committed_.master;
   }
-  auto work = std::make_unique<Work>();
-  work->delta = MakeDelta(model, config, std::move(master));
   work->grad = at::empty(sizes, options);
   if (keep_best) work->kept = at::empty(sizes, options);
   work->stats = at::zeros({2}, options.dtype(at::kDouble));
   work->optimizer = std::make_unique<Optimizer>(optimizer, work->delta.master, work->grad);
   work->moments = optimizer.moments();
-  steps_ = 0;
   work_ = std::move(work);
+  Restart(model);
+}
+
+void Adapter::Restart(const Model& model) {
+  Delta& delta = work_->delta;
+  if (work_->start.defined()) {
+    delta.master.copy_(work_->start);
+  } else {
+    delta.master.zero_();
+    if (delta.config.lora_rank > 0) DrawLora(model.config(), delta.config, work_->seed, delta.master);
+  }
+  if (!delta.rounded.is_same(delta.master)) delta.rounded.copy_(delta.master);
+  work_->optimizer->Reset();
+  steps_ = 0;
 }
 
 void Adapter::EnqueueStep(Model& model) {

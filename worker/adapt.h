@@ -81,6 +81,8 @@ class Adapter {
   // With `keep_best` there is room for Keep.
   void Begin(Model& model, const DeltaConfig& config, const OptimizerConfig& optimizer, uint64_t seed = 0,
              const Adapter* from = nullptr, bool keep_best = false);
+  // Back to where Begin began, with new moments; what was kept stays kept.
+  void Restart(const Model& model);
   // One gradient step. A loss or norm that is not finite leaves the delta as it was. `model` and `context` are the
   // same in all steps between Begin and Commit or Rollback; the model outlives them: a step is recorded and repeated.
   StepResult Step(Model& model, const KvChain& context, const std::vector<Span>& spans, float learning_rate);
@@ -109,6 +111,8 @@ class Adapter {
   };
   struct Work {
     Delta delta;
+    at::Tensor start;  // fp32, another adapter's committed delta; undefined: from nothing
+    uint64_t seed = 0;
     at::Tensor grad;   // fp32
     at::Tensor kept;   // fp32, the delta with the lowest loss so far; undefined without keep_best
     std::optional<double> kept_loss;

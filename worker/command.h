@@ -78,6 +78,7 @@ struct AdaptStep {
   int64_t step = 0;
   std::vector<Span> spans;
   float learning_rate = 1e-5f;
+  bool restart = false;
 };
 struct ProbeLoss {
   uint64_t adapter = 0;

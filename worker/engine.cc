@@ -288,13 +288,13 @@ class EngineState {
     Adapter* adapter = nullptr;
     Context* context = nullptr;
     REFOCUS_RETURN_IF_ERROR(FindAdapting(step.adapter, &adapter, &context));
-    if (step.step != adapter->steps() + 1) {
-      return Precondition("step", std::to_string(step.step), std::to_string(adapter->steps() + 1));
-    }
+    const int64_t next = step.restart ? 1 : adapter->steps() + 1;
+    if (step.step != next) return Precondition("step", std::to_string(step.step), std::to_string(next));
     if (step.spans.empty()) return FieldError("spans", "0", "at least 1");
     REFOCUS_RETURN_IF_ERROR(CheckSpans(step.spans, context->capacity));
     if (adapter->importing())
       return Precondition("adapter " + std::to_string(step.adapter), "an import", "an adaptation");
+    if (step.restart) adapter->Restart(model_);
     const Adapter::StepResult done = adapter->Step(model_, context->All(), step.spans, step.learning_rate);
     result.loss = done.loss;
     result.grad_norm = done.grad_norm;

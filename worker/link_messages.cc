@@ -188,7 +188,7 @@ AdaptStep Read(const pb::AdaptStep& in, Checker& check) {
   check.Uid("adapter", in.adapter());
   check.InRange("step", in.step(), 1, kMaxAdaptSteps);
   check.Real("learning_rate", in.learning_rate(), 0.0, 1e30, false);
-  return {in.adapter(), in.step(), check.ReadSpans(in.spans(), 1), in.learning_rate()};
+  return {in.adapter(), in.step(), check.ReadSpans(in.spans(), 1), in.learning_rate(), in.restart()};
 }
 
 ProbeLoss Read(const pb::ProbeLoss& in, Checker& check) {

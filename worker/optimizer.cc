@@ -20,6 +20,12 @@ Optimizer::Optimizer(const OptimizerConfig& config, const at::Tensor& parameter,
   if (config.moments() > 1) second_moments_ = at::zeros_like(parameter).unbind(0);
 }
 
+void Optimizer::Reset() {
+  steps_.zero_();
+  for (at::Tensor& moment : first_moments_) moment.zero_();
+  for (at::Tensor& moment : second_moments_) moment.zero_();
+}
+
 void Optimizer::Step(const at::Tensor& stats) {
   const at::Tensor finite = at::isfinite(stats).all().to(at::kFloat);
   const at::Tensor skip = 1.0 - finite;

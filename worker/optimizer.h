@@ -18,6 +18,9 @@ class Optimizer {
   // the caller.
   Optimizer(const OptimizerConfig& config, const at::Tensor& parameter, const at::Tensor& grad);
 
+  // Forgets the moments and the steps made; only enqueues.
+  void Reset();
+
   // Of the next steps. Lies in the parameter's memory, so that a recorded Step follows it; only enqueues.
   void SetRate(float learning_rate) { rate_.fill_(learning_rate); }
 

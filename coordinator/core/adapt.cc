@@ -9,6 +9,11 @@
 #include "base/check.h"
 
 namespace refocus {
+namespace {
+
+constexpr double kKnownLoss = 0.01;  // nats: what is held out is known as it is
+
+}  // namespace
 
 std::string Hex(uint64_t value) {
   char text[17];
@@ -50,7 +55,8 @@ double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token
   const double span_rows =
       rows > 0 ? rows / static_cast<double>(plan.explicit_spans.size()) : static_cast<double>(e.span_tokens());
   flops += spans * span_rows * StepRowFlops(model, keys);
-  const double probes = 2 + (e.probe_every() > 0 ? static_cast<double>((e.steps() - 1) / e.probe_every()) : 0);
+  const double probes = 2 + static_cast<double>(e.trial_steps()) +
+                        (e.probe_every() > 0 ? static_cast<double>((e.steps() - 1) / e.probe_every()) : 0);
   for (const SpanRange& probe : plan.probes) {
     flops += probes * static_cast<double>(probe.rows) * ForwardRowFlops(model, static_cast<double>(probe.start));
   }
@@ -69,6 +75,8 @@ AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, Ad
   } else {
     spans_ = MakeUniformSpans(session_->token_count(), effective.span_tokens(), plan_.probes, effective.seed(), per_step);
   }
+  schedule_ = effective;
+  if (effective.trial_steps() > 0) search_.emplace(effective.learning_rate(), effective.trial_steps());
   adapter_.set_id(plan_.target.id);
   adapter_.set_revision(plan_.target.kept_revision + 1);
   adapter_.set_kind(effective.kind());
@@ -80,8 +88,9 @@ AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, Ad
 }
 
 bool AdaptJob::NextCommand(wire::Command* command, double) {
-  if (phase_ == Phase::kProbeBefore && plan_.probes.empty()) phase_ = Phase::kSteps;
-  if (phase_ == Phase::kSteps && StepsAreOver()) phase_ = Phase::kProbeAfter;
+  if (phase_ == Phase::kProbeBefore && plan_.probes.empty()) phase_ = Phase::kTrials;
+  if (phase_ == Phase::kTrials && !search_) phase_ = Phase::kSteps;
+  if ((phase_ == Phase::kTrials || phase_ == Phase::kSteps) && StepsAreOver()) phase_ = Phase::kProbeAfter;
   switch (phase_) {
     case Phase::kBegin:
       FillBegin(command->mutable_begin_adapt());
@@ -89,7 +98,10 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       return true;
     case Phase::kProbeBefore:
       FillProbe(command->mutable_probe_loss());
-      phase_ = Phase::kSteps;
+      phase_ = Phase::kTrials;
+      break;
+    case Phase::kTrials:
+      if (!NextTrial(command)) return false;
       break;
     case Phase::kSteps: {
       if (StepMayWait()) return false;
@@ -98,7 +110,7 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
         last_probe_ = steps_sent_;
         FillProbe(command->mutable_probe_loss());
       } else {
-        FillStep(command->mutable_adapt_step());
+        FillStep(ScheduledRate(schedule_, delta_steps_ + 1), command->mutable_adapt_step());
       }
       break;
     }
@@ -164,17 +176,45 @@ void AdaptJob::FillBegin(wire::BeginAdapt* begin) const {
 }
 
 void AdaptJob::FillProbe(wire::ProbeLoss* probe) {
-  probes_under_way_.push_back(steps_sent_);
+  probes_under_way_.push_back({steps_sent_, delta_steps_, phase_ == Phase::kTrials});
   probe->set_adapter(plan_.target.uid);
   probe->set_keep_best(plan_.effective.keep_best());
   for (const SpanRange& range : plan_.probes) FillSpan(range, probe->add_spans());
 }
 
-void AdaptJob::FillStep(wire::AdaptStep* step) {
+void AdaptJob::FillStep(double rate, wire::AdaptStep* step) {
   step->set_adapter(plan_.target.uid);
-  step->set_step(++steps_sent_);
-  step->set_learning_rate(static_cast<float>(ScheduledRate(plan_.effective, steps_sent_)));
+  step->set_restart(delta_steps_ == 0 && steps_sent_ > 0);
+  step->set_step(++delta_steps_);
+  ++steps_sent_;
+  rates_under_way_.push_back(rate);
+  step->set_learning_rate(static_cast<float>(rate));
   for (const SpanRange& range : spans_->NextStep()) FillSpan(range, step->add_spans());
+}
+
+// A step from the start, and then its probe, whose loss decides how it goes on.
+bool AdaptJob::NextTrial(wire::Command* command) {
+  if (!probes_under_way_.empty()) return false;
+  if (trial_sent_) {
+    FillProbe(command->mutable_probe_loss());
+  } else {
+    delta_steps_ = 0;
+    FillStep(*search_->Next(), command->mutable_adapt_step());
+  }
+  trial_sent_ = !trial_sent_;
+  return true;
+}
+
+// A schedule that decays has about half of its highest rate on average.
+void AdaptJob::BeginSteps() {
+  const bool decays = schedule_.schedule() != api::CONSTANT;
+  schedule_.set_learning_rate((decays ? 2 : 1) * search_->best());
+  schedule_.set_steps(plan_.effective.steps() - steps_sent_);
+  schedule_.set_warmup_steps(std::min(schedule_.warmup_steps(), schedule_.steps() - 1));
+  search_.reset();
+  delta_steps_ = 0;
+  last_probe_ = steps_sent_;
+  probes_without_best_ = 0;
 }
 
 // With a limit of time a step is not sent ahead once the one before it may be the last.
@@ -207,27 +247,33 @@ void AdaptJob::OnResult(const wire::Command& command, const wire::Result& result
 
 // The start's, those between steps, and the one behind the last step, which decides.
 void AdaptJob::OnProbe(const wire::Result& result, double now) {
-  const int64_t step = probes_under_way_.front();
+  const SentProbe sent = probes_under_way_.front();
   probes_under_way_.pop_front();
   const bool first = !plan_.probes.empty() && !adapter_.has_probe_loss_before();
   const bool last = phase_ == Phase::kCommit && probes_under_way_.empty();
-  if (!plan_.probes.empty() && !std::isfinite(result.loss())) {
+  if (!plan_.probes.empty() && !std::isfinite(result.loss()) && !sent.trial) {
     RollBack("NON_FINITE_LOSS", "the probe loss is not finite", steps_done_, now);
     return;
   }
   const bool best = first || result.loss() < best_.loss;
-  if (best || !plan_.effective.keep_best()) best_ = {step, result.loss(), result.agree()};
+  if (best || !plan_.effective.keep_best()) best_ = {sent.delta_steps, result.loss(), result.agree()};
   probes_without_best_ = best ? 0 : probes_without_best_ + 1;
+  if (sent.trial) {
+    search_->Measured(result.loss());
+    if (!search_->Next()) BeginSteps();
+  }
   if (first) {
     adapter_.set_probe_loss_before(result.loss());
     events_.emplace_back().set_probe_loss_before(result.loss());
+    nothing_to_learn_ = search_ && result.loss() < kKnownLoss;
   } else if (!last) {
     api::AdaptEvent::Probe* probe = events_.emplace_back().mutable_probe();
-    probe->set_step(step);
+    probe->set_step(sent.steps);
     probe->set_loss(result.loss());
     probe->set_best(best);
+    probe->set_trial(sent.trial);
     const int64_t patience = plan_.effective.patience();
-    out_of_patience_ |= patience > 0 && probes_without_best_ >= patience && steps_sent_ < plan_.effective.steps();
+    out_of_patience_ |= !sent.trial && patience > 0 && probes_without_best_ >= patience && steps_sent_ < plan_.effective.steps();
   } else {
     OnLastProbe(result.loss(), now);
   }
@@ -237,7 +283,7 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
 void AdaptJob::OnLastProbe(double loss, double now) {
   measured_after_ = true;
   adapter_.set_delta_hash(Hex(best_.delta_hash));
-  if (plan_.effective.keep_best()) adapter_.set_steps(plan_.earlier_steps + best_.step);
+  if (plan_.effective.keep_best()) adapter_.set_steps(plan_.earlier_steps + best_.steps);
   if (plan_.probes.empty()) return;
   adapter_.set_probe_loss_after(best_.loss);
   events_.emplace_back().set_probe_loss_after(loss);
@@ -251,19 +297,21 @@ void AdaptJob::OnLastProbe(double loss, double now) {
 }
 
 void AdaptJob::OnStep(const wire::AdaptStep& step, const wire::Result& result, double now) {
+  const double rate = rates_under_way_.front();
+  rates_under_way_.pop_front();
+  const int64_t number = steps_done_ + 1;
   if (!std::isfinite(result.loss()) || !std::isfinite(result.grad_norm())) {
-    RollBack("NON_FINITE_LOSS", "loss or gradient of step " + std::to_string(step.step()) + " is not finite",
-             step.step(), now);
+    RollBack("NON_FINITE_LOSS", "loss or gradient of step " + std::to_string(number) + " is not finite", number, now);
     return;
   }
-  if (step.step() == 1) adapter_.set_first_loss(result.loss());
+  if (number == 1) adapter_.set_first_loss(result.loss());
   adapter_.set_last_loss(result.loss());
   api::AdaptEvent::Step* event = events_.emplace_back().mutable_step();
-  event->set_step(step.step());
+  event->set_step(number);
   event->set_loss(result.loss());
   event->set_grad_norm(result.grad_norm());
   event->set_step_seconds(result.seconds());
-  event->set_learning_rate(ScheduledRate(plan_.effective, step.step()));
+  event->set_learning_rate(rate);
   double flops = 0;
   for (const wire::Span& span : step.spans()) {
     const int64_t rows = span.ids_size() - 1;
@@ -271,8 +319,8 @@ void AdaptJob::OnStep(const wire::AdaptStep& step, const wire::Result& result, d
     rows_done_ += rows;
     flops += static_cast<double>(rows) * StepRowFlops(model_, static_cast<double>(span.start() + rows / 2));
   }
-  if (step.step() > 1) tools_->steps.Measured(flops, result.seconds());  // the first sets up what the others find
-  steps_done_ = step.step();
+  if (number > 1) tools_->steps.Measured(flops, result.seconds());  // the first sets up what the others find
+  steps_done_ = number;
   adapter_.set_steps(plan_.earlier_steps + steps_done_);
   slowest_step_ = std::max(slowest_step_, result.seconds());
   const double limit = plan_.effective.max_seconds();

@@ -13,6 +13,7 @@
 #include "base/model_config.h"
 #include "coordinator/core/job.h"
 #include "coordinator/core/prefill.h"
+#include "coordinator/core/rate_search.h"
 #include "coordinator/core/session.h"
 #include "coordinator/core/span_policy.h"
 
@@ -38,7 +39,7 @@ struct AdaptPlan {
   std::vector<SpanRange> probes;
   std::vector<SpanRange> explicit_spans;  // these, if any
   std::vector<int64_t> recall_rows;       // else these, if any; else uniform
-  std::optional<int64_t> search_held_out;  // rows must be found first, with so many held out: nothing below is filled
+  std::optional<RowSearch> search;        // rows must be found first: nothing below is filled, nor the search's tokens
   uint64_t from_uid = 0;      // on the ranks: whose committed delta it starts from; 0: from nothing
   int64_t earlier_steps = 0;  // behind that delta
   int64_t adapter_bytes = 0;  // of the committed delta on each rank
@@ -77,15 +78,19 @@ class AdaptJob : public Job {
   void OnEnd(double now) override;
 
  private:
-  enum class Phase { kBegin, kProbeBefore, kSteps, kProbeAfter, kCommit, kAllSent };
+  enum class Phase { kBegin, kProbeBefore, kTrials, kSteps, kProbeAfter, kCommit, kAllSent };
   void FillBegin(wire::BeginAdapt* begin) const;
   void FillProbe(wire::ProbeLoss* probe);
-  void FillStep(wire::AdaptStep* step);
+  void FillStep(double rate, wire::AdaptStep* step);
+  bool NextTrial(wire::Command* command);
+  void BeginSteps();
   bool StepMayWait() const;
   void FillSpan(const SpanRange& range, wire::Span* span) const;
   void OnProbe(const wire::Result& result, double now);
   void OnLastProbe(double loss, double now);
-  bool StepsAreOver() const { return out_of_time_ || out_of_patience_ || steps_sent_ == plan_.effective.steps(); }
+  bool StepsAreOver() const {
+    return out_of_time_ || out_of_patience_ || nothing_to_learn_ || steps_sent_ == plan_.effective.steps();
+  }
   void OnStep(const wire::AdaptStep& step, const wire::Result& result, double now);
   void OnCommitted(double now);
   void RollBack(const char* reason, const std::string& message, int64_t step, double now);
@@ -99,16 +104,27 @@ class AdaptJob : public Job {
   bool begun_ = false;  // the ranks hold a delta under adaptation
   int64_t steps_sent_ = 0;
   int64_t steps_done_ = 0;
+  int64_t delta_steps_ = 0;                // of those sent, how many the delta has: since the last restart
   int64_t last_probe_ = 0;                 // steps sent before the last probe between steps
-  std::deque<int64_t> probes_under_way_;   // steps sent before each
+  std::optional<RateSearch> search_;       // while it lasts: every step is a trial from the start
+  bool trial_sent_ = false;                // its probe is next
+  api::AdaptEvent::Effective schedule_;    // of the steps behind the trials
+  std::deque<double> rates_under_way_;     // of steps
+  struct SentProbe {
+    int64_t steps = 0;  // sent before it
+    int64_t delta_steps = 0;
+    bool trial = false;
+  };
+  std::deque<SentProbe> probes_under_way_;
   struct Probed {
-    int64_t step = 0;
+    int64_t steps = 0;  // of the delta
     double loss = 0;
     uint64_t delta_hash = 0;
   };
   Probed best_;  // without keep_best the last one
   int64_t probes_without_best_ = 0;
   bool out_of_patience_ = false;
+  bool nothing_to_learn_ = false;
   double slowest_step_ = 0;     // seconds
   bool out_of_time_ = false;
   int64_t rows_done_ = 0;

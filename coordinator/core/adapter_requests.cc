@@ -147,7 +147,10 @@ StatusOr<Coordinator::AdaptStart> Coordinator::Adapt(const api::AdaptContextRequ
   const AdaptationShape shape = ShapeOf(plan.effective);
   const int64_t work = AdaptationBytes(options_.model, group_.device(), shape);
   REFOCUS_RETURN_IF_ERROR(ledger_.CheckEach(work + plan.adapter_bytes));
-  if (plan.search_held_out) return AdaptStart{nullptr, {}, RowSearch{session->token_ids(), *plan.search_held_out}};
+  if (plan.search) {
+    plan.search->tokens = session->token_ids();
+    return AdaptStart{nullptr, {}, std::move(plan.search)};
+  }
   if (request.validate_only()) {
     AdaptStart start;
     api::AdaptEvent& event = start.events.emplace_back();

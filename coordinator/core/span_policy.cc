@@ -231,7 +231,10 @@ HeldOutRows HoldOut(std::span<const int32_t> tokens, const std::vector<int64_t>&
 }
 
 FoundRows FindRows(const RowSearch& search, const std::function<bool()>& stop) {
-  return {search.tokens, HoldOut(*search.tokens, RecallRows(*search.tokens, stop), search.most_held_out)};
+  std::vector<int64_t> rows = RecallRows(*search.tokens, stop);
+  const auto late = std::lower_bound(rows.begin(), rows.end(), search.first_row);
+  if (late != rows.end()) rows.erase(rows.begin(), late);
+  return {search.tokens, HoldOut(*search.tokens, rows, search.most_held_out)};
 }
 
 std::vector<SpanRange> AsSpans(const std::vector<int64_t>& rows) {

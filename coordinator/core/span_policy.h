@@ -56,6 +56,7 @@ HeldOutRows HoldOut(std::span<const int32_t> tokens, const std::vector<int64_t>&
 struct RowSearch {
   std::shared_ptr<const std::vector<int32_t>> tokens;
   int64_t most_held_out = 0;  // rows
+  int64_t first_row = 0;      // only rows from here on, where there are any
 };
 struct FoundRows {
   std::shared_ptr<const std::vector<int32_t>> tokens;  // that were searched; null: none were

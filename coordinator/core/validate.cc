@@ -178,6 +178,14 @@ Status CheckEffective(const api::AdaptEvent::Effective& e) {
   return CheckReal("max_probe_rise", e.max_probe_rise(), 0, 1e6);
 }
 
+constexpr double kRecallFrom = 0.5;      // default: the share of the text before which no row is taken
+constexpr int64_t kWorthRecalling = 10;  // automatic: one of so many rows must be one to recall
+
+// The learning rate that `automatic` begins with: what suits 4 million, 135 million and billions of parameters.
+double RateBySize(const ModelConfig& model) {
+  return std::clamp(1e-5 * std::pow(4e9 / static_cast<double>(model.parameters()), 2.0 / 3.0), 1e-6, 1e-2);
+}
+
 // Rows to train on and rows held out, of those that the policy draws from.
 Status PlanRecallRows(HeldOutRows* found, AdaptPlan* plan) {
   auto& e = plan->effective;
@@ -257,7 +265,9 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   REFOCUS_RETURN_IF_ERROR(
       CheckEnum("schedule", r.schedule(), api::Schedule_IsValid(r.schedule()), "CONSTANT, LINEAR or COSINE"));
   e.set_optimizer(r.optimizer() == api::OPTIMIZER_UNSPECIFIED ? api::ADAMW : r.optimizer());
-  e.set_schedule(r.schedule() == api::SCHEDULE_UNSPECIFIED ? api::CONSTANT : r.schedule());
+  e.set_schedule(r.schedule() != api::SCHEDULE_UNSPECIFIED ? r.schedule()
+                 : r.has_automatic()                       ? api::COSINE
+                                                           : api::CONSTANT);
   if (r.has_momentum() && e.optimizer() != api::SGD)
     return FieldError("momentum", Number(r.momentum()), "none with ADAMW");
   e.set_momentum(r.momentum());
@@ -266,19 +276,21 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   e.set_steps(r.has_steps() ? r.steps() : 32);
   e.set_span_tokens(r.has_span_tokens() ? r.span_tokens() : 128);
   e.set_spans_per_step(r.has_spans_per_step() ? r.spans_per_step() : 1);
-  e.set_learning_rate(r.has_learning_rate() ? r.learning_rate() : 1e-5);
+  const bool automatic = r.has_automatic();
+  e.set_learning_rate(r.has_learning_rate() ? r.learning_rate() : automatic ? RateBySize(model) : 1e-5);
   e.set_weight_decay(r.has_weight_decay() ? r.weight_decay() : 0.01);
   e.set_clip_norm(r.has_clip_norm() ? r.clip_norm() : 1.0);
   e.set_beta1(r.has_beta1() ? r.beta1() : 0.9);
   e.set_beta2(r.has_beta2() ? r.beta2() : 0.999);
   e.set_epsilon(r.has_epsilon() ? r.epsilon() : 1e-8);
   e.set_seed(r.has_seed() ? r.seed() : seed);
-  e.set_probe_spans(r.has_probe_spans() ? r.probe_spans() : 2);
+  e.set_probe_spans(r.has_probe_spans() ? r.probe_spans() : automatic ? 1 : 2);
   e.set_max_probe_rise(r.has_max_probe_rise() ? r.max_probe_rise() : 0.1);
-  e.set_keep_best(r.keep_best());
-  e.set_probe_every(r.has_probe_every() ? r.probe_every() : r.keep_best() ? std::max<int64_t>(1, e.steps() / 8) : 0);
-  e.set_patience(r.patience());
-  if (r.patience() != 0 && !r.keep_best()) return FieldError("patience", Number(r.patience()), "0 without keep_best");
+  e.set_keep_best(r.keep_best() || automatic);
+  e.set_probe_every(r.has_probe_every() ? r.probe_every() : e.keep_best() ? std::max<int64_t>(1, e.steps() / 8) : 0);
+  e.set_patience(r.has_patience() || !automatic ? r.patience() : 3);
+  if (automatic) e.set_trial_steps(e.steps() / 4);
+  if (e.patience() != 0 && !e.keep_best()) return FieldError("patience", Number(r.patience()), "0 without keep_best");
   REFOCUS_RETURN_IF_ERROR(CheckEffective(e));
   if (token_count < 2) {
     return Error(StatusCode::kFailedPrecondition, "CONTEXT_TOO_SHORT",
@@ -292,28 +304,35 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   if (!plan.explicit_spans.empty()) rows = 0;
   for (const SpanRange& span : plan.explicit_spans) rows = std::max(rows, span.rows);
   REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step x span_tokens", e.spans_per_step() * rows, 1, kMaxStepRows));
-  if (r.has_recall_rows()) {
+  if (r.has_recall_rows() || automatic) {
+    double from = kRecallFrom;
+    if (r.recall_rows().has_from()) from = r.recall_rows().from();
+    REFOCUS_RETURN_IF_ERROR(CheckReal("recall_rows.from", from, 0, 0.999999));
+    const auto first_row = static_cast<int64_t>(from * static_cast<double>(token_count));
     if (found == nullptr) {
-      plan.search_held_out = e.probe_spans() * e.span_tokens();
+      plan.search = RowSearch{nullptr, e.probe_spans() * e.span_tokens(), first_row};
       return plan;
     }
-    REFOCUS_RETURN_IF_ERROR(PlanRecallRows(found, &plan));
-  } else {
-    plan.probes = ProbeSpans(token_count, e.span_tokens(), e.probe_spans());
+    const auto rows = static_cast<int64_t>(found->training.size());
+    if (r.has_recall_rows() || kWorthRecalling * rows >= token_count - first_row) {
+      REFOCUS_RETURN_IF_ERROR(PlanRecallRows(found, &plan));
+    }
   }
+  if (plan.recall_rows.empty()) plan.probes = ProbeSpans(token_count, e.span_tokens(), e.probe_spans());
   std::erase_if(plan.probes, [&](const SpanRange& probe) {  // what the caller trains on holds nothing out
     return std::any_of(plan.explicit_spans.begin(), plan.explicit_spans.end(), [&](const SpanRange& span) {
       return span.start <= probe.start + probe.rows && probe.start <= span.start + span.rows;
     });
   });
-  if (!r.has_recall_rows()) e.set_probe_spans(static_cast<int64_t>(plan.probes.size()));
+  if (plan.recall_rows.empty()) e.set_probe_spans(static_cast<int64_t>(plan.probes.size()));
   if (plan.probes.empty()) {
     e.set_probe_spans(0);
     e.set_probe_every(0);
-    if (r.keep_best()) {
+    if (e.keep_best()) {
+      const std::string field = automatic ? "automatic" : "keep_best";
       return Error(StatusCode::kFailedPrecondition, "NO_PROBE_SPANS",
-                   "keep_best: nothing is held out to compare by: the context is too short, explicit_spans cover it, or "
-                   "probe_spans is 0; leave keep_best out");
+                   field + ": nothing is held out to compare by: the context is too short, explicit_spans cover it, or "
+                   "probe_spans is 0; leave " + field + " out");
     }
   }
   return plan;

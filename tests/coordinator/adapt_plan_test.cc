@@ -54,8 +54,9 @@ StatusOr<AdaptPlan> Plan(const std::function<void(api::AdaptContextRequest&)>& s
   set(request);
   const auto token_count = static_cast<int64_t>(tokens.size());
   REFOCUS_ASSIGN_OR_RETURN(AdaptPlan plan, PlanAdapt(request, model, start, token_count, 1));
-  if (!plan.search_held_out) return plan;
-  HeldOutRows found = HoldOut(tokens, RecallRows(tokens), *plan.search_held_out);
+  if (!plan.search) return plan;
+  plan.search->tokens = std::make_shared<const std::vector<int32_t>>(tokens);
+  HeldOutRows found = FindRows(*plan.search).rows;
   return PlanAdapt(request, model, start, token_count, 1, &found);
 }
 

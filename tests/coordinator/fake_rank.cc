@@ -246,7 +246,8 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
                                       from->second.lora_rank != begin.lora_rank())) {
       return OutOfPlace("from_adapter", result);
     }
-    adapter.work = begin.from_adapter() != 0 ? from->second.steps : 0;
+    adapter.begun = begin.from_adapter() != 0 ? from->second.steps : 0;
+    adapter.work = adapter.begun;
     adapter.work_rank = begin.lora_rank();
     adapter.kept.reset();
     adapter.incoming.reset();
@@ -280,13 +281,17 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
     if (command.adapt_step().spans().empty() || !check_spans(adapter, command.adapt_step().spans())) {
       return OutOfPlace("spans", result);
     }
+    const auto& step = command.adapt_step();
+    if (step.restart()) adapter.work = adapter.begun;
+    if (step.step() != (step.restart() ? 1 : *adapter.work - adapter.begun + 1)) return OutOfPlace("step", result);
     ++*adapter.work;
+    adapter.rate = step.learning_rate();
     result->set_loss(1.0 / static_cast<double>(command.adapt_step().step()));
     result->set_grad_norm(0.5);
   } else if (command.has_probe_loss()) {
     if (!check_spans(adapter, command.probe_loss().spans())) return OutOfPlace("spans", result);
     result->set_loss(2.0 - 0.01 * static_cast<double>(*adapter.work));
-    if (probe_loss) result->set_loss(probe_loss(*adapter.work));
+    if (probe_loss) result->set_loss(probe_loss(*adapter.work, adapter.rate));
     result->set_agree(0x1000 + static_cast<uint64_t>(*adapter.work));
     if (command.probe_loss().keep_best() && (!adapter.kept || result->loss() < adapter.kept_loss)) {
       adapter.kept = *adapter.work;

@@ -95,6 +95,8 @@ class FakeRank {
     int64_t lora_rank = 0;
     std::string numbers;  // committed
     std::optional<int64_t> work;  // steps under adaptation
+    int64_t begun = 0;            // steps that it began with
+    double rate = 0;              // of the last step
     int64_t work_rank = 0;
     std::optional<int64_t> kept;  // steps behind what a probe kept
     double kept_loss = 0;
@@ -133,7 +135,7 @@ class FakeRank {
   int64_t kv_capacity_bytes = int64_t{1} << 30;
   int64_t refuse_seq = 0;                                           // this command fails and changes nothing
   std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
-  std::function<double(int64_t steps)> probe_loss;  // else falls slowly
+  std::function<double(int64_t steps, double rate)> probe_loss;  // else falls slowly
   std::function<bool(uint64_t sequence, int64_t position)>
       not_finite;                                                  // logits of a decode step; the same on all ranks
   std::function<void(const wire::Command&, int64_t token)> pause;  // before a command (token -1) and each decoded token

@@ -345,7 +345,7 @@ TEST_F(JobsTest, TheBestIsKeptAndPatienceEnds) {
   simulation_.CreateReady("a", 600);
   const std::vector<double> losses = {2.0, 1.8, 1.5, 1.6, 1.2, 1.4, 1.3, 1.25};
   for (int32_t rank = 0; rank < 2; ++rank) {
-    simulation_.rank(rank).probe_loss = [&](int64_t steps) {
+    simulation_.rank(rank).probe_loss = [&](int64_t steps, double) {
       return losses.at(std::min<size_t>(steps, losses.size() - 1));
     };
   }
@@ -379,7 +379,7 @@ TEST_F(JobsTest, TheBestIsKeptAndPatienceEnds) {
 TEST_F(JobsTest, NothingBetterLeavesWhatItStartedFrom) {
   simulation_.CreateReady("a", 600);
   for (int32_t rank = 0; rank < 2; ++rank) {
-    simulation_.rank(rank).probe_loss = [](int64_t steps) { return 1.0 + static_cast<double>(steps); };
+    simulation_.rank(rank).probe_loss = [](int64_t steps, double) { return 1.0 + static_cast<double>(steps); };
   }
   api::AdaptContextRequest request = Simulation::AdaptRequest("a", 6);
   request.set_keep_best(true);

@@ -244,6 +244,43 @@ TEST_P(AdapterTest, KeepsTheBest) {
   ExpectRefused(EndAdapt{13, true, 1, true}, "COMMAND_OUT_OF_PLACE", "kept");
 }
 
+// A restart forgets the steps: the bits of an adaptation that never made them, from nothing, from a drawn LoRA and from
+// another adapter; what a probe kept before it stays kept.
+TEST_P(AdapterTest, RestartsFromWhereItBegan) {
+  group_.Prefill(kContext, Ids(0, 300));
+  Adapt(group_, kContext, 20, kLora, 0, 2);
+  const auto restart = [&](uint64_t adapter, const DeltaConfig& delta, uint64_t from) {
+    Begin(group_, kContext, adapter, delta, from);
+    group_.Do(AdaptStep{adapter, 1, {At(200, 30)}, 1e-1f});
+    group_.Do(AdaptStep{adapter, 2, {At(100, 30)}, 1e-1f});
+    ExpectRefused(AdaptStep{adapter, 2, {At(20, 30)}, 3e-2f, true}, "COMMAND_OUT_OF_PLACE", "step");
+    group_.Do(AdaptStep{adapter, 1, {At(20, 30)}, 3e-2f, true});
+    group_.Do(AdaptStep{adapter, 2, {At(40, 30)}, 3e-2f});
+    group_.Do(EndAdapt{adapter, true, 1});
+  };
+  struct Case {
+    DeltaConfig delta;
+    uint64_t from;
+  };
+  uint64_t next = 21;
+  for (const Case& c : {Case{{}, 0}, Case{kLora, 0}, Case{kLora, 20}}) {
+    const uint64_t plain = next++, restarted = next++;
+    Adapt(group_, kContext, plain, c.delta, c.from, 2);
+    restart(restarted, c.delta, c.from);
+    EXPECT_EQ(Bits(Ask(group_, kContext, restarted)), Bits(Ask(group_, kContext, plain))) << plain;
+  }
+  BeginAdapt begin{kContext, 40, 0};
+  begin.seed = 5;
+  begin.keep_best = true;
+  group_.Do(begin);
+  group_.Do(AdaptStep{40, 1, {At(20, 30)}, 3e-2f});
+  group_.Do(ProbeLoss{40, {At(10, 20)}, true});
+  group_.Do(AdaptStep{40, 1, {At(50, 30)}, 1.0f, true});
+  group_.Do(EndAdapt{40, true, 1, true});
+  Adapt(group_, kContext, 41, {}, 0, 1);
+  EXPECT_EQ(Bits(Ask(group_, kContext, 40)), Bits(Ask(group_, kContext, 41)));
+}
+
 INSTANTIATE_TEST_SUITE_P(Ranks, AdapterTest, ::testing::Values(1, 2, 3),
                          [](const auto& info) { return std::to_string(info.param) + "_ranks"; });
 

@@ -1,0 +1,159 @@
+// The automatic policy: which rates are tried, what follows from the probes, and when nothing is done.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "coordinator/core/rate_search.h"
+#include "tests/coordinator/simulation.h"
+
+namespace refocus {
+namespace {
+
+// The rates that are tried when a rate's loss is the distance of its logarithm from that of `optimum`.
+std::vector<double> Tried(double first, double optimum, int64_t most, double* best) {
+  RateSearch search(first, most);
+  std::vector<double> rates;
+  while (search.Next()) {
+    rates.push_back(*search.Next());
+    search.Measured(std::abs(std::log(rates.back() / optimum)));
+  }
+  *best = search.best();
+  return rates;
+}
+
+TEST(RateSearchTest, ClimbsUntilItGetsWorse) {
+  double best = 0;
+  EXPECT_EQ(Tried(1e-3, 1.7e-2, 9, &best), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2}));
+  EXPECT_EQ(best, 1.6e-2);
+  EXPECT_EQ(Tried(1e-3, 1e-3, 9, &best), (std::vector<double>{1e-3, 4e-3, 2.5e-4}));
+  EXPECT_EQ(best, 1e-3);
+  EXPECT_EQ(Tried(1e-3, 5e-5, 9, &best), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 6.25e-5, 1.5625e-5}));
+  EXPECT_EQ(best, 6.25e-5);
+}
+
+TEST(RateSearchTest, EndsAtItsLimits) {
+  double best = 0;
+  EXPECT_EQ(Tried(1e-3, 1, 1, &best), std::vector<double>{1e-3});
+  EXPECT_EQ(best, 1e-3);
+  EXPECT_EQ(Tried(1e-3, 1, 2, &best), (std::vector<double>{1e-3, 4e-3}));
+  EXPECT_EQ(best, 4e-3);
+  EXPECT_EQ(Tried(0.5, 8, 9, &best), std::vector<double>{0.5}) << "a rate is at most 1";
+  RateSearch search(1e-3, 4);
+  search.Measured(std::numeric_limits<double>::quiet_NaN());
+  EXPECT_EQ(search.best(), 1e-3);
+  search.Measured(2.0);
+  EXPECT_EQ(search.best(), 4e-3) << "anything is better than NaN";
+}
+
+class AutomaticTest : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    simulation_.Launch(2);
+    simulation_.Run();
+    simulation_.CreateReady("a", 600);
+  }
+
+  void Losses(const std::function<double(int64_t steps, double rate)>& loss) {
+    for (int32_t rank = 0; rank < 2; ++rank) simulation_.rank(rank).probe_loss = loss;
+  }
+  std::shared_ptr<AdaptJob> Adapt(const std::function<void(api::AdaptContextRequest&)>& set = [](auto&) {}) {
+    api::AdaptContextRequest request = Simulation::AdaptRequest("a", 24);
+    request.clear_learning_rate();
+    request.mutable_automatic();
+    set(request);
+    const auto job = simulation_.Adapt(request);
+    if (!job.ok()) return nullptr;
+    simulation_.Run();
+    simulation_.ExpectConsistent();
+    return *job;
+  }
+
+  Simulation simulation_;
+};
+
+// A single step at 0.02 or more does harm; below, the higher the better.
+TEST_F(AutomaticTest, TriesRatesAndGoesOnFromTheStart) {
+  Losses([](int64_t steps, double rate) {
+    if (steps == 0) return 2.0;
+    return rate < 0.02 ? 2.0 - rate * static_cast<double>(steps) : 3.0;
+  });
+  const auto job = Adapt([](auto& r) {
+    r.set_learning_rate(1e-3);
+    r.set_schedule(api::CONSTANT);
+  });
+  ASSERT_NE(job, nullptr);
+  ASSERT_TRUE(job->status().ok()) << job->status();
+  EXPECT_EQ(job->events()[0].effective().trial_steps(), 6);
+  EXPECT_TRUE(job->events()[0].effective().keep_best());
+  std::vector<double> rates;
+  std::vector<int64_t> steps, trials;
+  for (const api::AdaptEvent& event : job->events()) {
+    if (event.has_step()) {
+      rates.push_back(event.step().learning_rate());
+      steps.push_back(event.step().step());
+    }
+    if (event.has_probe() && event.probe().trial()) trials.push_back(event.probe().step());
+  }
+  std::vector<double> expected = {1e-3, 4e-3, 1.6e-2, 6.4e-2};
+  expected.insert(expected.end(), 20, 1.6e-2);
+  EXPECT_EQ(rates, expected);
+  for (int64_t i = 0; i < 24; ++i) EXPECT_EQ(steps[i], i + 1);
+  EXPECT_EQ(trials, (std::vector<int64_t>{1, 2, 3, 4}));
+  const api::Adapter& adapter = job->events().back().adapter();
+  EXPECT_EQ(adapter.steps(), 20) << "trials were taken back";
+  EXPECT_NEAR(adapter.probe_loss_after(), 2.0 - 20 * 1.6e-2, 1e-6);
+  EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 20);
+}
+
+TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTwiceTheRate) {
+  Losses([](int64_t steps, double) { return 2.0 - 0.01 * static_cast<double>(steps); });
+  const auto job = Adapt([](auto& r) { r.set_learning_rate(1e-3); });
+  ASSERT_NE(job, nullptr);
+  EXPECT_EQ(job->events()[0].effective().schedule(), api::COSINE);
+  std::vector<double> rates;
+  for (const api::AdaptEvent& event : job->events()) {
+    if (event.has_step()) rates.push_back(event.step().learning_rate());
+  }
+  // All rates are alike here, so it tries one more in either direction.
+  ASSERT_GE(rates.size(), 4u);
+  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 2e-3}));
+  EXPECT_LT(rates.back(), 1e-4);
+}
+
+TEST_F(AutomaticTest, WhatIsKnownNeedsNoStep) {
+  Losses([](int64_t, double) { return 0.005; });
+  const auto job = Adapt();
+  ASSERT_NE(job, nullptr);
+  ASSERT_TRUE(job->status().ok()) << job->status();
+  for (const api::AdaptEvent& event : job->events()) EXPECT_FALSE(event.has_step());
+  EXPECT_EQ(job->events().back().adapter().steps(), 0);
+  EXPECT_EQ(job->events().back().adapter().revision(), 1);
+}
+
+TEST_F(AutomaticTest, HarmIsTakenBack) {
+  Losses([](int64_t steps, double) { return steps == 0 ? 2.0 : std::numeric_limits<double>::infinity(); });
+  const auto job = Adapt([](auto& r) { r.set_steps(4); });  // one trial, which is not finite
+  ASSERT_NE(job, nullptr);
+  EXPECT_EQ(ReasonOf(job->status()), "NON_FINITE_LOSS") << "behind the trial";
+  Losses([](int64_t steps, double) { return 2.0 + static_cast<double>(steps); });
+  const auto worse = Adapt();
+  ASSERT_NE(worse, nullptr);
+  ASSERT_TRUE(worse->status().ok()) << worse->status();
+  EXPECT_EQ(worse->events().back().adapter().steps(), 0);
+  EXPECT_TRUE(worse->events().back().out_of_patience());
+}
+
+TEST_F(AutomaticTest, ContinuesFromWhatThereIs) {
+  Losses([](int64_t steps, double) { return 2.0 - 0.01 * static_cast<double>(steps); });
+  ASSERT_NE(Adapt([](auto& r) { r.clear_automatic(); }), nullptr);
+  const auto job = Adapt([](auto& r) { r.set_continue_adapter(true); });
+  ASSERT_NE(job, nullptr);
+  ASSERT_TRUE(job->status().ok()) << job->status();
+  EXPECT_EQ(job->events().back().adapter().steps(), simulation_.rank(0).adapters.begin()->second.steps);
+  EXPECT_GT(job->events().back().adapter().steps(), 24);
+}
+
+}  // namespace
+}  // namespace refocus
