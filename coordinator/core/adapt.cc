@@ -189,7 +189,9 @@ void AdaptJob::FillStep(double rate, wire::AdaptStep* step) {
   ++steps_sent_;
   rates_under_way_.push_back(rate);
   step->set_learning_rate(static_cast<float>(rate));
-  for (const SpanRange& range : spans_->NextStep()) FillSpan(range, step->add_spans());
+  // Trials are compared with each other: all train on what the first one drew.
+  if (!search_ || step_spans_.empty()) step_spans_ = spans_->NextStep();
+  for (const SpanRange& range : step_spans_) FillSpan(range, step->add_spans());
 }
 
 // A step from the start, and then its probe, whose loss decides how it goes on.
@@ -205,10 +207,8 @@ bool AdaptJob::NextTrial(wire::Command* command) {
   return true;
 }
 
-// A schedule that decays has about half of its highest rate on average.
 void AdaptJob::BeginSteps() {
-  const bool decays = schedule_.schedule() != api::CONSTANT;
-  schedule_.set_learning_rate((decays ? 2 : 1) * search_->best());
+  schedule_.set_learning_rate(search_->best());
   schedule_.set_steps(plan_.effective.steps() - steps_sent_);
   schedule_.set_warmup_steps(std::min(schedule_.warmup_steps(), schedule_.steps() - 1));
   search_.reset();

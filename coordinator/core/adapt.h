@@ -108,6 +108,7 @@ class AdaptJob : public Job {
   int64_t last_probe_ = 0;                 // steps sent before the last probe between steps
   std::optional<RateSearch> search_;       // while it lasts: every step is a trial from the start
   bool trial_sent_ = false;                // its probe is next
+  std::vector<SpanRange> step_spans_;      // of the last step
   api::AdaptEvent::Effective schedule_;    // of the steps behind the trials
   std::deque<double> rates_under_way_;     // of steps
   struct SentProbe {

@@ -107,18 +107,24 @@ TEST_F(AutomaticTest, TriesRatesAndGoesOnFromTheStart) {
   EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 20);
 }
 
-TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTwiceTheRate) {
+TEST_F(AutomaticTest, ASchedulesRateIsTheBest) {
   Losses([](int64_t steps, double) { return 2.0 - 0.01 * static_cast<double>(steps); });
   const auto job = Adapt([](auto& r) { r.set_learning_rate(1e-3); });
   ASSERT_NE(job, nullptr);
   EXPECT_EQ(job->events()[0].effective().schedule(), api::COSINE);
   std::vector<double> rates;
+  std::vector<std::vector<int64_t>> starts;
   for (const api::AdaptEvent& event : job->events()) {
-    if (event.has_step()) rates.push_back(event.step().learning_rate());
+    if (!event.has_step()) continue;
+    rates.push_back(event.step().learning_rate());
+    starts.emplace_back(event.step().span_starts().begin(), event.step().span_starts().end());
   }
   // All rates are alike here, so it tries one more in either direction.
   ASSERT_GE(rates.size(), 4u);
-  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 2e-3}));
+  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 1e-3}));
+  EXPECT_EQ(starts[1], starts[0]) << "trials are compared on the same rows";
+  EXPECT_EQ(starts[2], starts[0]);
+  EXPECT_NE(starts[3], starts[2]);
   EXPECT_LT(rates.back(), 1e-4);
 }
 

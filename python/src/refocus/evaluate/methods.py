@@ -64,7 +64,8 @@ class Method:
         the steps and probes that it made and the rows that it drew."""
         request = self.request
         rows = min(request["span_tokens"], max(1, context - 1)) * request["spans_per_step"]
-        probe_rows = min(request["span_tokens"], max(1, context - 1)) * request.get("probe_spans", PROBE_SPANS)
+        probe_rows = min(request["span_tokens"], max(1, context - 1)) * request.get(
+            "probe_spans", 1 if "automatic" in request else PROBE_SPANS)
         steps, probes, keys = request["steps"], 2 + _probes_between(request), None
         if done is not None:
             steps = len(done.steps)
@@ -112,13 +113,23 @@ def _one_of(**values: Any) -> Callable[[str], Any]:
     return convert
 
 
-# A setting is a field of Method, or of AdaptContextRequest, and what makes its value of text; None: it stays unset.
+def _late_rows(text: str) -> dict[str, Any]:
+    """0 to 0.999999, the share of the text before them"""
+    rows = Request.RecallRows()
+    setattr(rows, "from", _real(0, 0.999999)(text))
+    return {"recall_rows": rows}
+
+
+# A setting is a field of Method, or of AdaptContextRequest, and what makes its value of text; None: it stays unset; a
+# dict: several fields.
 Settings = dict[str, tuple[str, Callable[[str], Any]]]
 ADAPTING: Settings = {
     "steps": ("steps", _whole(1, 10000)), "span": ("span_tokens", _whole(1, 8192)),
     "spans": ("spans_per_step", _whole(1, 64)), "lr": ("learning_rate", _real(0, 1)),
     "decay": ("weight_decay", _real(0, 1)), "clip": ("clip_norm", _real(1e-6, 1e6)),
-    "rows": ("recall_rows", _one_of(uniform=None, recall=Request.RecallRows())),
+    "rows": ("rows", _one_of(uniform={}, recall={"recall_rows": Request.RecallRows()},
+                             auto={"automatic": Request.Automatic()})),
+    "from": ("rows", _late_rows),
     "schedule": ("schedule", _one_of(constant=context_pb2.CONSTANT, linear=context_pb2.LINEAR,
                                      cosine=context_pb2.COSINE)),
     "warmup": ("warmup_steps", _whole(0, 9999)),
@@ -134,9 +145,12 @@ PROBE_SPANS = 2  # the server's default
 
 
 def _probes_between(request: dict[str, Any]) -> int:
-    """Probes behind some of the steps, as the server does it."""
-    every = request.get("probe_every", max(1, request["steps"] // 8) if request.get("keep_best") else 0)
-    return int((request["steps"] - 1) // every) if every else 0
+    """Probes behind some of the steps, as the server does it: at most, where it may end early."""
+    automatic = "automatic" in request
+    kept = request.get("keep_best") or automatic
+    every = request.get("probe_every", max(1, request["steps"] // 8) if kept else 0)
+    trials = request["steps"] // 4 if automatic else 0
+    return trials + (int((request["steps"] - 1 - trials) // every) if every else 0)
 
 
 OF_WAY: dict[str, Settings] = {
@@ -172,7 +186,9 @@ def parse(label: str) -> Method:
             value = convert(text)
         except ValueError:
             raise EvalError(f"method {name}: got {key}={text!r}, allowed {convert.__doc__}") from None
-        if value is not None:
+        if isinstance(value, dict):
+            request.update(value)
+        elif value is not None:
             (request if key in adapting else fields)[field] = value
     return Method(label, name, base != "no-context", adapt, way, request, **fields)
 
