@@ -207,8 +207,10 @@ bool AdaptJob::NextTrial(wire::Command* command) {
   return true;
 }
 
+// A schedule that decays has about half of its highest rate on average.
 void AdaptJob::BeginSteps() {
-  schedule_.set_learning_rate(search_->best());
+  const bool decays = schedule_.schedule() != api::CONSTANT;
+  schedule_.set_learning_rate(std::min(1.0, (decays ? 2 : 1) * search_->best()));
   schedule_.set_steps(plan_.effective.steps() - steps_sent_);
   schedule_.set_warmup_steps(std::min(schedule_.warmup_steps(), schedule_.steps() - 1));
   search_.reset();

@@ -3,8 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 #include <optional>
+#include <vector>
 
 namespace refocus {
 
@@ -14,16 +14,23 @@ class RateSearch {
   RateSearch(double first, int64_t most) : most_(most), next_(first) {}
 
   std::optional<double> Next() const { return next_; }  // none: over
-  void Measured(double loss);                           // of Next(); NaN is worse than anything
-  double best() const { return best_; }                 // of those measured, the one with the lowest loss
+  void Measured(double loss);                           // of Next(); what is not finite is worse than anything
+
+  // The lowest point of the parabola through the best of those measured and its neighbours, loss over the rate's logarithm,
+  // at most a factor of 2 away; the best itself where a neighbour was not measured or not finite. After the first Measured.
+  double best() const;
 
  private:
+  struct Trial {
+    double rate = 0;
+    double loss = 0;
+  };
+  const Trial& Best() const;
+
   int64_t most_;
   std::optional<double> next_;
-  int64_t measured_ = 0;
   double factor_ = 4.0;
-  double best_ = 0.0;
-  double best_loss_ = std::numeric_limits<double>::infinity();
+  std::vector<Trial> trials_;
 };
 
 }  // namespace refocus

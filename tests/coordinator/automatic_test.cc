@@ -11,13 +11,13 @@
 namespace refocus {
 namespace {
 
-// The rates that are tried when a rate's loss is the distance of its logarithm from that of `optimum`.
+// The rates that are tried when a rate's loss is the square of its logarithm's distance from that of `optimum`.
 std::vector<double> Tried(double first, double optimum, int64_t most, double* best) {
   RateSearch search(first, most);
   std::vector<double> rates;
   while (search.Next()) {
     rates.push_back(*search.Next());
-    search.Measured(std::abs(std::log(rates.back() / optimum)));
+    search.Measured(std::pow(std::log(rates.back() / optimum), 2));
   }
   *best = search.best();
   return rates;
@@ -26,11 +26,11 @@ std::vector<double> Tried(double first, double optimum, int64_t most, double* be
 TEST(RateSearchTest, ClimbsUntilItGetsWorse) {
   double best = 0;
   EXPECT_EQ(Tried(1e-3, 1.7e-2, 9, &best), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2}));
-  EXPECT_EQ(best, 1.6e-2);
-  EXPECT_EQ(Tried(1e-3, 1e-3, 9, &best), (std::vector<double>{1e-3, 4e-3, 2.5e-4}));
-  EXPECT_EQ(best, 1e-3);
+  EXPECT_NEAR(best, 1.7e-2, 1e-9) << "between the rates tried";
+  EXPECT_EQ(Tried(1e-3, 1.3e-3, 9, &best), (std::vector<double>{1e-3, 4e-3, 2.5e-4}));
+  EXPECT_NEAR(best, 1.3e-3, 1e-9);
   EXPECT_EQ(Tried(1e-3, 5e-5, 9, &best), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 6.25e-5, 1.5625e-5}));
-  EXPECT_EQ(best, 6.25e-5);
+  EXPECT_NEAR(best, 5e-5, 1e-9);
 }
 
 TEST(RateSearchTest, EndsAtItsLimits) {
@@ -44,7 +44,10 @@ TEST(RateSearchTest, EndsAtItsLimits) {
   search.Measured(std::numeric_limits<double>::quiet_NaN());
   EXPECT_EQ(search.best(), 1e-3);
   search.Measured(2.0);
-  EXPECT_EQ(search.best(), 4e-3) << "anything is better than NaN";
+  EXPECT_EQ(search.best(), 4e-3) << "anything is better than NaN, which has no place in a parabola";
+  search.Measured(2.5);
+  EXPECT_EQ(search.best(), 4e-3);
+  EXPECT_FALSE(search.Next());
 }
 
 class AutomaticTest : public ::testing::Test {
@@ -96,18 +99,20 @@ TEST_F(AutomaticTest, TriesRatesAndGoesOnFromTheStart) {
     }
     if (event.has_probe() && event.probe().trial()) trials.push_back(event.probe().step());
   }
-  std::vector<double> expected = {1e-3, 4e-3, 1.6e-2, 6.4e-2};
-  expected.insert(expected.end(), 20, 1.6e-2);
-  EXPECT_EQ(rates, expected);
+  ASSERT_EQ(rates.size(), 24u);
+  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2}));
+  const double chosen = rates[4];
+  EXPECT_NEAR(chosen, 1.6e-2 * std::pow(4, -0.5 * (1.016 - 0.012) / (1.016 + 0.012)), 1e-6);
+  for (size_t i = 4; i < rates.size(); ++i) EXPECT_EQ(rates[i], chosen);
   for (int64_t i = 0; i < 24; ++i) EXPECT_EQ(steps[i], i + 1);
   EXPECT_EQ(trials, (std::vector<int64_t>{1, 2, 3, 4}));
   const api::Adapter& adapter = job->events().back().adapter();
   EXPECT_EQ(adapter.steps(), 20) << "trials were taken back";
-  EXPECT_NEAR(adapter.probe_loss_after(), 2.0 - 20 * 1.6e-2, 1e-6);
+  EXPECT_NEAR(adapter.probe_loss_after(), 2.0 - 20 * chosen, 1e-5);
   EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 20);
 }
 
-TEST_F(AutomaticTest, ASchedulesRateIsTheBest) {
+TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTwiceTheRate) {
   Losses([](int64_t steps, double) { return 2.0 - 0.01 * static_cast<double>(steps); });
   const auto job = Adapt([](auto& r) { r.set_learning_rate(1e-3); });
   ASSERT_NE(job, nullptr);
@@ -121,7 +126,7 @@ TEST_F(AutomaticTest, ASchedulesRateIsTheBest) {
   }
   // All rates are alike here, so it tries one more in either direction.
   ASSERT_GE(rates.size(), 4u);
-  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 1e-3}));
+  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 2e-3}));
   EXPECT_EQ(starts[1], starts[0]) << "trials are compared on the same rows";
   EXPECT_EQ(starts[2], starts[0]);
   EXPECT_NE(starts[3], starts[2]);
