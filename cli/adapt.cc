@@ -19,7 +19,7 @@ struct AdaptOptions {
   std::vector<std::string> spans;
   std::optional<int64_t> probe_every, patience;
   bool recall = false;
-  std::optional<double> recall_from;
+  std::optional<double> recall_after;
   bool automatic = false;
   bool keep_best = false;
   std::optional<std::string> kind, optimizer, schedule;
@@ -65,7 +65,7 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
   if (options.patience) request.set_patience(*options.patience);
   request.set_keep_best(options.keep_best);
   if (options.recall) request.mutable_recall_rows();
-  if (options.recall_from) request.mutable_recall_rows()->set_from(*options.recall_from);
+  if (options.recall_after) request.mutable_recall_rows()->set_after(*options.recall_after);
   if (options.automatic) request.mutable_automatic();
   request.set_base_adapter(options.base_adapter);
   request.set_continue_adapter(options.continue_adapter);
@@ -271,7 +271,7 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
       ->type_name("START:LENGTH")->group(spans);
   verb->add_flag("--recall", o->recall, "Train on single tokens that can be looked up in what stands before them")
       ->excludes("--span")->group(spans);
-  verb->add_option("--recall-from", o->recall_from, "With --recall: only behind this share of the text (0.5)")
+  verb->add_option("--recall-after", o->recall_after, "With --recall: only behind this share of the text (0.5)")
       ->needs("--recall")->group(spans);
   verb->add_flag("--automatic", o->automatic,
                  "Find out by trials on held-out spans whether, on what, at which rate and how long to train")

@@ -178,7 +178,7 @@ Status CheckEffective(const api::AdaptEvent::Effective& e) {
   return CheckReal("max_probe_rise", e.max_probe_rise(), 0, 1e6);
 }
 
-constexpr double kRecallFrom = 0.5;      // default: the share of the text before which no row is taken
+constexpr double kRecallAfter = 0.5;     // default: the share of the text before which no row is taken
 constexpr int64_t kWorthRecalling = 10;  // automatic: one of so many rows must be one to recall
 
 // The learning rate that `automatic` begins with: what suits 4 million, 135 million and billions of parameters.
@@ -305,10 +305,10 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   for (const SpanRange& span : plan.explicit_spans) rows = std::max(rows, span.rows);
   REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step x span_tokens", e.spans_per_step() * rows, 1, kMaxStepRows));
   if (r.has_recall_rows() || automatic) {
-    double from = kRecallFrom;
-    if (r.recall_rows().has_from()) from = r.recall_rows().from();
-    REFOCUS_RETURN_IF_ERROR(CheckReal("recall_rows.from", from, 0, 0.999999));
-    const auto first_row = static_cast<int64_t>(from * static_cast<double>(token_count));
+    double after = kRecallAfter;
+    if (r.recall_rows().has_after()) after = r.recall_rows().after();
+    REFOCUS_RETURN_IF_ERROR(CheckReal("recall_rows.after", after, 0, 0.999999));
+    const auto first_row = static_cast<int64_t>(after * static_cast<double>(token_count));
     if (found == nullptr) {
       plan.search = RowSearch{nullptr, e.probe_spans() * e.span_tokens(), first_row};
       return plan;

@@ -139,6 +139,18 @@ TEST(AdaptPlanTest, RecallRows) {
   for (const SpanRange& probe : plan->probes) {
     for (const int64_t row : plan->recall_rows) EXPECT_FALSE(probe.start <= row && row < probe.start + probe.rows);
   }
+  // From the later half, the last quarter, and from where nothing recurs: then from the whole text.
+  const auto half = static_cast<int64_t>(tokens.size()) / 2;
+  EXPECT_GE(plan->recall_rows.front(), half);
+  const auto after = [&](double share) {
+    return *Plan([=](auto& r) { r.mutable_recall_rows()->set_after(share); }, nullptr, FakeModel(1000), tokens);
+  };
+  EXPECT_EQ(after(0).recall_rows.size(), plan->recall_rows.size()) << "nothing recurs in the first half";
+  EXPECT_GE(after(0.75).recall_rows.front(), 300);
+  EXPECT_LT(after(0.75).recall_rows.size(), plan->recall_rows.size());
+  EXPECT_EQ(after(0.9999).recall_rows.size(), plan->recall_rows.size());
+  const auto refused = Plan([](auto& r) { r.mutable_recall_rows()->set_after(1.0); }, nullptr, FakeModel(1000), tokens);
+  EXPECT_EQ(ReasonOf(refused.status()), "FIELD_OUT_OF_RANGE");
   EXPECT_EQ(ReasonOf(Plan(recall).status()), "NOTHING_RECURS");
 }
 

@@ -115,9 +115,7 @@ def _one_of(**values: Any) -> Callable[[str], Any]:
 
 def _late_rows(text: str) -> dict[str, Any]:
     """0 to 0.999999, the share of the text before them"""
-    rows = Request.RecallRows()
-    setattr(rows, "from", _real(0, 0.999999)(text))
-    return {"recall_rows": rows}
+    return {"recall_rows": Request.RecallRows(after=_real(0, 0.999999)(text))}
 
 
 # A setting is a field of Method, or of AdaptContextRequest, and what makes its value of text; None: it stays unset; a
@@ -129,7 +127,7 @@ ADAPTING: Settings = {
     "decay": ("weight_decay", _real(0, 1)), "clip": ("clip_norm", _real(1e-6, 1e6)),
     "rows": ("rows", _one_of(uniform={}, recall={"recall_rows": Request.RecallRows()},
                              auto={"automatic": Request.Automatic()})),
-    "from": ("rows", _late_rows),
+    "after": ("rows", _late_rows),
     "schedule": ("schedule", _one_of(constant=context_pb2.CONSTANT, linear=context_pb2.LINEAR,
                                      cosine=context_pb2.COSINE)),
     "warmup": ("warmup_steps", _whole(0, 9999)),
