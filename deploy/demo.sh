@@ -44,7 +44,7 @@ ln -s "$root/bench/recall_model/model" "$work/recall-model"  # the name that the
     >"$work/serve.out" 2>"$work/serve.err" &
 server=$!
 deadline=$((SECONDS + start_seconds))
-until grep -q '^Ready' "$work/serve.out"; do
+until grep -qs '^Ready' "$work/serve.out"; do  # which the server's shell is about to make
   kill -0 "$server" 2>/dev/null || give_up "the server did not start"
   [ $SECONDS -lt $deadline ] || give_up "the server was not ready within $start_seconds s"
   sleep 0.1
