@@ -128,7 +128,9 @@ class AdaptView {
       losses.Add({"held-out spans", FormatFixed(adapter_.probe_loss_before(), 4),
                   FormatFixed(adapter_.probe_loss_after(), 4)});
     }
-    losses.Add({"first and last step", FormatFixed(adapter_.first_loss(), 4), FormatFixed(adapter_.last_loss(), 4)});
+    if (seen_ > 0) {
+      losses.Add({"first and last step", FormatFixed(adapter_.first_loss(), 4), FormatFixed(adapter_.last_loss(), 4)});
+    }
     losses.Print(std::cout);
     std::cout << '\n';
     Table table({"phase", "tokens", "seconds", "tokens/s", "queued s", "memory per rank"});
@@ -281,8 +283,9 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
   verb->add_option("--probe-every", o->probe_every, "Measure them also behind every so many steps (never)")->group(probe);
   verb->add_flag("--keep-best", o->keep_best, "Keep the state with the lowest loss of a probe, the start's included")
       ->group(probe);
-  verb->add_option("--patience", o->patience, "End when so many probes brought nothing better (never)")
-      ->needs("--keep-best")->group(probe);
+  verb->add_option("--patience", o->patience,
+                   "With --keep-best or --automatic: end when so many probes brought nothing better (never; 3)")
+      ->group(probe);
   verb->add_option("--max-probe-rise", o->max_probe_rise, "Roll back when their loss rises by more, nats (0.1)")
       ->group(probe);
   AddCommonOptions(verb, settings);

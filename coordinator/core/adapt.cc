@@ -219,8 +219,10 @@ void AdaptJob::BeginSteps() {
   probes_without_best_ = 0;
 }
 
-// With a limit of time a step is not sent ahead once the one before it may be the last.
+// The first one where the start's probe may say that there is none; with a limit of time a step is not sent ahead once
+// the one before it may be the last.
 bool AdaptJob::StepMayWait() const {
+  if (plan_.automatic && steps_sent_ == 0 && !probes_under_way_.empty()) return true;
   const double limit = plan_.effective.max_seconds();
   if (limit == 0 || steps_sent_ == steps_done_) return false;
   return steps_done_ == 0 || run_seconds() + 3 * slowest_step_ >= limit;
@@ -267,7 +269,7 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
   if (first) {
     adapter_.set_probe_loss_before(result.loss());
     events_.emplace_back().set_probe_loss_before(result.loss());
-    nothing_to_learn_ = search_ && result.loss() < kKnownLoss;
+    nothing_to_learn_ = plan_.automatic && result.loss() < kKnownLoss;
   } else if (!last) {
     api::AdaptEvent::Probe* probe = events_.emplace_back().mutable_probe();
     probe->set_step(sent.steps);

@@ -40,6 +40,7 @@ struct AdaptPlan {
   std::vector<SpanRange> explicit_spans;  // these, if any
   std::vector<int64_t> recall_rows;       // else these, if any; else uniform
   std::optional<RowSearch> search;        // rows must be found first: nothing below is filled, nor the search's tokens
+  bool automatic = false;     // no step where what is held out is known
   uint64_t from_uid = 0;      // on the ranks: whose committed delta it starts from; 0: from nothing
   int64_t earlier_steps = 0;  // behind that delta
   int64_t adapter_bytes = 0;  // of the committed delta on each rank

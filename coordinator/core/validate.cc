@@ -289,6 +289,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   e.set_keep_best(r.keep_best() || automatic);
   e.set_probe_every(r.has_probe_every() ? r.probe_every() : e.keep_best() ? std::max<int64_t>(1, e.steps() / 8) : 0);
   e.set_patience(r.has_patience() || !automatic ? r.patience() : 3);
+  plan.automatic = automatic;
   if (automatic) e.set_trial_steps(e.steps() / 4);
   if (e.patience() != 0 && !e.keep_best()) return FieldError("patience", Number(r.patience()), "0 without keep_best");
   REFOCUS_RETURN_IF_ERROR(CheckEffective(e));

@@ -135,12 +135,14 @@ TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTwiceTheRate) {
 
 TEST_F(AutomaticTest, WhatIsKnownNeedsNoStep) {
   Losses([](int64_t, double) { return 0.005; });
-  const auto job = Adapt();
-  ASSERT_NE(job, nullptr);
-  ASSERT_TRUE(job->status().ok()) << job->status();
-  for (const api::AdaptEvent& event : job->events()) EXPECT_FALSE(event.has_step());
-  EXPECT_EQ(job->events().back().adapter().steps(), 0);
-  EXPECT_EQ(job->events().back().adapter().revision(), 1);
+  for (const int64_t steps : {24, 1}) {  // one is too few for a trial
+    const auto job = Adapt([=](auto& r) { r.set_steps(steps); });
+    ASSERT_NE(job, nullptr);
+    ASSERT_TRUE(job->status().ok()) << job->status();
+    for (const api::AdaptEvent& event : job->events()) EXPECT_FALSE(event.has_step()) << steps;
+    EXPECT_EQ(job->events().back().adapter().steps(), 0);
+    EXPECT_EQ(job->events().back().adapter().revision(), steps == 24 ? 1 : 2);
+  }
 }
 
 TEST_F(AutomaticTest, HarmIsTakenBack) {
