@@ -73,8 +73,8 @@ wanted million && grep -E '^(span|[0-9]+ (tokens|positions)),' "$logs/million.lo
 check nccl each "$bin/collective_nccl_test"
 check service python3 -B "$root/tests/e2e/gpu_test.py" "$bin" "$root"
 wanted service && grep -E '^(cuda|cpu|context|adapt|ask|1048576|\|)' "$logs/service.log"
-table kernels "$bin/kernel_bench"
-table kernels_int8 "$bin/kernel_bench" "" int8
+table kernels "$bin/kernel_bench" --jsonl "$logs/kernels.jsonl"
+table kernels_int8 "$bin/kernel_bench" --int8 --jsonl "$logs/kernels.jsonl"
 table context_one "${bench[@]}" --tokens 8192,32768,131072 --steps 12
 [ "$gpus" -gt 1 ] && table context_all each "${bench[@]}" --tokens 8192,32768,131072 --steps 12
 table batch "${bench[@]}" --tokens 131072 --synthetic-cache --steps 2 --batch 1,4,16,64 --adapters 0,1,8
