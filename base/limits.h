@@ -30,6 +30,7 @@ inline constexpr int64_t kMaxSpansPerStep = 64;
 inline constexpr int64_t kMaxStepRows = 65'536;       // spans_per_step x span_tokens
 inline constexpr int64_t kMaxProbeSpans = 16;
 inline constexpr int64_t kMaxExplicitSpans = 65'536;
+inline constexpr int64_t kMaxCandidateSpans = 4096;
 inline constexpr int64_t kMaxLoraRank = 512;
 inline constexpr int64_t kLoraByDefaultParameters = 14'000'000'000;  // above, a full delta with moments takes tens of GB
 inline constexpr int64_t kDeltaPieceNumbers = 128 << 10;  // of an adapter's numbers on their way in or out

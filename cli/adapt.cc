@@ -20,6 +20,9 @@ struct AdaptOptions {
   std::optional<int64_t> probe_every, patience;
   bool recall = false;
   std::optional<double> recall_after;
+  bool surprisal = false;
+  std::optional<int64_t> candidates;
+  std::optional<double> surprisal_share, surprisal_skip;
   bool automatic = false;
   bool keep_best = false;
   std::optional<std::string> kind, optimizer, schedule;
@@ -66,6 +69,10 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
   request.set_keep_best(options.keep_best);
   if (options.recall) request.mutable_recall_rows();
   if (options.recall_after) request.mutable_recall_rows()->set_after(*options.recall_after);
+  if (options.surprisal) request.mutable_surprisal_spans();
+  if (options.candidates) request.mutable_surprisal_spans()->set_candidates(*options.candidates);
+  if (options.surprisal_share) request.mutable_surprisal_spans()->set_share(*options.surprisal_share);
+  if (options.surprisal_skip) request.mutable_surprisal_spans()->set_skip(*options.surprisal_skip);
   if (options.automatic) request.mutable_automatic();
   request.set_base_adapter(options.base_adapter);
   request.set_continue_adapter(options.continue_adapter);
@@ -101,6 +108,7 @@ class AdaptView {
       case v1::AdaptEvent::kProbeLossBefore:
         progress_.Line("held-out spans before: " + FormatFixed(event.probe_loss_before(), 4) + " nats per token");
         break;
+      case v1::AdaptEvent::kCandidates: OnCandidates(event.candidates()); break;
       case v1::AdaptEvent::kStep: OnStep(event.step()); break;
       case v1::AdaptEvent::kProbe:
         progress_.Line(std::string("held-out spans behind ") + (event.probe().trial() ? "trial " : "step ") +
@@ -164,12 +172,28 @@ class AdaptView {
     }
     if (effective.optimizer() == v1::SGD) line += ", SGD";
     if (effective.recall_rows() > 0) line += ", of " + FormatCount(effective.recall_rows()) + " rows that recall";
+    if (effective.candidates() > 0) line += ", by surprisal among " + FormatCount(effective.candidates()) + " spans";
     if (effective.keep_best()) {
       line += ", keeping the best of a probe every " + std::to_string(effective.probe_every()) + " steps";
     }
     if (effective.schedule() != v1::CONSTANT) line += effective.schedule() == v1::LINEAR ? ", linear" : ", cosine";
     if (effective.warmup_steps() > 0) line += ", " + std::to_string(effective.warmup_steps()) + " warm-up steps";
     progress_.Line(line);
+  }
+
+  void OnCandidates(const v1::AdaptEvent::Candidates& candidates) {
+    double all = 0, of_chosen = 0;
+    int chosen = 0;
+    for (int i = 0; i < candidates.losses_size(); ++i) {
+      all += candidates.losses(i);
+      if (!candidates.chosen(i)) continue;
+      of_chosen += candidates.losses(i);
+      ++chosen;
+    }
+    const int measured = candidates.losses_size();
+    progress_.Line("spans by surprisal: " + FormatCount(chosen) + " of " + FormatCount(measured) + ", " +
+                   FormatFixed(of_chosen / std::max(1, chosen), 4) + " nats per token against " +
+                   FormatFixed(all / std::max(1, measured), 4) + " of all");
   }
 
   void OnForecast(const v1::AdaptEvent::Forecast& forecast) {
@@ -275,9 +299,17 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
       ->excludes("--span")->group(spans);
   verb->add_option("--recall-after", o->recall_after, "With --recall: only behind this share of the text (0.5)")
       ->needs("--recall")->group(spans);
+  verb->add_flag("--surprisal", o->surprisal, "Train on the spans predicted worst, of candidates measured first")
+      ->excludes("--span")->excludes("--recall")->group(spans);
+  verb->add_option("--candidates", o->candidates, "With --surprisal: so many (4 times the steps' spans)")
+      ->needs("--surprisal")->group(spans);
+  verb->add_option("--surprisal-share", o->surprisal_share, "With --surprisal: of the candidates, trained on (0.25)")
+      ->needs("--surprisal")->group(spans);
+  verb->add_option("--surprisal-skip", o->surprisal_skip, "With --surprisal: of the candidates, left out as noise (0)")
+      ->needs("--surprisal")->group(spans);
   verb->add_flag("--automatic", o->automatic,
                  "Find out by trials on held-out spans whether, on what, at which rate and how long to train")
-      ->excludes("--span")->excludes("--recall")->group(spans);
+      ->excludes("--span")->excludes("--recall")->excludes("--surprisal")->group(spans);
   const std::string probe = "Held-out spans";
   verb->add_option("--probe-spans", o->probe_spans, "How many are measured before and after (2)")->group(probe);
   verb->add_option("--probe-every", o->probe_every, "Measure them also behind every so many steps (never)")->group(probe);

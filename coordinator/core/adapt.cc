@@ -4,6 +4,7 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
+#include <numeric>
 #include <utility>
 
 #include "base/check.h"
@@ -12,6 +13,7 @@ namespace refocus {
 namespace {
 
 constexpr double kKnownLoss = 0.01;  // nats: what is held out is known as it is
+constexpr double kMeasuringShare = 0.5;  // of max_seconds, for candidates
 
 }  // namespace
 
@@ -57,6 +59,9 @@ double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token
   flops += spans * span_rows * StepRowFlops(model, keys);
   const double probes = 2 + static_cast<double>(e.trial_steps()) +
                         (e.probe_every() > 0 ? static_cast<double>((e.steps() - 1) / e.probe_every()) : 0);
+  for (const SpanRange& span : plan.candidates) {
+    flops += static_cast<double>(span.rows) * ForwardRowFlops(model, static_cast<double>(span.start));
+  }
   for (const SpanRange& probe : plan.probes) {
     flops += probes * static_cast<double>(probe.rows) * ForwardRowFlops(model, static_cast<double>(probe.start));
   }
@@ -72,7 +77,7 @@ AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, Ad
     spans_ = MakeExplicitSpans(plan_.explicit_spans, per_step);
   } else if (!plan_.recall_rows.empty()) {
     spans_ = MakeScatteredRows(std::move(plan_.recall_rows), per_step * effective.span_tokens(), effective.seed());
-  } else {
+  } else if (plan_.candidates.empty()) {
     spans_ = MakeUniformSpans(session_->token_count(), effective.span_tokens(), plan_.probes, effective.seed(), per_step);
   }
   schedule_ = effective;
@@ -88,7 +93,8 @@ AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, Ad
 }
 
 bool AdaptJob::NextCommand(wire::Command* command, double) {
-  if (phase_ == Phase::kProbeBefore && plan_.probes.empty()) phase_ = Phase::kTrials;
+  if (phase_ == Phase::kProbeBefore && plan_.probes.empty()) phase_ = Phase::kCandidates;
+  if (phase_ == Phase::kCandidates && spans_ != nullptr) phase_ = Phase::kTrials;
   if (phase_ == Phase::kTrials && !search_) phase_ = Phase::kSteps;
   if ((phase_ == Phase::kTrials || phase_ == Phase::kSteps) && StepsAreOver()) phase_ = Phase::kProbeAfter;
   switch (phase_) {
@@ -98,7 +104,10 @@ bool AdaptJob::NextCommand(wire::Command* command, double) {
       return true;
     case Phase::kProbeBefore:
       FillProbe(command->mutable_probe_loss());
-      phase_ = Phase::kTrials;
+      phase_ = Phase::kCandidates;
+      break;
+    case Phase::kCandidates:
+      if (!NextCandidate(command)) return false;
       break;
     case Phase::kTrials:
       if (!NextTrial(command)) return false;
@@ -154,7 +163,10 @@ double AdaptJob::Predict(const wire::Command& command) const {
 double AdaptJob::SecondsLeft() const {
   wire::Command step;
   step.mutable_adapt_step();
-  return Job::Predict(step) * static_cast<double>(plan_.effective.steps() - steps_sent_);
+  wire::Command probe;
+  probe.mutable_probe_loss();
+  return Job::Predict(step) * static_cast<double>(plan_.effective.steps() - steps_sent_) +
+         Job::Predict(probe) * static_cast<double>(plan_.candidates.size() - candidates_sent_);
 }
 
 void AdaptJob::FillBegin(wire::BeginAdapt* begin) const {
@@ -192,6 +204,16 @@ void AdaptJob::FillStep(double rate, wire::AdaptStep* step) {
   // Trials are compared with each other: all train on what the first one drew.
   if (!search_ || step_spans_.empty()) step_spans_ = spans_->NextStep();
   for (const SpanRange& range : step_spans_) FillSpan(range, step->add_spans());
+}
+
+// One a command, as the probe of a single span, so that others get their turn between them.
+bool AdaptJob::NextCandidate(wire::Command* command) {
+  if (candidates_sent_ == plan_.candidates.size()) return false;
+  wire::ProbeLoss* probe = command->mutable_probe_loss();
+  probe->set_adapter(plan_.target.uid);
+  FillSpan(plan_.candidates[candidates_sent_++], probe->add_spans());
+  probes_under_way_.push_back({.candidate = true});
+  return true;
 }
 
 // A step from the start, and then its probe, whose loss decides how it goes on.
@@ -255,8 +277,12 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
   probes_under_way_.pop_front();
   const bool first = !plan_.probes.empty() && !adapter_.has_probe_loss_before();
   const bool last = phase_ == Phase::kCommit && probes_under_way_.empty();
-  if (!plan_.probes.empty() && !std::isfinite(result.loss()) && !sent.trial) {
+  if ((sent.candidate || !plan_.probes.empty()) && !std::isfinite(result.loss()) && !sent.trial) {
     RollBack("NON_FINITE_LOSS", "the probe loss is not finite", steps_done_, now);
+    return;
+  }
+  if (sent.candidate) {
+    OnCandidate(result.loss());
     return;
   }
   const bool best = first || result.loss() < best_.loss;
@@ -280,6 +306,38 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
     out_of_patience_ |= !sent.trial && patience > 0 && probes_without_best_ >= patience && steps_sent_ < plan_.effective.steps();
   } else {
     OnLastProbe(result.loss(), now);
+  }
+  Changed();
+}
+
+void AdaptJob::OnCandidate(double loss) {
+  rows_done_ += plan_.candidates[candidate_losses_.size()].rows;
+  candidate_losses_.push_back(loss);
+  const double limit = plan_.effective.max_seconds();
+  if (limit > 0 && run_seconds() >= kMeasuringShare * limit) plan_.candidates.resize(candidates_sent_);
+  if (candidate_losses_.size() == plan_.candidates.size()) ChooseSpans();
+}
+
+void AdaptJob::ChooseSpans() {
+  const auto& effective = plan_.effective;
+  const std::vector<size_t> chosen =
+      ChooseByLoss(candidate_losses_, effective.candidate_share(), effective.candidate_skip());
+  std::vector<SpanRange> spans;
+  std::vector<bool> is_chosen(plan_.candidates.size());
+  for (const size_t i : chosen) {
+    spans.push_back(plan_.candidates[i]);
+    is_chosen[i] = true;
+  }
+  spans_ = MakeExplicitSpans(std::move(spans), effective.spans_per_step());
+  std::vector<size_t> order(plan_.candidates.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return plan_.candidates[a].start < plan_.candidates[b].start; });
+  api::AdaptEvent::Candidates* event = events_.emplace_back().mutable_candidates();
+  for (const size_t i : order) {
+    event->add_starts(plan_.candidates[i].start);
+    event->add_losses(candidate_losses_[i]);
+    event->add_chosen(is_chosen[i]);
   }
   Changed();
 }

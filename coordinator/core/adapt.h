@@ -1,6 +1,7 @@
-// Adaptation: BeginAdapt, probe loss before, gradient steps with two on the way (one, near the end of max_seconds),
-// probe loss after (and the delta's hash), then commit, or roll back when something was not finite, diverged, failed, or
-// was cancelled. The adapter is at its old revision or at the next one, on all ranks, whatever happens.
+// Adaptation: BeginAdapt, probe loss before, that of candidates to train on if there are any, gradient steps with two
+// on the way (one, near the end of max_seconds), probe loss after (and the delta's hash), then commit, or roll back when
+// something was not finite, diverged, failed, or was cancelled. The adapter is at its old revision or at the next one,
+// on all ranks, whatever happens.
 #pragma once
 
 #include <deque>
@@ -38,7 +39,8 @@ struct AdaptPlan {
   api::AdaptEvent::Effective effective;  // checked, with defaults filled in
   std::vector<SpanRange> probes;
   std::vector<SpanRange> explicit_spans;  // these, if any
-  std::vector<int64_t> recall_rows;       // else these, if any; else uniform
+  std::vector<int64_t> recall_rows;       // else these, if any
+  std::vector<SpanRange> candidates;      // else some of these, if any, by their loss; else uniform
   std::optional<RowSearch> search;        // rows must be found first: nothing below is filled, nor the search's tokens
   bool automatic = false;     // no step where what is held out is known
   uint64_t from_uid = 0;      // on the ranks: whose committed delta it starts from; 0: from nothing
@@ -79,15 +81,18 @@ class AdaptJob : public Job {
   void OnEnd(double now) override;
 
  private:
-  enum class Phase { kBegin, kProbeBefore, kTrials, kSteps, kProbeAfter, kCommit, kAllSent };
+  enum class Phase { kBegin, kProbeBefore, kCandidates, kTrials, kSteps, kProbeAfter, kCommit, kAllSent };
   void FillBegin(wire::BeginAdapt* begin) const;
   void FillProbe(wire::ProbeLoss* probe);
   void FillStep(double rate, wire::AdaptStep* step);
+  bool NextCandidate(wire::Command* command);
   bool NextTrial(wire::Command* command);
   void BeginSteps();
   bool StepMayWait() const;
   void FillSpan(const SpanRange& range, wire::Span* span) const;
   void OnProbe(const wire::Result& result, double now);
+  void OnCandidate(double loss);
+  void ChooseSpans();
   void OnLastProbe(double loss, double now);
   bool StepsAreOver() const {
     return out_of_time_ || out_of_patience_ || nothing_to_learn_ || steps_sent_ == plan_.effective.steps();
@@ -100,9 +105,11 @@ class AdaptJob : public Job {
   AdaptPlan plan_;
   const ModelConfig& model_;
   JobTools* const tools_;
-  std::unique_ptr<SpanPolicy> spans_;
+  std::unique_ptr<SpanPolicy> spans_;  // null until the candidates are measured
   Phase phase_ = Phase::kBegin;
   bool begun_ = false;  // the ranks hold a delta under adaptation
+  size_t candidates_sent_ = 0;
+  std::vector<double> candidate_losses_;  // of the first ones
   int64_t steps_sent_ = 0;
   int64_t steps_done_ = 0;
   int64_t delta_steps_ = 0;                // of those sent, how many the delta has: since the last restart
@@ -116,6 +123,7 @@ class AdaptJob : public Job {
     int64_t steps = 0;  // sent before it
     int64_t delta_steps = 0;
     bool trial = false;
+    bool candidate = false;
   };
   std::deque<SentProbe> probes_under_way_;
   struct Probed {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
+#include <numeric>
 #include <utility>
 
 #include "base/check.h"
@@ -20,6 +22,13 @@ struct StartRange {
   int64_t first = 0;
   int64_t end = 0;  // exclusive
 };
+
+// In place, seeded.
+template <typename T>
+void Shuffle(std::vector<T>* values, uint64_t seed) {
+  SplitMix64 random(seed);
+  for (size_t i = values->size(); i > 1; --i) std::swap((*values)[i - 1], (*values)[random.Below(i)]);
+}
 
 // The starts of spans of `rows` rows that intersect no held-out span, as disjoint rising ranges.
 std::vector<StartRange> AllowedStarts(int64_t token_count, int64_t rows, std::vector<SpanRange> held_out) {
@@ -247,6 +256,40 @@ std::vector<SpanRange> AsSpans(const std::vector<int64_t>& rows) {
     }
   }
   return spans;
+}
+
+std::vector<SpanRange> CandidateSpans(int64_t token_count, int64_t rows, const std::vector<SpanRange>& held_out,
+                                      int64_t count, uint64_t seed) {
+  const std::vector<StartRange> allowed = AllowedStarts(token_count, rows, held_out);
+  std::vector<int64_t> starts;
+  for (const StartRange& range : allowed) {
+    for (int64_t start = range.first; start < range.end; start += rows + 1) starts.push_back(start);
+  }
+  REFOCUS_CHECK(!starts.empty());
+  const auto fit = static_cast<int64_t>(starts.size());
+  count = std::min(count, fit);
+  std::vector<SpanRange> spans;
+  for (int64_t i = 0; i < count; ++i) {
+    spans.push_back({starts[static_cast<size_t>((2 * i + 1) * fit / (2 * count))], rows});
+  }
+  Shuffle(&spans, seed);
+  return spans;
+}
+
+std::vector<size_t> ChooseByLoss(const std::vector<double>& losses, double share, double skip) {
+  REFOCUS_CHECK(!losses.empty());
+  const auto of_all = [&](double part) {
+    return static_cast<size_t>(std::lround(part * static_cast<double>(losses.size())));
+  };
+  std::vector<size_t> order(losses.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return losses[a] > losses[b]; });
+  const size_t first = std::min(of_all(skip), losses.size() - 1);
+  const size_t count = std::clamp<size_t>(of_all(share), 1, losses.size() - first);
+  std::vector<size_t> chosen(order.begin() + static_cast<std::ptrdiff_t>(first),
+                             order.begin() + static_cast<std::ptrdiff_t>(first + count));
+  std::sort(chosen.begin(), chosen.end());
+  return chosen;
 }
 
 std::vector<SpanRange> ProbeSpans(int64_t token_count, int64_t rows, int64_t count) {

@@ -51,6 +51,15 @@ struct HeldOutRows {
 };
 HeldOutRows HoldOut(std::span<const int32_t> tokens, const std::vector<int64_t>& rows, int64_t most);
 
+// At most `count` >= 1 spans of `rows` rows that intersect neither each other nor `held_out` (which must leave at least
+// one), spread evenly over the text. In seeded order: the first ones are as good a sample as any.
+std::vector<SpanRange> CandidateSpans(int64_t token_count, int64_t rows, const std::vector<SpanRange>& held_out,
+                                      int64_t count, uint64_t seed);
+
+// Of candidates by falling loss (equal ones as they come) the first `skip` are left out and the next `share` of all taken,
+// at least one. Indices, rising. `losses` is not empty; shares are rounded to whole candidates.
+std::vector<size_t> ChooseByLoss(const std::vector<double>& losses, double share, double skip);
+
 // What `recall_rows` of an adaptation needs to know of a text, found outside of the coordinator's turn, which it would
 // hold up. It keeps the text alive, whatever becomes of the context meanwhile.
 struct RowSearch {

@@ -199,6 +199,22 @@ Status PlanRecallRows(HeldOutRows* found, AdaptPlan* plan) {
   return absl::OkStatus();
 }
 
+// After the probes, which candidates leave alone.
+Status PlanCandidates(const api::AdaptContextRequest::SurprisalSpans& spans, int64_t token_count, AdaptPlan* plan) {
+  auto& e = plan->effective;
+  const int64_t wanted = std::min(kMaxCandidateSpans, 4 * e.steps() * e.spans_per_step());
+  const int64_t count = spans.has_candidates() ? spans.candidates() : wanted;
+  REFOCUS_RETURN_IF_ERROR(CheckInt("surprisal_spans.candidates", count, 1, kMaxCandidateSpans));
+  e.set_candidate_skip(spans.skip());
+  REFOCUS_RETURN_IF_ERROR(CheckReal("surprisal_spans.skip", e.candidate_skip(), 0, 1));
+  const double left = 1 - e.candidate_skip();
+  e.set_candidate_share(spans.has_share() ? spans.share() : std::min(0.25, left));
+  REFOCUS_RETURN_IF_ERROR(CheckReal("surprisal_spans.share", e.candidate_share(), 0, left + 1e-9));  // 0.9 and 0.1
+  plan->candidates = CandidateSpans(token_count, e.span_tokens(), plan->probes, count, e.seed());
+  e.set_candidates(static_cast<int64_t>(plan->candidates.size()));
+  return absl::OkStatus();
+}
+
 Status CheckEnum(const char* field, int value, bool known, const char* allowed) {
   if (known) return absl::OkStatus();
   return FieldError(field, std::to_string(value), allowed);
@@ -336,6 +352,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
                    "probe_spans is 0; leave " + field + " out");
     }
   }
+  if (r.has_surprisal_spans()) REFOCUS_RETURN_IF_ERROR(PlanCandidates(r.surprisal_spans(), token_count, &plan));
   return plan;
 }
 

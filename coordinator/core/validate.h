@@ -53,9 +53,9 @@ Status CheckWindow(int64_t context, int64_t prompt, int64_t answer, int64_t wind
 // The request's, or the default one.
 std::string AdapterIdOf(const api::AdaptContextRequest& request);
 
-// Fills effective, probes, explicit_spans, recall_rows; `seed` is used when the request has none. `start`: the adapter
-// whose delta the request wants to start from, as far as there is one; else null. `found`: the rows that a plan without
-// them has asked for, or null; they are moved from.
+// Fills effective, probes and explicit_spans, recall_rows or candidates; `seed` is used when the request has none.
+// `start`: the adapter whose delta the request wants to start from, as far as there is one; else null. `found`: the rows
+// that a plan without them has asked for, or null; they are moved from.
 StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& request, const ModelConfig& model,
                               const api::Adapter* start, int64_t token_count, uint64_t seed,
                               HeldOutRows* found = nullptr);

@@ -154,6 +154,43 @@ TEST(AdaptPlanTest, RecallRows) {
   EXPECT_EQ(ReasonOf(Plan(recall).status()), "NOTHING_RECURS");
 }
 
+TEST(AdaptPlanTest, SurprisalSpans) {
+  const auto plan = [](auto set) {
+    return Plan([=](auto& r) {
+      r.set_span_tokens(10);
+      set(r.mutable_surprisal_spans());
+    });
+  };
+  const auto all = plan([](auto) {});
+  ASSERT_TRUE(all.ok()) << all.status();
+  EXPECT_EQ(all->effective.candidate_share(), 0.25);
+  EXPECT_EQ(all->effective.candidate_skip(), 0);
+  ASSERT_EQ(all->probes.size(), 2u);
+  // 500 tokens hold 45 spans that read 11 tokens each; two probes take their own and what no span fits beside.
+  EXPECT_EQ(all->effective.candidates(), static_cast<int64_t>(all->candidates.size()));
+  EXPECT_GE(all->candidates.size(), 41u);
+  EXPECT_LE(all->candidates.size(), 43u);
+  const auto few = plan([](auto spans) { spans->set_candidates(5); });
+  EXPECT_EQ(few->effective.candidates(), 5);
+  EXPECT_EQ(plan([](auto spans) { spans->set_skip(0.9); })->effective.candidate_share(), 1 - 0.9);
+  EXPECT_TRUE(plan([](auto spans) { spans->set_skip(0.9), spans->set_share(0.1); }).ok());
+  EXPECT_TRUE(plan([](auto spans) { spans->set_skip(1), spans->set_share(0); }).ok());
+  const auto refused = [&](auto set, const std::string& field) {
+    const Status status = plan(set).status();
+    EXPECT_EQ(ReasonOf(status), "FIELD_OUT_OF_RANGE") << status;
+    EXPECT_NE(std::string(status.message()).find("surprisal_spans." + field), std::string::npos) << status;
+  };
+  refused([](auto spans) { spans->set_candidates(0); }, "candidates");
+  refused([](auto spans) { spans->set_candidates(-1); }, "candidates");
+  refused([](auto spans) { spans->set_candidates(4097); }, "candidates");
+  refused([](auto spans) { spans->set_share(1.01); }, "share");
+  refused([](auto spans) { spans->set_share(-0.1); }, "share");
+  refused([](auto spans) { spans->set_share(std::nan("")); }, "share");
+  refused([](auto spans) { spans->set_skip(0.5), spans->set_share(0.6); }, "share");
+  refused([](auto spans) { spans->set_skip(1.5); }, "skip");
+  refused([](auto spans) { spans->set_skip(std::nan("")); }, "skip");
+}
+
 TEST(AdaptPlanTest, KeepBest) {
   const auto keep = [](int64_t steps) {
     return [steps](auto& r) {

@@ -292,6 +292,9 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
     if (!check_spans(adapter, command.probe_loss().spans())) return OutOfPlace("spans", result);
     result->set_loss(2.0 - 0.01 * static_cast<double>(*adapter.work));
     if (probe_loss) result->set_loss(probe_loss(*adapter.work, adapter.rate));
+    if (span_loss && command.probe_loss().spans_size() == 1) {
+      result->set_loss(span_loss(command.probe_loss().spans(0).start()));
+    }
     result->set_agree(0x1000 + static_cast<uint64_t>(*adapter.work));
     if (command.probe_loss().keep_best() && (!adapter.kept || result->loss() < adapter.kept_loss)) {
       adapter.kept = *adapter.work;

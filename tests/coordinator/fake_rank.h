@@ -136,6 +136,7 @@ class FakeRank {
   int64_t refuse_seq = 0;                                           // this command fails and changes nothing
   std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
   std::function<double(int64_t steps, double rate)> probe_loss;  // else falls slowly
+  std::function<double(int64_t start)> span_loss;                // of a probe with one span; else as any probe
   std::function<bool(uint64_t sequence, int64_t position)>
       not_finite;                                                  // logits of a decode step; the same on all ranks
   std::function<void(const wire::Command&, int64_t token)> pause;  // before a command (token -1) and each decoded token

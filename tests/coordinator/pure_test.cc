@@ -162,6 +162,57 @@ TEST(RecallRowsTest, HoldsOutTokensWhereverTheyStand) {
   }
 }
 
+TEST(CandidateSpansTest, DisjointSpreadAndSeeded) {
+  const std::vector<SpanRange> probes = ProbeSpans(1000, 10, 2);
+  const auto sorted = [](std::vector<SpanRange> spans) {
+    std::sort(spans.begin(), spans.end(), [](const auto& a, const auto& b) { return a.start < b.start; });
+    return spans;
+  };
+  const auto starts = [](const std::vector<SpanRange>& spans) {
+    std::vector<int64_t> starts;
+    for (const SpanRange& span : spans) starts.push_back(span.start);
+    return starts;
+  };
+  for (const int64_t count : {1, 2, 7, 20, 1000}) {
+    const std::vector<SpanRange> spans = CandidateSpans(1000, 10, probes, count, 3), rising = sorted(spans);
+    EXPECT_EQ(starts(CandidateSpans(1000, 10, probes, count, 3)), starts(spans));
+    EXPECT_EQ(starts(sorted(CandidateSpans(1000, 10, probes, count, 4))), starts(rising)) << "the seed orders only";
+    if (count > 2) {
+      EXPECT_NE(starts(CandidateSpans(1000, 10, probes, count, 4)), starts(spans));
+    }
+    ASSERT_EQ(static_cast<int64_t>(spans.size()), std::min<int64_t>(count, 22 + 44 + 22));
+    for (size_t i = 0; i < rising.size(); ++i) {
+      EXPECT_EQ(rising[i].rows, 10);
+      EXPECT_LT(rising[i].start + 10, 1000);
+      if (i > 0) {
+        EXPECT_GT(rising[i].start, rising[i - 1].start + 10);
+      }
+      for (const SpanRange& probe : probes) {
+        EXPECT_TRUE(rising[i].start + 10 < probe.start || probe.start + probe.rows < rising[i].start);
+      }
+      // One in each stretch of an equal size, to two spans.
+      const auto share = static_cast<int64_t>(i) * 1000 / static_cast<int64_t>(rising.size());
+      EXPECT_GE(rising[i].start, share - 25);
+      EXPECT_LE(rising[i].start, share + 1000 / static_cast<int64_t>(rising.size()) + 25);
+    }
+  }
+  EXPECT_EQ(starts(CandidateSpans(2, 1, {}, 4096, 1)), std::vector<int64_t>{0});
+}
+
+TEST(ChooseByLossTest, ABandOfTheRanks) {
+  using Indices = std::vector<size_t>;
+  const std::vector<double> losses = {3, 9, 1, 7, 5, 8, 2, 6};
+  EXPECT_EQ(ChooseByLoss(losses, 0.25, 0), (Indices{1, 5}));
+  EXPECT_EQ(ChooseByLoss(losses, 0.25, 0.25), (Indices{3, 7}));
+  EXPECT_EQ(ChooseByLoss(losses, 1, 0), (Indices{0, 1, 2, 3, 4, 5, 6, 7}));
+  EXPECT_EQ(ChooseByLoss(losses, 0.25, 0.75), (Indices{2, 6}));
+  EXPECT_EQ(ChooseByLoss(losses, 0, 0), Indices{1}) << "at least one";
+  EXPECT_EQ(ChooseByLoss(losses, 0, 1), Indices{2}) << "at least one, the last";
+  EXPECT_EQ(ChooseByLoss(losses, 0.5, 0.75), (Indices{2, 6})) << "and no more than there are";
+  EXPECT_EQ(ChooseByLoss({4, 4, 4, 4}, 0.5, 0), (Indices{0, 1})) << "equal ones as they come";
+  EXPECT_EQ(ChooseByLoss({4}, 0.25, 0.5), Indices{0});
+}
+
 TEST(ScatteredRowsTest, EachOnceARound) {
   std::vector<int64_t> rows;
   for (int64_t i = 0; i < 50; ++i) rows.push_back(3 * i + i / 10);

@@ -197,7 +197,8 @@ class AdaptCall(Call[context_pb2.AdaptContextRequest, context_pb2.AdaptEvent]):
         before, after = self._events.get("probe_loss_before"), self._events.get("probe_loss_after")
         return Adaptation(self._events["effective"].effective, self._steps,
                           None if before is None else before.probe_loss_before,
-                          None if after is None else after.probe_loss_after, last.adapter, last.usage, self._probes)
+                          None if after is None else after.probe_loss_after, last.adapter, last.usage, self._probes,
+                          self._events["candidates"].candidates if "candidates" in self._events else None)
 
 
 class GenerateCall(Call[inference_pb2.GenerateRequest, inference_pb2.GenerateEvent]):

@@ -65,6 +65,7 @@ class AdaptOptions(TypedDict, total=False):
     warmup_steps: int
     max_seconds: float
     recall_rows: context_pb2.AdaptContextRequest.RecallRows
+    surprisal_spans: context_pb2.AdaptContextRequest.SurprisalSpans
     automatic: context_pb2.AdaptContextRequest.Automatic
     probe_every: int
     keep_best: bool

@@ -40,6 +40,7 @@ class Adaptation:
     adapter: context_pb2.Adapter              # empty with validate_only
     usage: context_pb2.PhaseUsage
     probes: list[context_pb2.AdaptEvent.Probe] = dataclasses.field(default_factory=list)  # between steps
+    candidates: context_pb2.AdaptEvent.Candidates | None = None  # of surprisal_spans
 
 
 @dataclasses.dataclass(frozen=True)
