@@ -1,10 +1,8 @@
-// Whole groups on GPUs, one thread and one GPU a rank, against the fp64 oracle: our error is at most twice that of plain
-// torch in bf16 on the same GPU. One GPU against two, two runs against each other. Needs a GPU.
+// Whole groups on GPUs against the fp64 oracle, one GPU against two, two runs against each other. Needs a GPU.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/randn.h>
-#include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <gtest/gtest.h>
 
@@ -15,206 +13,20 @@
 #include <set>
 
 #include "base/limits.h"
-#include "tests/worker/engine_harness.h"
-#include "tests/worker/golden.h"
+#include "tests/worker/gpu_engine_fixture.h"
 #include "tests/worker/softmax_oracle.h"
-#include "tests/worker/torch_oracle.h"
-#include "worker/device.h"
 #include "worker/query_delta.h"
-#include "worker/random_weights.h"
 
 namespace refocus {
 namespace {
-
-constexpr uint64_t kContext = 1;
-constexpr uint64_t kAdapter = 2;
-constexpr uint64_t kSeed = 7;
-
-struct Case {
-  std::string name;
-  ModelConfig config;
-};
-
-ModelConfig Config(Family family, int64_t layers, int64_t hidden, int64_t heads, int64_t kv_heads, int64_t head_dim,
-                   int64_t mlp, int64_t vocab) {
-  ModelConfig c;
-  c.family = family;
-  c.name = "random";
-  c.layers = layers;
-  c.hidden = hidden;
-  c.heads = heads;
-  c.kv_heads = kv_heads;
-  c.head_dim = head_dim;
-  c.mlp = mlp;
-  c.vocab = vocab;
-  c.max_positions = 1 << 20;
-  c.rope_theta = 5e5;
-  c.rms_eps = 1e-6;
-  c.qk_norm = family == Family::kQwen3;
-  c.qkv_bias = family == Family::kQwen2;
-  c.tied_embeddings = family == Family::kQwen3;
-  return c;
-}
-
-ModelConfig Stretched(ModelConfig c, const std::string& scaling) {
-  c.rope = *ParseRopeScaling(scaling);
-  return c;
-}
-
-// Awkward and real shapes, at reduced depth.
-std::vector<Case> Cases() {
-  return {{"awkward_llama", Config(Family::kLlama, 3, 200, 9, 3, 80, 328, 1111)},
-          {"one_head_qwen3", Config(Family::kQwen3, 2, 64, 4, 1, 16, 96, 257)},
-          {"smollm2_shape", Config(Family::kLlama, 4, 576, 9, 3, 64, 1536, 49152)},
-          {"qwen3_4b_shape", Config(Family::kQwen3, 3, 2560, 32, 8, 128, 9728, 151936)},
-          // Biases, and windows that end before most of the context's positions.
-          {"qwen2_yarn", Stretched(Config(Family::kQwen2, 3, 448, 7, 1, 64, 1216, 4099), "yarn:4:512")},
-          {"llama3_scaled", Stretched(Config(Family::kLlama, 3, 512, 8, 2, 64, 1024, 4099), "llama3:8:256")},
-          {"nemo_shape", Config(Family::kMistral, 2, 640, 4, 1, 128, 1792, 4099)}};
-}
-
-int GpuCount() {
-  for (int count = 0;; ++count) {
-    if (!UseGpu(count, count + 1).ok()) return count;
-  }
-}
-
-std::shared_ptr<const Weights> Random(const ModelConfig& config, at::Device device) {
-  LoadOptions options;
-  options.threads = 4;
-  options.device = device;
-  options.random_seed = kSeed;
-  StatusOr<Weights> weights = LoadWeights("", config, options);
-  if (!weights.ok()) {
-    std::fprintf(stderr, "%s\n", weights.status().ToString().c_str());
-    std::abort();
-  }
-  return std::make_shared<const Weights>(std::move(weights).value());
-}
-
-std::unique_ptr<Group> GpuGroup(const ModelConfig& config, int ranks) {
-  const std::string id = ranks > 1 ? MakeGpuGroupId() : std::string();
-  return std::make_unique<Group>(
-      ranks,
-      [config, ranks, id](int rank) {
-        StatusOr<Gpu> gpu = UseGpu(rank, ranks);
-        if (!gpu.ok()) {
-          std::fprintf(stderr, "%s\n", gpu.status().ToString().c_str());
-          std::abort();
-        }
-        return RankParts{Random(config, at::Device(at::kCUDA, static_cast<int8_t>(rank))), MakeGpuBackend(config, *gpu),
-                         MakeGpuCollective(id, rank, ranks, 60.0)};
-      },
-      int64_t{16} << 30);
-}
-
-std::vector<int32_t> Ids(int64_t count, int64_t vocab, uint64_t seed) {
-  std::vector<int32_t> ids;
-  uint64_t x = seed * 2654435761u + 1;
-  for (int64_t i = 0; i < count; ++i) {
-    x = x * 6364136223846793005u + 1442695040888963407u;
-    ids.push_back(static_cast<int32_t>((x >> 33) % static_cast<uint64_t>(vocab)));
-  }
-  return ids;
-}
-
-Span SpanAt(const std::vector<int32_t>& ids, int64_t start, int64_t rows) {
-  return Span{start, {ids.begin() + start, ids.begin() + start + rows + 1}};
-}
-
-class GpuEngineTest : public ::testing::TestWithParam<std::tuple<int, int>> {
- protected:
-  void SetUp() override {
-    if (GpuCount() < ranks_) GTEST_SKIP() << "needs " << ranks_ << " CUDA devices, found " << GpuCount();
-    ids_ = Ids(tokens_, config_.vocab, 3);
-  }
-
-  // Log-probabilities of `targets` behind context and question: ours, and the largest errors of both.
-  void CompareScores(Group& group, const at::Tensor& delta, uint64_t adapter, int64_t revision) {
-    const std::vector<int32_t> text = Ids(65, config_.vocab, 5);
-    const std::vector<int32_t> question(text.begin(), text.begin() + 1), targets(text.begin() + 1, text.end());
-    const Result result = group.Score(kContext, question, tokens_, targets, adapter, revision);
-    std::vector<int32_t> rows(text.begin(), text.end() - 1);
-    const at::Tensor exact = oracle_->TailLogprobs(rows, delta);
-    const at::Tensor torch = plain_->TailLogprobs(rows, delta);
-    double ours = 0.0, theirs = 0.0;
-    for (size_t i = 0; i < targets.size(); ++i) {
-      const double expected = exact[static_cast<int64_t>(i)][targets[i]].item<double>();
-      ours += std::pow(result.score_logprobs[i] - expected, 2);
-      theirs += std::pow(torch[static_cast<int64_t>(i)][targets[i]].item<double>() - expected, 2);
-    }
-    const double count = static_cast<double>(targets.size());
-    std::printf("%s, %d ranks, %s: rms error of log-probabilities %.2e, torch bf16 %.2e\n",
-                Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, adapter == 0 ? "base" : "adapted",
-                std::sqrt(ours / count), std::sqrt(theirs / count));
-    EXPECT_LE(std::sqrt(ours / count), 2.0 * std::sqrt(theirs / count) + 1e-6);
-  }
-
-  void MakeOracles() {
-    const at::Device device(at::kCUDA, 0);
-    const std::shared_ptr<const Weights> weights = Random(config_, device);
-    oracle_ = std::make_unique<TorchOracle>(*weights, device, at::kDouble);
-    plain_ = std::make_unique<TorchOracle>(*weights, device, at::kBFloat16);
-    oracle_->Prefill(ids_);
-    plain_->Prefill(ids_);
-  }
-
-  const ModelConfig config_ = Cases()[std::get<0>(GetParam())].config;
-  const int ranks_ = std::get<1>(GetParam());
-  const int64_t tokens_ = 2600;
-  std::vector<int32_t> ids_;
-  std::unique_ptr<TorchOracle> oracle_, plain_;
-};
 
 TEST_P(GpuEngineTest, ScoresGradientsAndEightSteps) {
   MakeOracles();
   const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
   group->Prefill(kContext, ids_, 2560);
   CompareScores(*group, at::Tensor(), 0, 0);
-
-  // Eight AdamW steps; the oracles take theirs from the same start with autograd.
-  constexpr float kRate = 1e-3f;
-  const OptimizerConfig adamw;
-  group->Do(BeginAdapt{kContext, kAdapter, 0, adamw});
-  const std::vector<int64_t> shape = {config_.layers, config_.q_dim(), config_.hidden};
-  struct Descent {
-    TorchOracle* model;
-    at::Tensor delta, m, v;
-    double loss = 0.0, norm = 0.0;
-  };
-  std::vector<Descent> both;
-  for (TorchOracle* model : {oracle_.get(), plain_.get()}) {
-    both.push_back({model, at::zeros(shape, at::kDouble), at::zeros(shape, at::kDouble), at::zeros(shape, at::kDouble)});
-  }
-  double ours = 0.0, theirs = 0.0;
-  for (int64_t step = 1; step <= 8; ++step) {
-    // One span, two spans, and so many rows that two ranks split them.
-    std::vector<Span> spans = {SpanAt(ids_, 300 + 40 * step, 97)};
-    if (step % 2 == 0) spans.push_back(SpanAt(ids_, 1000, 130));
-    if (step == 8) spans.push_back(SpanAt(ids_, 10, 700));
-    const Result result = group->Do(AdaptStep{kAdapter, step, spans, kRate}).result();
-    for (Descent& d : both) {
-      const TorchOracle::Gradient g = d.model->SpanGradient(spans, d.delta);
-      d.loss = g.loss;
-      d.norm = std::sqrt(g.grad.square().sum().item<double>());
-      const at::Tensor grad = g.grad * std::min(1.0, adamw.clip_norm / (d.norm + 1e-6));
-      d.m = 0.9 * d.m + 0.1 * grad;
-      d.v = 0.999 * d.v + 0.001 * grad.square();
-      const double t = static_cast<double>(step);
-      d.delta = d.delta * (1.0 - static_cast<double>(kRate) * adamw.weight_decay) -
-                static_cast<double>(kRate) * (d.m / (1.0 - std::pow(0.9, t))) /
-                    ((d.v / (1.0 - std::pow(0.999, t))).sqrt() + 1e-8);
-    }
-    ours = std::max(ours, std::abs(result.loss - both[0].loss));
-    theirs = std::max(theirs, std::abs(both[1].loss - both[0].loss));
-    EXPECT_NEAR(result.grad_norm, both[0].norm, 0.05 * both[0].norm) << "step " << step;
-  }
-  std::printf("%s, %d ranks: largest error of 8 losses %.2e, torch bf16 %.2e; last loss %.4f, gradient norm %.4f\n",
-              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, ours, theirs, both[0].loss, both[0].norm);
-  EXPECT_LE(ours, 2.0 * theirs + 1e-3);
-  group->Do(ProbeLoss{kAdapter, {SpanAt(ids_, 700, 64)}});
-  group->Do(EndAdapt{kAdapter, true, 1});
-  CompareScores(*group, both[0].delta, kAdapter, 1);
+  const at::Tensor delta = CompareSteps(*group, 8);
+  CompareScores(*group, delta, kAdapter, 1);
   CompareScores(*group, at::Tensor(), 0, 0);
 }
 
@@ -291,7 +103,7 @@ TEST_P(GpuEngineTest, LoraStepsUnderASchedule) {
       EXPECT_NEAR(result.grad_norm, both[0].norm, 0.05 * both[0].norm) << "step " << step;
     }
     std::printf("%s, %d ranks, LoRA with %s: largest error of 6 losses %.2e, torch bf16 %.2e\n",
-                Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, sgd ? "SGD" : "AdamW", ours, theirs);
+                name().c_str(), ranks_, sgd ? "SGD" : "AdamW", ours, theirs);
     EXPECT_LE(ours, 2.0 * theirs + 1e-3);
     group->Do(ProbeLoss{kAdapter, {SpanAt(ids_, 700, 64)}});  // ranks are compared here
     group->Do(EndAdapt{kAdapter, true, 2});
@@ -318,29 +130,10 @@ TEST_P(GpuEngineTest, UntrainedLoraIsTheBase) {
   EXPECT_EQ(answers[0], answers[1]);
 }
 
-// Decoding is recorded as a graph from the second step on: every token must be what scoring says of it.
 TEST_P(GpuEngineTest, DecodedTokensAreWhatScoringExpects) {
   const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
   group->Prefill(kContext, ids_);
-  const std::vector<int32_t> question = Ids(9, config_.vocab, 8);
-  const std::vector<Token> answer = group->Ask(kContext, tokens_, question, 0, 300, 0, 0, 3);
-  ASSERT_EQ(answer.size(), 300u);
-  std::vector<int32_t> tokens;
-  for (const Token& token : answer) tokens.push_back(token.id);
-  const Result scores = group->Score(kContext, question, tokens_, tokens);
-  double worst = 0.0;
-  int other = 0;
-  for (size_t i = 0; i < answer.size(); ++i) {
-    worst = std::max(worst, std::abs(static_cast<double>(answer[i].logprob) - scores.score_logprobs[i]));
-    other += scores.score_greedy[i] ? 0 : 1;
-    ASSERT_EQ(answer[i].top_ids.size(), 3u);
-    EXPECT_EQ(answer[i].top_ids[0], answer[i].id) << i;
-    EXPECT_NEAR(answer[i].top_logprobs[0], answer[i].logprob, 1e-5) << i;
-  }
-  std::printf("%s, %d ranks: 300 tokens decoded, worst difference from scoring %.2e, %d no longer the best\n",
-              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, worst, other);
-  EXPECT_LE(worst, 0.1);
-  EXPECT_LE(other, 30);  // near ties of a random model
+  CompareDecoding(*group, 300);
 }
 
 // Questions of different lengths, adapters and contexts decode together, join and leave, while the step is replayed from
@@ -351,7 +144,7 @@ TEST_P(GpuEngineTest, BatchedTokensAreWhatScoringExpects) {
   const int64_t shared = 700, shorter = 1100;
   group->Prefill(kContext, ids_);
   std::vector<int32_t> other(ids_.begin(), ids_.begin() + shared);
-  for (const int32_t id : Ids(shorter - shared, config_.vocab, 21)) other.push_back(id);
+  for (const int32_t id : RandomIds(shorter - shared, config_.vocab, 21)) other.push_back(id);
   group->Do(OpenContext{kShorter, shorter, kContext, shared});
   group->Do(PrefillChunk{kShorter, shared, {other.begin() + shared, other.end()}});
   for (const uint64_t adapter : {uint64_t{2}, uint64_t{3}}) {
@@ -379,7 +172,7 @@ TEST_P(GpuEngineTest, BatchedTokensAreWhatScoringExpects) {
   const auto ask = [&](uint64_t uid) {
     const uint64_t adapter = uid % 4 == 3 ? 0 : uid % 4;  // 0, 1 (none such), 2; 1 asks the shorter context
     Asked asked{adapter == 1 ? kShorter : kContext, adapter == 1 ? 0 : adapter == 0 && uid % 8 == 0 ? 3 : adapter,
-                Ids(1 + 7 * static_cast<int64_t>(uid % 5), config_.vocab, uid), {}, {}};
+                RandomIds(1 + 7 * static_cast<int64_t>(uid % 5), config_.vocab, uid), {}, {}};
     OpenSequence open{uid, asked.context, asked.adapter, asked.adapter == 0 ? 0 : 1, 400};
     if (uid % 5 == 1) open.sampling = {.temperature = 3, .seed = uid, .top_k = 1};  // greedy all the same
     if (uid % 5 == 2) open.sampling.repetition_penalty = 1000;
@@ -432,7 +225,7 @@ TEST_P(GpuEngineTest, BatchedTokensAreWhatScoringExpects) {
     EXPECT_NEAR(prompt_logprobs[i], alone.score_logprobs[i], 0.1) << i;
   }
   std::printf("%s, %d ranks: %d tokens decoded in batches, worst difference from scoring %.2e, %d no longer the best\n",
-              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, tokens, worst, other_best);
+              name().c_str(), ranks_, tokens, worst, other_best);
   EXPECT_GE(tokens, 1500);
   EXPECT_LE(worst, 0.1);
   EXPECT_LE(other_best, tokens / 10);
@@ -445,11 +238,11 @@ TEST_P(GpuEngineTest, BatchedTokensAreWhatScoringExpects) {
 // How the context was cut into chunks and how many GPUs hold it changes nothing but roundings: teacher-forced
 // log-probabilities agree, and so does the most likely token wherever the gap to the next is more than noise.
 TEST_P(GpuEngineTest, ChunksAndRanksAgree) {
-  const std::vector<int32_t> text = Ids(200, config_.vocab, 12);
+  const std::vector<int32_t> text = RandomIds(200, config_.vocab, 12);
   const std::vector<int32_t> question(text.begin(), text.begin() + 1), targets(text.begin() + 1, text.end());
   // Chunks of 16384 rows: two ranks overlap the exchange of one half with the attention of the other.
   const int64_t tokens = 16'384 + 40;
-  const std::vector<int32_t> ids = Ids(tokens, config_.vocab, 14);
+  const std::vector<int32_t> ids = RandomIds(tokens, config_.vocab, 14);
   std::vector<Result> results;
   std::vector<std::vector<Token>> answers;
   for (const auto& [ranks, chunk] : {std::pair<int, int64_t>{1, 1000}, {ranks_, 16'384}}) {
@@ -463,7 +256,7 @@ TEST_P(GpuEngineTest, ChunksAndRanksAgree) {
     worst = std::max(worst, std::abs(static_cast<double>(results[0].score_logprobs[i]) - results[1].score_logprobs[i]));
   }
   std::printf("%s, %d ranks in one chunk against 1 in many: log-probabilities off by at most %.2e\n",
-              Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, worst);
+              name().c_str(), ranks_, worst);
   EXPECT_LE(worst, 0.1);
   const Token& first = answers[0].at(0);
   if (first.top_logprobs[0] - first.top_logprobs[1] > 4 * worst) {
@@ -476,7 +269,7 @@ TEST_P(GpuEngineTest, AttentionMass) {
   const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
   group->Prefill(kContext, ids_, 700);
   const at::Device device(at::kCUDA, 0);
-  const std::shared_ptr<const Weights> weights = Random(config_, device);
+  const std::shared_ptr<const Weights> weights = RandomWeights(config_, device);
   SoftmaxOracle oracle(*weights, device, at::kDouble), plain(*weights, device, at::kBFloat16);
   oracle.Prefill(ids_);
   plain.Prefill(ids_);
@@ -484,7 +277,7 @@ TEST_P(GpuEngineTest, AttentionMass) {
                                         {3, 1700},    {512, 768}, {64, 2591}, {2599, 2600}, {tokens_, tokens_}};
   for (const int64_t rows : {1, 9, 300}) {
     group->Do(OpenSequence{5, kContext, 0, 0, rows});
-    ProbeAttention probe{5, {}, Ids(rows, config_.vocab, 5), {}, ranges, {}, {}};
+    ProbeAttention probe{5, {}, RandomIds(rows, config_.vocab, 5), {}, ranges, {}, {}};
     for (int64_t i = 0; i < rows; ++i) probe.positions.push_back(tokens_ + i);
     for (int64_t i = 0; i < rows; ++i) probe.rows.push_back(i);
     for (int64_t i = 0; i < config_.layers; ++i) probe.layers.push_back(i);
@@ -514,7 +307,7 @@ TEST_P(GpuEngineTest, AttentionMass) {
     }
     const double count = static_cast<double>(masses.size());
     std::printf("%s, %d ranks, %lld rows: rms error of attention masses %.2e, torch bf16 %.2e\n",
-                Cases()[std::get<0>(GetParam())].name.c_str(), ranks_, static_cast<long long>(rows),
+                name().c_str(), ranks_, static_cast<long long>(rows),
                 std::sqrt(ours / count), std::sqrt(theirs / count));
     EXPECT_LE(std::sqrt(ours / count), 2.0 * std::sqrt(theirs / count) + 1e-6);
   }
@@ -544,11 +337,9 @@ TEST_P(GpuEngineTest, TheSameBitsTwice) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, GpuEngineTest,
-                         ::testing::Combine(::testing::Range(0, static_cast<int>(Cases().size())), ::testing::Values(1, 2)),
-                         [](const auto& info) {
-                           return Cases()[std::get<0>(info.param)].name + "_" +
-                                  std::to_string(std::get<1>(info.param)) + "_ranks";
-                         });
+                         ::testing::Combine(::testing::Range(0, static_cast<int>(GpuCases().size())),
+                                            ::testing::Values(1, 2)),
+                         GpuTestName);
 
 }  // namespace
 }  // namespace refocus

@@ -122,8 +122,9 @@ at::Tensor TorchOracle::Forward(const at::Tensor& ids, const at::Tensor& positio
     if (write) {
       at::Tensor k = at::linear(h, w.wk, Optional(w.k_bias)).view({n, c.kv_heads, c.head_dim});
       if (c.qk_norm) k = Norm(k, w.k_norm);
-      k = Rope(k, positions).transpose(0, 1);
-      const at::Tensor v = at::linear(h, w.wv, Optional(w.v_bias)).view({n, c.kv_heads, c.head_dim}).transpose(0, 1);
+      k = Kept(Rope(k, positions).transpose(0, 1));
+      const at::Tensor v =
+          Kept(at::linear(h, w.wv, Optional(w.v_bias)).view({n, c.kv_heads, c.head_dim}).transpose(0, 1));
       keys[l] = keys[l].defined() ? at::cat({keys[l], k}, 1) : k;
       values[l] = values[l].defined() ? at::cat({values[l], v}, 1) : v;
     }

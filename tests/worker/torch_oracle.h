@@ -43,6 +43,8 @@ class TorchOracle {
   // q [H, n, d] after RoPE, keys and values [Hk, T, d] of positions 0, 1, ... -> [H, n, d]
   virtual at::Tensor Attention(int64_t layer, const at::Tensor& q, const at::Tensor& positions, const at::Tensor& keys,
                                const at::Tensor& values) const;
+  // What the cache holds of K or V [Hk, n, d]: as much as they say, or less.
+  virtual at::Tensor Kept(const at::Tensor& numbers) const { return numbers; }
   at::Tensor Ids(const std::vector<int64_t>& values) const;
   std::vector<at::Tensor> Layers(const at::Tensor& delta) const;
 
