@@ -447,6 +447,28 @@ class Methods(unittest.TestCase):
         self.assertEqual(context_pb2.AdaptContextRequest(**methods.parse("qttt").adapt_options(7)), plain)
         self.assertIsNone(plain.WhichOneof("span_policy"))
 
+    def test_surprisal(self):
+        made = methods.parse("qttt:skip=0.25,rows=surprisal,share=0.5,candidates=9")
+        request = context_pb2.AdaptContextRequest(**made.adapt_options(7))
+        self.assertEqual(context_pb2.AdaptContextRequest.SurprisalSpans(candidates=9, share=0.5, skip=0.25),
+                         request.surprisal_spans)
+        plain = methods.parse("qttt:rows=surprisal").adapt_options(7)["surprisal_spans"]
+        self.assertEqual(context_pb2.AdaptContextRequest.SurprisalSpans(), plain, "settings do not leak")
+        shape = flops.Shape(2, 8, 2, 1, 4, 16, 100)
+        for label, tokens, candidates in (("qttt:rows=surprisal", 50000, 4 * 32), ("qttt:candidates=9", 50000, 9),
+                                          ("qttt:rows=surprisal", 6144, 6144 // 129),
+                                          ("qttt:rows=surprisal,steps=9999", 10**6, 4096)):
+            made = methods.parse(label)
+            steps = methods.parse(f"qttt:steps={made.request['steps']}")
+            self.assertEqual(flops.probe(shape, tokens, candidates * 128),
+                             made.cost(shape, tokens) - steps.cost(shape, tokens), label)
+        event = context_pb2.AdaptEvent
+        done = Adaptation(event.Effective(candidates=40), [event.Step(step=1)], 2.0, 1.0, context_pb2.Adapter(),
+                          context_pb2.PhaseUsage(), [], event.Candidates(starts=range(0, 700, 100)))
+        self.assertEqual(flops.adapt_step(shape, 5000, 128) + flops.probe(shape, 5000, 7 * 128)
+                         + 2 * flops.probe(shape, 5000, 256),
+                         methods.parse("qttt:rows=surprisal").cost(shape, 5000, done), "of those that were measured")
+
     def test_probes_cost(self):
         shape = flops.Shape(2, 8, 2, 1, 4, 16, 100)
         step, probe = flops.adapt_step(shape, 5000, 128), flops.probe(shape, 5000, 256)
@@ -470,6 +492,10 @@ class Methods(unittest.TestCase):
         for text, message in (("qttt:rows=some", "rows='some', allowed uniform or recall"),
                               ("qttt:keep=all", "keep='all', allowed last or best"),
                               ("qttt:schedule=step", "allowed constant or linear or cosine"),
+                              ("qttt:rows=recall,skip=0.5", "settings of several rows"),
+                              ("qttt:rows=surprisal,after=0.5", "settings of several rows"),
+                              ("qttt:candidates=5000", "candidates='5000', allowed 1 to 4096"),
+                              ("qttt:share=2", "share='2', allowed 0 to 1"),
                               ("in-context:rows=recall", "'rows'"),
                               ("qtt", "the method 'qtt', allowed in-context"), ("in-context:n=3", "'n', allowed none"),
                               ("qttt:steps=0", "steps='0', allowed 1 to 10000"), ("qttt:rank=3", "'rank'"),

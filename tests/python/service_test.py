@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT / "tests" / "e2e"))
 import harness  # noqa: E402
 import refocus  # noqa: E402
 from refocus.evaluate import __main__ as evaluate  # noqa: E402
-from refocus.evaluate import journal  # noqa: E402
+from refocus.evaluate import journal, tasks  # noqa: E402
+from refocus.v1 import context_pb2  # noqa: E402
 
 TEXT = "Account gentle-otter holds lantern. Account brave-heron holds anchor. " * 12
 CONFIG = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2,
@@ -190,6 +191,46 @@ class Evaluation(Real):
         answers = [record for record in records if record["kind"] == "answer"]
         self.assertEqual(2, len(answers), output.getvalue())
         return answers
+
+
+class Surprisal(unittest.TestCase):
+    """Spans by their loss, with the recall model, whose losses differ from span to span: late accounts are known."""
+
+    ROWS, STEPS = 64, 4
+
+    def look(self, ranks):
+        ids = tasks.make("symbols", 1536, 3, tasks.Settings(lambda text: [])).text
+        with harness.Service(BIN, ROOT / "bench" / "recall_model" / "model", ranks, "--threads-per-rank", "1",
+                             kv_memory="200MB") as service, refocus.Client(service.address) as client:
+            context = client.create(ids)
+            done = context.adapt(steps=self.STEPS, span_tokens=self.ROWS, learning_rate=1e-4, seed=4,
+                                 surprisal_spans=context_pb2.AdaptContextRequest.SurprisalSpans())
+            candidates = done.candidates
+            self.assertEqual(4 * self.STEPS, len(candidates.starts))
+            self.assertEqual(4 * self.STEPS, done.effective.candidates)
+            self.assertEqual((4 + 1) * self.STEPS * self.ROWS, done.usage.tokens)
+            # What the base queries say of the same rows, by the way of a question.
+            for start, loss in zip(candidates.starts, candidates.losses):
+                before = client.create(ids[:start + 1])
+                score, = before.score([ids[start + 1:start + 1 + self.ROWS]])
+                self.assertAlmostEqual(-score.sum_logprob / self.ROWS, loss, delta=2e-3)
+                before.delete()
+            again = context.adapt("again", steps=self.STEPS, span_tokens=self.ROWS, learning_rate=1e-4, seed=4,
+                                  base_adapter="default",
+                                  surprisal_spans=context_pb2.AdaptContextRequest.SurprisalSpans()).candidates
+            self.assertEqual(list(candidates.starts), list(again.starts))
+            self.assertNotEqual(list(candidates.losses), list(again.losses), "of the queries that it starts from")
+        order = sorted(range(len(candidates.losses)), key=lambda i: -candidates.losses[i])
+        self.assertEqual(sorted(order[:self.STEPS]), [i for i, chosen in enumerate(candidates.chosen) if chosen])
+        trained = [start for step in done.steps for start in step.span_starts]
+        self.assertEqual(sorted(candidates.starts[i] for i in order[:self.STEPS]), sorted(trained))
+        return trained, list(candidates.losses)
+
+    def test_those_of_the_largest_loss_on_one_and_two_ranks(self):
+        (one, losses), (two, others) = self.look(1), self.look(2)
+        self.assertEqual(one, two)
+        for loss, other in zip(losses, others):
+            self.assertAlmostEqual(loss, other, delta=1e-4)
 
 
 class Thinking(Evaluation):

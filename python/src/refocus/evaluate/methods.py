@@ -39,6 +39,9 @@ class Method:
     match: str = ""            # "flops", "time": the budget is found
     n: int = 8                 # samples
     temperature: float | None = None
+    quoted: bool = False       # adapts to each question: to what the model quotes for it
+    quote_tokens: int = 256    # at most
+    cycle: int = 8             # spans that its steps go through: quoted ones, then uniform ones
 
     @property
     def lora_rank(self) -> int:
@@ -63,13 +66,18 @@ class Method:
         """Operations of its adaptation, held-out rows that it probes included: as planned, or of one that is done, with
         the steps and probes that it made and the rows that it drew."""
         request = self.request
-        rows = min(request["span_tokens"], max(1, context - 1)) * request["spans_per_step"]
-        probe_rows = min(request["span_tokens"], max(1, context - 1)) * request.get(
-            "probe_spans", 1 if "automatic" in request else PROBE_SPANS)
+        span = min(request["span_tokens"], max(1, context - 1))
+        rows = span * request["spans_per_step"]
+        probe_rows = span * request.get("probe_spans", 1 if "automatic" in request else PROBE_SPANS)
         steps, probes, keys = request["steps"], 2 + _probes_between(request), None
+        candidates = self._candidates(context)
         if done is not None:
             steps = len(done.steps)
             probes = len(done.probes) + (done.probe_loss_before is not None) + (done.probe_loss_after is not None)
+            if done.candidates is not None:
+                candidates = len(done.candidates.starts)
+            if self.quoted:
+                probe_rows = span * done.effective.probe_spans  # fewer where they meet explicit spans
             if done.effective.recall_rows:  # that may be fewer; an eighth of all, a seventh of these, is held out
                 rows = min(rows, done.effective.recall_rows)
                 probe_rows = min(probe_rows, max(1, done.effective.recall_rows // 7))
@@ -77,7 +85,16 @@ class Method:
             if starts:  # of runs of rows, equally long on average
                 keys = sum(starts) / len(starts) + (rows * steps / len(starts) + 1) / 2
         return (flops.adapt(shape, context, steps, rows, 1, self.lora_rank, keys)
-                + probes * flops.probe(shape, context, probe_rows, self.lora_rank))
+                + probes * flops.probe(shape, context, probe_rows, self.lora_rank)
+                + flops.probe(shape, context, candidates * span, self.lora_rank))
+
+    def _candidates(self, context: int) -> int:
+        """Spans that are measured before the first step, as the server does it; at most, as probes take their place."""
+        if "surprisal_spans" not in self.request:
+            return 0
+        fit = max(1, context // (self.request["span_tokens"] + 1))
+        usual = 4 * self.request["steps"] * self.request["spans_per_step"]
+        return int(min(self.request["surprisal_spans"].candidates or usual, fit, MAX_CANDIDATES))
 
     def most_tokens(self) -> int:
         """Of thinking, where that is known before the run."""
@@ -118,6 +135,19 @@ def _late_rows(text: str) -> dict[str, Any]:
     return {"recall_rows": Request.RecallRows(after=_real(0, 0.999999)(text))}
 
 
+def _of_surprisal(field: str, convert: Callable[[str], float]) -> Callable[[str], dict[str, Any]]:
+    def message(text: str) -> dict[str, Any]:
+        fields: dict[str, Any] = {field: convert(text)}
+        return {"surprisal_spans": Request.SurprisalSpans(**fields)}
+    message.__doc__ = convert.__doc__
+    return message
+
+
+MAX_CANDIDATES = 4096  # the server's limit
+POLICIES = ("recall_rows", "surprisal_spans", "automatic")  # fields of the request, of which it has one
+
+QUOTING = ("quote_tokens", "cycle")  # fields of Method
+
 # A setting is a field of Method, or of AdaptContextRequest, and what makes its value of text; None: it stays unset; a
 # dict: several fields.
 Settings = dict[str, tuple[str, Callable[[str], Any]]]
@@ -126,8 +156,12 @@ ADAPTING: Settings = {
     "spans": ("spans_per_step", _whole(1, 64)), "lr": ("learning_rate", _real(0, 1)),
     "decay": ("weight_decay", _real(0, 1)), "clip": ("clip_norm", _real(1e-6, 1e6)),
     "rows": ("rows", _one_of(uniform={}, recall={"recall_rows": Request.RecallRows()},
-                             auto={"automatic": Request.Automatic()})),
+                             surprisal={"surprisal_spans": Request.SurprisalSpans()},
+                             auto={"automatic": Request.Automatic()}, quoted={"quoted": True})),
+    "quote": ("quote_tokens", _whole(1, 4096)), "cycle": ("cycle", _whole(1, 64)),
     "after": ("rows", _late_rows),
+    "candidates": ("rows", _of_surprisal("candidates", _whole(1, MAX_CANDIDATES))),
+    "share": ("rows", _of_surprisal("share", _real(0, 1))), "skip": ("rows", _of_surprisal("skip", _real(0, 1))),
     "schedule": ("schedule", _one_of(constant=context_pb2.CONSTANT, linear=context_pb2.LINEAR,
                                      cosine=context_pb2.COSINE)),
     "warmup": ("warmup_steps", _whole(0, 9999)),
@@ -185,9 +219,17 @@ def parse(label: str) -> Method:
         except ValueError:
             raise EvalError(f"method {name}: got {key}={text!r}, allowed {convert.__doc__}") from None
         if isinstance(value, dict):
-            request.update(value)
+            for policy, message in value.items():
+                if policy == "quoted":
+                    fields[policy] = message
+                else:
+                    request.setdefault(policy, type(message)()).MergeFrom(message)
         elif value is not None:
-            (request if key in adapting else fields)[field] = value
+            (request if key in adapting and field not in QUOTING else fields)[field] = value
+    if sum(policy in request for policy in POLICIES) + any(name in fields for name in ("quoted", *QUOTING)) > 1 or (
+            any(name in fields for name in QUOTING) and "quoted" not in fields):
+        raise EvalError(f"method {label}: got settings of several rows, allowed those of one: after belongs to recall, "
+                        "candidates, share and skip to surprisal, quote and cycle to quoted")
     return Method(label, name, base != "no-context", adapt, way, request, **fields)
 
 
@@ -214,5 +256,5 @@ def parse_all(text: str) -> list[Method]:
 
 
 def reference(methods: list[Method]) -> Method | None:
-    """The adaptation whose cost others match: the first plain one."""
-    return next((method for method in methods if method.name in ("qttt", "qttt-lora")), None)
+    """The adaptation whose cost others match: the first plain one to a text."""
+    return next((method for method in methods if method.name in ("qttt", "qttt-lora") and not method.quoted), None)

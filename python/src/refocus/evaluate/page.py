@@ -137,8 +137,8 @@ def _table(rows: Sequence[Row]) -> str:
             f'{"".join(lines)}</tbody></table></div>')
 
 
-PHASES = {"prefill": ("prefill, once a text", 7), "adapt": ("adapt, once a text", 1), "queue": ("waiting", 5),
-          "prompt": ("question and first token", 0), "decode": ("further tokens", 2)}
+PHASES = {"prefill": ("prefill, once a text", 7), "adapt": ("adapt, once a text or question", 1),
+          "queue": ("waiting", 5), "prompt": ("question and first token", 0), "decode": ("further tokens", 2)}
 
 
 def _time(rows: Sequence[Row]) -> str:
@@ -153,7 +153,8 @@ def _time(rows: Sequence[Row]) -> str:
         figures.append(_figure(f"<b>{text(tokens)}</b>", svg.bars(stacks, "s", f"seconds by phase, {tokens}")))
     legend = _legend([(label, color) for label, color in PHASES.values()])
     return ('<h2>Where the time goes</h2><p>Means, as the service measured them. Prefill and adaptation are paid once '
-            f'for a text, the rest for every question.</p>{legend}<div class="grid2">{"".join(figures)}</div>')
+            'for a text (adaptation with rows=quoted for every question, quoting included), the rest for every '
+            f'question.</p>{legend}<div class="grid2">{"".join(figures)}</div>')
 
 
 def _inside(rows: Sequence[Row], colors: dict[str, int]) -> str:

@@ -14,7 +14,7 @@ from refocus.evaluate import flops, judges, measure, methods as ways, score
 from refocus.evaluate.item import EvalError, Item, Question
 from refocus.evaluate.journal import Journal
 from refocus.evaluate.methods import Method
-from refocus.evaluate.service import Opened, Reply, shape_of
+from refocus.evaluate.service import Opened, Quoted, Reply, no_words, shape_of
 
 # K and V are gone: the text must be opened again.
 LOST = ("CONTEXT_NOT_READY", "CONTEXT_NOT_FOUND", "WORKER_LOST", "GROUP_REBUILDING")
@@ -96,9 +96,12 @@ class Run:
             return
         try:
             budget = self._budget(opened, item, method)
+            looked = [question.id for question in item.questions[:self._plan.measured]]
+            if method.quoted:
+                self._quoted(opened, item, method, missing, budget, looked)
+                return
             if method.adapt:
                 self._adapt(opened, item, method)
-            looked = [question.id for question in item.questions[:self._plan.measured]]
             with concurrent.futures.ThreadPoolExecutor(self._plan.parallel) as pool:
                 for record in pool.map(lambda q: self._ask(opened, item, method, q, budget, q.id in looked), missing):
                     self._journal.add(record)
@@ -109,9 +112,45 @@ class Run:
                 raise
             self._fail(item, method, str(error))
             return
+        self._done(item, method, begin)
+
+    def _done(self, item: Item, method: Method, begin: float) -> None:
         self._finished += 1
         self._worked += time.monotonic() - begin
         self._progress(item, method)
+
+    def _quoted(self, opened: Opened, item: Item, method: Method, missing: list[Question], budget: int,
+                looked: list[str]) -> None:
+        """One question after the other, each with queries of its own. What is refused to one stops no other."""
+        begin, why = time.monotonic(), ""
+        for question in missing:
+            asked = time.monotonic()
+            try:
+                quoted = opened.adapt_to_quotes(question, method)
+                wall = time.monotonic() - asked
+                record = self._ask(opened, item, method, question, budget, question.id in looked)
+            except refocus.RefocusError as error:
+                gone = isinstance(error, (refocus.UnavailableError, refocus.NotFoundError)) or error.reason in LOST
+                if gone:
+                    raise
+                why = str(error)
+                continue
+            self._journal.add(record | {"adapt": self._quotes(opened, method, quoted, wall)})
+        if why:
+            self._fail(item, method, why)
+        else:
+            self._done(item, method, begin)
+
+    def _quotes(self, opened: Opened, method: Method, quoted: Quoted, wall: float) -> dict[str, Any]:
+        """As of an adaptation to a text, what quoting took included."""
+        reply = quoted.reply
+        told = self._adapted(opened, method, quoted.adaptation, wall)
+        asking = reply.prompt_seconds + reply.decode_seconds
+        cost = flops.decode(shape_of(self._model), opened.tokens, reply.prompt + reply.generated)
+        return {**told, "seconds": told["seconds"] + asking, "flops": told["flops"] + cost,
+                "queue_seconds": told["queue_seconds"] + reply.queue_seconds, "said": quoted.said,
+                "quotes": quoted.quotes, "found": quoted.found, "cycle": quoted.spans,
+                "quote_tokens": reply.generated, "quote_seconds": asking}
 
     def _budget(self, opened: Opened, item: Item, method: Method) -> int:
         """Tokens of thinking."""
@@ -133,18 +172,23 @@ class Run:
     def _adapt(self, opened: Opened, item: Item, method: Method) -> None:
         begin = time.monotonic()
         adaptation = opened.adapt(method)
+        self._journal.add(self._names("adapt", item, method)
+                          | self._adapted(opened, method, adaptation, time.monotonic() - begin))
+
+    def _adapted(self, opened: Opened, method: Method, adaptation: refocus.Adaptation, wall: float) -> dict[str, Any]:
         effective = adaptation.effective
-        self._journal.add({
-            **self._names("adapt", item, method), "context_tokens": opened.tokens,
+        return {
+            "context_tokens": opened.tokens,
             "steps": len(adaptation.steps), "span_tokens": effective.span_tokens, "spans": effective.spans_per_step,
             "learning_rate": effective.learning_rate, "seconds": adaptation.usage.seconds,
-            "queue_seconds": adaptation.usage.queue_seconds, "wall_seconds": time.monotonic() - begin,
+            "queue_seconds": adaptation.usage.queue_seconds, "wall_seconds": wall,
             "flops": method.cost(shape_of(self._model), opened.tokens, adaptation),
-            "recall_rows": effective.recall_rows, "probes": [[p.step, round(p.loss, 5)] for p in adaptation.probes],
+            "recall_rows": effective.recall_rows, **_candidates(adaptation),
+            "probes": [[p.step, round(p.loss, 5)] for p in adaptation.probes],
             "first_loss": adaptation.adapter.first_loss, "last_loss": adaptation.adapter.last_loss,
             "losses": [round(step.loss, 5) for step in adaptation.steps],
             "probe_before": adaptation.probe_loss_before, "probe_after": adaptation.probe_loss_after,
-            "delta_hash": adaptation.adapter.delta_hash})
+            "delta_hash": adaptation.adapter.delta_hash}
 
     def _ask(self, opened: Opened, item: Item, method: Method, question: Question, budget: int,
              look: bool) -> dict[str, Any]:
@@ -191,6 +235,16 @@ class Run:
                   f"{f', about {left:.0f} s left' if left >= 1 else ''}")
 
 
+def _candidates(adaptation: refocus.Adaptation) -> dict[str, Any]:
+    """Spans that were measured, with what was chosen."""
+    if adaptation.candidates is None:
+        return {}
+    losses = adaptation.candidates.losses
+    chosen = [loss for loss, is_chosen in zip(losses, adaptation.candidates.chosen) if is_chosen]
+    return {"candidates": len(losses), "candidates_chosen": len(chosen),
+            "candidates_loss": round(sum(losses) / len(losses), 5), "chosen_loss": round(sum(chosen) / len(chosen), 5)}
+
+
 def settle_chat(model: refocus.Model, wanted: str) -> bool:
     """--chat: "auto" where the model has a format."""
     if wanted == "on" and not model.chat_format:
@@ -206,6 +260,9 @@ def check(model: refocus.Model, tasks: list[str], lengths: list[int], methods: l
         what = f"{longest} tokens" + (f" and {thinking} of thinking" if thinking else "")
         raise EvalError(f"got a text of {what}, allowed {model.max_positions} with question and answer (the window of "
                         f"{model.name}): lower --lengths or the budget, or serve with --rope-scaling")
+    symbols = [task for task in tasks if task.startswith("symbols")]
+    if symbols and (quoted := [method for method in methods if method.quoted]):
+        raise EvalError(no_words(quoted[0], symbols[0]))
     if not model.has_tokenizer and (other := [task for task in tasks if not task.startswith("symbols")]):
         raise EvalError(f"got the task {other[0]} for a model without a tokenizer, allowed symbols, symbols-later")
 

@@ -39,6 +39,8 @@ def rows(records: Sequence[Record]) -> list[Record]:
         key = (record.get("task", ""), record.get("length", 0), record.get("method", ""))
         if record["kind"] == "answer":
             answers.setdefault(key, []).append(record)
+            if "adapt" in record:  # to this question
+                adapts.setdefault(key, []).append(record["adapt"])
         elif record["kind"] == "adapt":
             adapts.setdefault(key, []).append(record)
     first = ("no-context", "in-context")

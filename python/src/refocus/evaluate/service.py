@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import refocus
-from refocus.evaluate import flops, judges, spans
+from refocus.evaluate import flops, judges, quotes, spans
 from refocus.evaluate.item import EvalError, Item, Question
 from refocus.evaluate.methods import Method
 from refocus.v1 import context_pb2
@@ -45,6 +45,18 @@ class Reply:
     nats: float | None = None         # of the references, per token, where they were read along
 
 
+@dataclasses.dataclass
+class Quoted:
+    """What the model named for a question, and the adaptation to that."""
+
+    said: str
+    quotes: int                       # lines of it
+    found: int                        # in the text
+    spans: int                        # that the steps go through, uniform ones included
+    reply: Reply                      # its cost
+    adaptation: refocus.Adaptation
+
+
 class Opened:
     """A text at the service; a context manager that deletes it. floor: its instructions alone, without the text."""
 
@@ -56,6 +68,7 @@ class Opened:
         self.model = model
         self.client = client
         self._positions: spans.Tokens | None = None
+        self._places: quotes.Places | None = None
         self.source: str | list[int]
         options: dict[str, Any] = {}
         if not isinstance(item.text, str):
@@ -92,11 +105,33 @@ class Opened:
 
     # ---- Adapting.
 
-    def adapt(self, method: Method) -> refocus.Adaptation:
-        adaptation = self.context.adapt("eval", **method.adapt_options(number("adapt", self.item.id)))
+    def adapt(self, method: Method, to: list[tuple[int, int]] | None = None) -> refocus.Adaptation:
+        """to: starts and rows of spans; else the method's policy."""
+        options = method.adapt_options(number("adapt", self.item.id))
+        if to is not None:
+            explicit = context_pb2.AdaptContextRequest.ExplicitSpans()
+            for start, rows in to:
+                explicit.spans.add(start=start, length=rows)
+            options["explicit_spans"] = explicit
+        adaptation = self.context.adapt("eval", **options)
         if method.lora_rank and adaptation.effective.kind != context_pb2.LORA:
             raise EvalError(f"method {method.label}: the service adapts full matrices only: update it")
         return adaptation
+
+    def adapt_to_quotes(self, question: Question, method: Method) -> Quoted:
+        """Of the base queries: what is quoted does not depend on the question before."""
+        if not isinstance(self.item.text, str) or not isinstance(question.prompt, str):
+            raise EvalError(no_words(method, self.item.id))
+        answer = self.context.ask(**self._prompt(quotes.prompt(question.prompt)), max_tokens=method.quote_tokens)
+        reply = Reply(answer.text, [])
+        self._count(reply, answer)
+        if self._places is None:
+            self._places = quotes.Places(self.item.text)
+        said = quotes.lines(answer.text)
+        found = [place for place in map(self._places.find, said) if place is not None]
+        to = quotes.spans(self.places(found), self.tokens, method.request["span_tokens"], method.cycle,
+                          number("quoted", self.item.id, question.id))
+        return Quoted(answer.text, len(said), len(found), len(to), reply, self.adapt(method, to))
 
     def decode_rate(self) -> float:
         """Tokens a second, by a short answer that nobody reads."""
@@ -213,8 +248,12 @@ class Opened:
 
     def evidence(self, question: Question) -> list[tuple[int, int]]:
         """In tokens of the context, merged where they touch."""
+        return self.places(question.evidence)
+
+    def places(self, stand: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """The same of [begin, end) in characters of the text, or in its token ids."""
         if not isinstance(self.item.text, str):
-            found = list(question.evidence)
+            found = list(stand)
         else:
             assert isinstance(self.source, str)
             if self._positions is None:
@@ -222,7 +261,7 @@ class Opened:
             # What the tokenizer or the chat template puts in front; pieces may be tokenized a little differently.
             offset = self.tokens - self._positions.count
             moved = 0 if self.chat else len(self.item.preamble)
-            found = [self._positions.span(begin + moved, end + moved) for begin, end in question.evidence]
+            found = [self._positions.span(begin + moved, end + moved) for begin, end in stand]
             found = [(min(max(0, begin + offset), self.tokens - 1), min(max(1, end + offset), self.tokens))
                      for begin, end in found]
         merged: list[tuple[int, int]] = []
@@ -232,6 +271,10 @@ class Opened:
             else:
                 merged.append((begin, end))
         return merged
+
+
+def no_words(method: Method, what: str) -> str:
+    return f"method {method.label}: got token ids ({what}), allowed texts: a model quotes words"
 
 
 def likelihood(answer: refocus.Answer) -> float:
