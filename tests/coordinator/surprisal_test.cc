@@ -163,6 +163,19 @@ TEST_F(SurprisalTest, ALossThatIsNotFiniteRollsBack) {
   EXPECT_EQ(simulation_.Get("a").adapters_size(), 0);
 }
 
+// Candidates are commands like steps: a question in between does not wait for them all.
+TEST_F(SurprisalTest, OthersAreServedMeanwhile) {
+  const auto job = *simulation_.Adapt(Request([](auto& r) { r.mutable_surprisal_spans()->set_candidates(80); }));
+  for (int i = 0; i < 5; ++i) Step();
+  const auto answer = *simulation_.Generate("a", 3, 5);
+  for (int turn = 0; turn < 40 && !answer->answered(); ++turn) Step();
+  EXPECT_TRUE(answer->answered());
+  EXPECT_TRUE(Look(*job).starts.empty()) << "still measuring";
+  simulation_.Run();
+  EXPECT_EQ(Look(*job).starts.size(), 80u);
+  simulation_.ExpectConsistent();
+}
+
 TEST_F(SurprisalTest, CanBeCancelledWhileItMeasures) {
   const auto job = simulation_.Adapt(Request([](auto& r) { r.mutable_surprisal_spans()->set_candidates(80); }));
   ASSERT_TRUE(job.ok());

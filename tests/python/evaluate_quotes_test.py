@@ -28,6 +28,8 @@ class Quotes(unittest.TestCase):
         self.assertEqual("The third was read by everybody but him",
                          self.found("The third one was read by everyone but him"))
         self.assertEqual("the second letter was", self.found("the second letter was burned"))
+        self.assertEqual("wrote three letters to his brother",
+                         self.found("A soldier wrote three letters to his brother from the eastern front"))
         for absent in ("The Duchess wrote no letters at all to Paris", "There is no such sentence", "", "...",
                        "was was was"):
             self.assertIsNone(self.found(absent), absent)

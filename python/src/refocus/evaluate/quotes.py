@@ -47,10 +47,12 @@ class Places:
         first = max(0, match.a - match.b)
         last = min(len(self._words), match.a - match.b + len(wanted))
         there = difflib.SequenceMatcher(None, self._words[first:last], wanted, autojunk=False)
-        if there.ratio() < ALIKE:
-            return None
-        same = [block for block in there.get_matching_blocks() if block.size > 0]
-        return self._at[first + same[0].a][0], self._at[first + same[-1].a + same[-1].size - 1][1]
+        if there.ratio() >= ALIKE:
+            same = [block for block in there.get_matching_blocks() if block.size > 0]
+            return self._at[first + same[0].a][0], self._at[first + same[-1].a + same[-1].size - 1][1]
+        if match.size >= FEWEST and 2 * match.size >= len(wanted):  # with made-up words around it
+            return self._at[match.a][0], self._at[match.a + match.size - 1][1]
+        return None
 
 
 def spans(found: list[tuple[int, int]], tokens: int, rows: int, cycle: int, seed: int) -> list[tuple[int, int]]:
