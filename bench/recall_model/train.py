@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """Trains the recall model: a small transformer of the Qwen3 type that looks values up perfectly in short contexts and is
-diluted in long ones. One GPU, a minute and a half; the same seed draws the same data.
+diluted in long ones. One GPU, two minutes; the same seed draws the same data.
 
-    python3 bench/recall_model/train.py OUT_FOLDER [--steps 2500]
+    python3 bench/recall_model/train.py OUT_FOLDER [--steps 6500]
 
 A context is a ledger: pairs of an account and its value, " kamo 137 nuve 42 ...". An account's value is fixed within a
 context and drawn anew for the next; accounts come back about four times. The loss counts values that can be looked up, and
-others a little. Contexts have 64 to 512 tokens and no more. Positions begin anywhere, so that those of long contexts are
-known, and jump, up to a reach of 1024: what lies further apart is new to the model, as are more than 64 accounts at once.
+others a little. Contexts have 64 to 256 tokens and no more. Positions begin anywhere, so that those of long contexts are
+known, and jump, up to a reach of 256: what lies further apart is new to the model, as are more than 32 accounts at once.
+
+Two layers: the first joins an account and its value in the value's key, the second looks up. The first is trained with its
+attention softened, as if its contexts were far longer than they are, so that keys stay good in long contexts; the second is
+not. So it is the queries that fail there, not what they look for.
 
 Writes config.json, model.safetensors (bf16), tokenizer.json, tokenizer_config.json and training.json, in the layout of
 Hugging Face.
@@ -28,12 +32,14 @@ CONFIG = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "attention_bias": False, "attention_dropout": 0.0,
     "bos_token_id": ledger.BOS, "eos_token_id": ledger.BOS, "head_dim": 64, "hidden_act": "silu", "hidden_size": 256,
     "initializer_range": 0.04, "intermediate_size": 768, "max_position_embeddings": 65536, "num_attention_heads": 4,
-    "num_hidden_layers": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000.0,
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 1000000.0,
     "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
     "use_sliding_window": False, "vocab_size": ledger.VOCABULARY,
 }
-LENGTHS = ((64, 128), (64, 128, 256, 512, 512))  # tokens of training contexts: in the first fifth, then
-REACH = 1024           # positions that a training context spreads over
+LENGTHS = ((64, 128), (64, 128, 256, 256))  # tokens of training contexts: in the first fifth, then
+REACH = 256            # positions that a training context spreads over
+SOFTENED = 1           # first layers whose attention logits are scaled down in training
+SOFTEST = 0.25         # the smallest factor
 REST_WEIGHT = 0.05     # of tokens that cannot be looked up
 FURTHEST = 60_000      # above every position
 
@@ -69,13 +75,16 @@ class Layer(nn.Module):
                                   "up_proj": linear(hidden, c["intermediate_size"]),
                                   "down_proj": linear(c["intermediate_size"], hidden)})
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, soft=None):
+        """soft [batch, 1, 1, 1]: factors of the attention logits."""
         a, batch, tokens = self.self_attn, x.shape[0], x.shape[1]
         y = self.input_layernorm(x)
         q = a["q_norm"](a["q_proj"](y).view(batch, tokens, self.heads, self.dim)).transpose(1, 2)
         k = a["k_norm"](a["k_proj"](y).view(batch, tokens, self.kv_heads, self.dim)).transpose(1, 2)
         v = a["v_proj"](y).view(batch, tokens, self.kv_heads, self.dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if soft is not None:
+            q = q * soft.to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + a["o_proj"](y.transpose(1, 2).reshape(batch, tokens, -1))
         y = self.post_attention_layernorm(x)
@@ -102,12 +111,13 @@ class Model(nn.Module):
                 if name.endswith(("o_proj.weight", "down_proj.weight")):
                     weight.data.mul_(0.35)
 
-    def forward(self, ids, positions):
+    def forward(self, ids, positions, soft=None):
+        """Of the last layer, normed: [batch, tokens, hidden]. soft: for the first SOFTENED layers."""
         angles = positions[:, None, :, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, cos, sin)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, soft if index < SOFTENED else None)
         return self.norm(x)
 
 
@@ -137,6 +147,14 @@ def draw_positions(batch, tokens, generator, device):
     jumps = jumps / jumps.sum(1, keepdim=True).clamp(min=1e-6) * share * (REACH - tokens)
     start = rand(batch, 1) * (FURTHEST - tokens - jumps.sum(1, keepdim=True))
     return (start + jumps.cumsum(1)).long() + torch.arange(tokens, device=device)
+
+
+def draw_softness(batch, done, generator, device):
+    """Factors [batch, 1, 1, 1]: 1 for a quarter, else uniform down to SOFTEST, which is reached in the middle of training:
+    from the start on it would keep the layers from finding each other."""
+    uniform, plain = torch.rand(2, batch, 1, 1, 1, generator=generator, device=device)
+    ramp = min(1.0, max(0.0, (done - 0.15) / 0.35))
+    return torch.where(plain < 0.25, 1.0, 1.0 - uniform * (1.0 - SOFTEST) * ramp)
 
 
 def loss_of(model, hidden, ids, known):
@@ -178,8 +196,9 @@ def train(model, options, device):
         tokens = lengths[step % len(lengths)]
         ids, known = draw_contexts(options.batch_tokens // tokens, tokens, generator, device)
         positions = draw_positions(ids.shape[0], tokens, generator, device)
+        soft = draw_softness(ids.shape[0], done, generator, device)
         with torch.autocast(device, torch.bfloat16):
-            hidden = model(ids, positions)
+            hidden = model(ids, positions, soft)
             loss, logits = loss_of(model, hidden, ids, known)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -208,11 +227,11 @@ def save(model, folder, facts):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=6500)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--batch-tokens", type=int, default=65_536)
+    parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[256, 512, 1024, 1536, 3072, 6144, 12288, 24576])
+    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 128, 256, 512, 1536, 3072, 6144, 12288, 24576])
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(options.seed)
@@ -223,8 +242,8 @@ def main():
     facts.update(train(model, options, device))
     model.to(torch.bfloat16).float()  # as it is stored
     generator = torch.Generator(device).manual_seed(options.seed + 1)
-    facts["recall"] = {n: round(recall(model, n, 8, 1536, generator, device), 2) for n in options.lengths}
-    print("recall of later values, percent by context tokens:", facts["recall"])
+    facts["recall"] = {n: round(recall(model, n, 8, min(n, 1536), generator, device), 2) for n in options.lengths}
+    print("recall of values in as many later tokens, at most 1536, percent by context tokens:", facts["recall"])
     save(model, options.folder, facts)
 
 

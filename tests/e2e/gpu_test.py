@@ -3,17 +3,20 @@ or frozen, ranks that start without mpirun, and a context of a million tokens. S
 
 Usage: gpu_test.py BIN_FOLDER REPOSITORY [unittest arguments]
 
-REFOCUS_MILLION_LAYERS (4) is the depth of the model with a million tokens; more takes longer.
+REFOCUS_MILLION_LAYERS (4) is the depth of the model with a million tokens, REFOCUS_BESIDE_SECONDS (30) how long short
+requests are asked beside the prefill of such a context; more takes longer.
 """
 import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import unittest
 
@@ -192,6 +195,63 @@ class Million(Folder):
                   f"| upload and prefill | {whole:.2f} s |\n| prefill | {prefill['seconds']:.2f} s |\n"
                   f"| 32 steps of 128 tokens, with probes | {adapt['seconds']:.2f} s |\n"
                   f"| decode | {answer['tokens_per_second']:.1f} tokens/s |", flush=True)
+            self.assertEqual(0, service.stop())
+
+    def test_short_requests_beside_its_prefill(self):
+        """A request waits for the chunk that runs, never for the prefill."""
+        limit = float(os.environ.get("REFOCUS_BESIDE_SECONDS", "30"))
+        with harness.Service(BIN, self.model(36), len(GPUS), "--device", "cuda", "--random-weights", "1",
+                             kv_memory=None) as service:
+            service.call("context", "create", self.ids(3000), "--ids", "--id", "short")
+            service.call("ask", "short", "1 2 3", "--ids", "--max-tokens", "1")
+            controller, terminal = os.openpty()  # on a terminal every chunk is shown, in a pipe one line now and then
+            prefill = subprocess.Popen(
+                [BIN / "refocus", "context", "create", self.ids(1 << 20), "--ids", "--id", "long"], stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=terminal, env=service.variables | {"TERM": "xterm", "NO_COLOR": "1"})
+            os.close(terminal)
+            chunks, firsts = [], []  # (end, seconds) of a chunk, (begin, seconds) until a first token
+
+            def watch():
+                last = last_time = None
+                text = b""
+                while True:
+                    try:
+                        text = text[-200:] + os.read(controller, 4096)
+                    except OSError:  # the terminal's other end is closed
+                        return
+                    done = re.findall(rb"prefill \[[#.]*\] (\S+)/", text)
+                    if done and done[-1] != last:
+                        now = time.monotonic()
+                        if last is not None:
+                            chunks.append((now, now - last_time))
+                        last, last_time = done[-1], now
+
+            thread = threading.Thread(target=watch, daemon=True)
+            thread.start()
+            harness.wait_until("progress of the prefill", lambda: chunks, 60)
+            end = time.monotonic() + limit
+            while time.monotonic() < end and prefill.poll() is None:
+                begin = time.monotonic()
+                service.call("ask", "short", "1 2 3", "--ids", "--max-tokens", "1")
+                firsts.append((begin, time.monotonic() - begin))
+                time.sleep(0.3)
+            self.assertIsNone(prefill.poll(), "the prefill ended before: nothing was measured beside it")
+            prefill.send_signal(signal.SIGINT)
+            prefill.wait(timeout=60)
+            thread.join(timeout=10)
+            os.close(controller)
+            # Of each request: the longest chunk that ran in its time.
+            shares = [(seconds / longest, seconds, longest) for begin, seconds in firsts
+                      if (longest := max((length for stop, length in chunks
+                                          if stop - length < begin + seconds and stop > begin), default=None))]
+            self.assertGreater(len(shares), 5)
+            shares.sort()
+            worst = shares[-1]
+            print(f"{len(shares)} requests beside the prefill of {1 << 20} tokens, {len(GPUS)} x {GPUS[0]}: first token and end "
+                  f"of the process after {shares[len(shares) // 2][0]:.2f} chunks (median), at worst {worst[0]:.2f} "
+                  f"({worst[1]:.2f} s beside a chunk of {worst[2]:.2f} s); chunks {min(c for _, c in chunks):.2f} to "
+                  f"{max(c for _, c in chunks):.2f} s", flush=True)
+            self.assertLess(worst[1], 1.5 * worst[2] + 0.5, "0.5 s: the process that asks, and what its request takes itself")
             self.assertEqual(0, service.stop())
 
 
