@@ -9,9 +9,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 bin=$(cd "${1:?usage: demo.sh BIN_FOLDER OUT_FOLDER}" && pwd)
 out=${2:?usage: demo.sh BIN_FOLDER OUT_FOLDER}
 
-method=${REFOCUS_DEMO_METHOD:-qttt:rows=recall,lr=2e-3}  # see docs/evaluation.md; the rate suits this model
-lengths=${REFOCUS_DEMO_LENGTHS:-1536,3072,6144}          # tokens
-questions=${REFOCUS_DEMO_QUESTIONS:-200}                 # of each ledger
+method=${REFOCUS_DEMO_METHOD:-qttt:rows=recall,lr=4e-3}   # see docs/evaluation.md; the rate suits this model
+lengths=${REFOCUS_DEMO_LENGTHS:-512,1536,3072,6144,12288} # tokens
+questions=${REFOCUS_DEMO_QUESTIONS:-200}                  # of each ledger
 ranks=2
 start_seconds=120
 export REFOCUS_PYTHON=${REFOCUS_PYTHON:-python3}
@@ -38,7 +38,7 @@ give_up() {
 
 "$bin/refocus" eval list >/dev/null  # says in a line where the Python package is missing
 
-headline "Starting a coordinator and $ranks workers: the recall model, 4 million parameters, on the CPU"
+headline "Starting a coordinator and $ranks workers: the recall model, 2.8 million parameters, on the CPU"
 ln -s "$root/bench/recall_model/model" "$work/recall-model"  # the name that the service gives it
 "$bin/refocus" serve --model "$work/recall-model" --ranks $ranks --listen 127.0.0.1:0 --log-level warning \
     >"$work/serve.out" 2>"$work/serve.err" &
