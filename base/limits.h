@@ -26,6 +26,8 @@ inline constexpr int64_t kMaxTailExtents = 4;     // a request's own rows and th
 
 inline constexpr int64_t kMaxAdaptSteps = 10'000;
 inline constexpr int64_t kMaxSpanTokens = 8192;
+inline constexpr int64_t kMaxBehindRows = 512;      // of a span that is read again behind the context
+inline constexpr int64_t kMaxBehind = int64_t{1} << 20;  // tokens behind the context that such spans are spread over
 inline constexpr int64_t kMaxSpansPerStep = 64;
 inline constexpr int64_t kMaxStepRows = 65'536;       // spans_per_step x span_tokens
 inline constexpr int64_t kMaxProbeSpans = 16;

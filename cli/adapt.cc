@@ -20,6 +20,7 @@ struct AdaptOptions {
   std::optional<int64_t> probe_every, patience;
   bool recall = false;
   std::optional<double> recall_after;
+  std::optional<int64_t> behind;
   bool surprisal = false;
   std::optional<int64_t> candidates;
   std::optional<double> surprisal_share, surprisal_skip;
@@ -68,6 +69,7 @@ StatusOr<v1::AdaptContextRequest> MakeRequest(const AdaptOptions& options) {
   if (options.patience) request.set_patience(*options.patience);
   request.set_keep_best(options.keep_best);
   if (options.recall) request.mutable_recall_rows();
+  if (options.behind) request.set_behind(*options.behind);
   if (options.recall_after) request.mutable_recall_rows()->set_after(*options.recall_after);
   if (options.surprisal) request.mutable_surprisal_spans();
   if (options.candidates) request.mutable_surprisal_spans()->set_candidates(*options.candidates);
@@ -172,6 +174,7 @@ class AdaptView {
     }
     if (effective.optimizer() == v1::SGD) line += ", SGD";
     if (effective.recall_rows() > 0) line += ", of " + FormatCount(effective.recall_rows()) + " rows that recall";
+    if (effective.behind() > 0) line += ", read within " + FormatCount(effective.behind()) + " tokens behind the text";
     if (effective.candidates() > 0) line += ", by surprisal among " + FormatCount(effective.candidates()) + " spans";
     if (effective.keep_best()) {
       line += ", keeping the best of a probe every " + std::to_string(effective.probe_every()) + " steps";
@@ -299,6 +302,8 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
       ->excludes("--span")->group(spans);
   verb->add_option("--recall-after", o->recall_after, "With --recall: only behind this share of the text (0.5)")
       ->needs("--recall")->group(spans);
+  verb->add_option("--behind", o->behind, "Read spans again where questions stand: within so many tokens behind the text (0)")
+      ->group(spans);
   verb->add_flag("--surprisal", o->surprisal, "Train on the spans predicted worst, of candidates measured first")
       ->excludes("--span")->excludes("--recall")->group(spans);
   verb->add_option("--candidates", o->candidates, "With --surprisal: so many (4 times the steps' spans)")

@@ -3,6 +3,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/uniform.h>
@@ -12,6 +13,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "base/check.h"
 
@@ -84,8 +86,17 @@ void DrawLora(const ModelConfig& model, const DeltaConfig& config, uint64_t seed
   DeltaOver(model, config, numbers).a.copy_(drawn);
 }
 
+// Whether a recorded step over `a` does `b` when it is refilled.
+bool Alike(const StepRows& a, const StepRows& b) {
+  return std::equal(a.batches.begin(), a.batches.end(), b.batches.begin(), b.batches.end(),
+                    [](const auto& x, const auto& y) {
+                      return x->plan.rows() == y->plan.rows() && x->input.own_mask.defined() == y->input.own_mask.defined();
+                    });
+}
+
 void Refill(const SpanRows& from, SpanRows& to) {
   to.input.ids.copy_(from.input.ids);
+  if (to.input.own_mask.defined()) to.input.own_mask.copy_(from.input.own_mask);
   to.input.own_pos.copy_(from.input.own_pos);
   to.input.pos.copy_(from.input.pos);
   to.targets.copy_(from.targets);
@@ -99,6 +110,33 @@ int64_t TotalRows(const std::vector<Span>& spans) {
   return rows;
 }
 
+// The end of a micro-batch from row `first` on, where a span begins, that cuts none of at most kMicroBatchRows rows.
+int64_t EndOfWholeSpans(const std::vector<Span>& spans, int64_t first) {
+  int64_t end = 0;
+  for (const Span& span : spans) {
+    if (end > first && end + span.rows() > first + kMicroBatchRows) break;
+    end += span.rows();
+  }
+  return end;
+}
+
+// [rows, rows] of the spans' rows [first, end) laid end to end: those behind the context see the rows of their span up to
+// themselves. Undefined where there are none.
+at::Tensor OwnMask(const std::vector<Span>& spans, int64_t first, int64_t end) {
+  const int64_t rows = end - first;
+  at::Tensor mask;
+  int64_t begin = 0;
+  for (const Span& span : spans) {
+    if (span.behind != 0 && begin >= first && begin < end) {
+      if (!mask.defined()) mask = at::full({rows, rows}, -std::numeric_limits<float>::infinity(), at::kFloat);
+      at::Tensor block = mask.narrow(0, begin - first, span.rows()).narrow(1, begin - first, span.rows());
+      block.triu_(1);  // -inf stays above the diagonal, 0 from it on
+    }
+    begin += span.rows();
+  }
+  return mask;
+}
+
 StepRows MakeStepRows(const Model& model, const KvChain& context, const QueryDelta& delta,
                       const std::vector<Span>& spans) {
   StepRows step;
@@ -107,7 +145,7 @@ StepRows MakeStepRows(const Model& model, const KvChain& context, const QueryDel
   std::vector<int64_t> targets;
   for (const Span& span : spans) {
     for (int64_t row = 0; row < span.rows(); ++row) {
-      positions.push_back(span.start + row);
+      positions.push_back(span.first() + row);
       ids.push_back(span.ids[row]);
       targets.push_back(span.ids[row + 1]);
     }
@@ -116,14 +154,17 @@ StepRows MakeStepRows(const Model& model, const KvChain& context, const QueryDel
   step.total = static_cast<int64_t>(positions.size());
   REFOCUS_CHECK_GT(step.total, 0);
   const ShardPlan& plan = model.plan();
-  step.split = plan.shards > 1 && step.total >= plan.shards * model.backend().min_split_rows();
-  for (int64_t first = 0; first < step.total; first += kMicroBatchRows) {
-    const int64_t end = std::min(first + kMicroBatchRows, step.total);
+  const bool behind = std::any_of(spans.begin(), spans.end(), [](const Span& span) { return span.behind != 0; });
+  step.split = plan.shards > 1 && !behind && step.total >= plan.shards * model.backend().min_split_rows();
+  for (int64_t first = 0, end = 0; first < step.total; first = end) {
+    end = behind ? EndOfWholeSpans(spans, first) : std::min(first + kMicroBatchRows, step.total);
     const std::vector<int64_t> at(positions.begin() + first, positions.begin() + end);
     auto batch = std::make_unique<SpanRows>();
     batch->plan = step.split ? RowPlan::Even(at, plan) : RowPlan::Replicated(at, plan);
     batch->input = model.MakeInput(batch->plan, {ids.begin() + first, ids.begin() + end});
     batch->input.extents = context.shares();
+    if (const at::Tensor mask = OwnMask(spans, first, end); mask.defined())
+      batch->input.own_mask = mask.to(model.backend().device());
     batch->input.SetDelta(delta);
     std::vector<int64_t> own;
     for (const int64_t index : batch->plan.own_order()) own.push_back(targets[first + index]);
@@ -218,7 +259,7 @@ Adapter::StepResult Adapter::Step(Model& model, const KvChain& context, const st
   ++steps_;
   Work& work = *work_;
   StepRows rows = MakeStepRows(model, context, work.delta.view, spans);
-  if (work.repeat != nullptr && work.rows.total == rows.total) {
+  if (work.repeat != nullptr && Alike(work.rows, rows)) {
     for (size_t i = 0; i < rows.batches.size(); ++i) Refill(*rows.batches[i], *work.rows.batches[i]);
   } else {
     work.repeat.reset();  // reads the old rows

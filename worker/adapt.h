@@ -30,8 +30,9 @@ struct SpanRows {
   at::Tensor targets;  // [n] int64, own rows
 };
 
-// All rows of a step in micro-batches. Split evenly over the ranks where that leaves each enough of them, else every
-// rank computes them all and no gradient needs to travel. `context` is what the rows read.
+// All rows of a step in micro-batches, which cut no span that is read behind the context. Split evenly over the ranks
+// where that leaves each enough of them and none is read there, else every rank computes them all and no gradient needs to
+// travel. `context` is what the rows read.
 struct StepRows {
   int64_t total = 0;  // of all ranks
   bool split = false;

@@ -71,6 +71,8 @@ struct ReadDelta {
 struct Span {
   int64_t start = 0;
   std::vector<int32_t> ids;  // rows + 1
+  int64_t behind = 0;        // not 0: position of the first row, behind the context, where the rows are read again
+  int64_t first() const { return behind != 0 ? behind : start; }
   int64_t rows() const { return static_cast<int64_t>(ids.size()) - 1; }
 };
 struct AdaptStep {

@@ -94,6 +94,8 @@ class EngineState {
         return FieldError("span", std::to_string(span.start) + " + " + std::to_string(span.rows()),
                           "start >= 0, rows >= 1, start + rows < " + std::to_string(tokens));
       }
+      if (span.behind != 0 && span.behind < tokens)
+        return FieldError("span.behind", std::to_string(span.behind), "0, or " + std::to_string(tokens) + " and more");
       REFOCUS_RETURN_IF_ERROR(CheckTokenIds(span.ids, model_.config().vocab));
     }
     return {};

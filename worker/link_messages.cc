@@ -97,7 +97,9 @@ class Checker {
     for (const pb::Span& span : spans) {
       if (!status_.ok()) break;
       InRange("spans.start", span.start(), 0, kMaxContextTokens);
-      out.push_back({span.start(), TokenIds("spans.ids", span.ids(), 2, kMaxSpanTokens + 1)});
+      InRange("spans.behind", span.behind(), 0, 2 * kMaxContextTokens);
+      const int64_t longest = span.behind() != 0 ? kMaxBehindRows : kMaxSpanTokens;
+      out.push_back({span.start(), TokenIds("spans.ids", span.ids(), 2, longest + 1), span.behind()});
       rows += out.back().rows();
     }
     if (status_.ok()) InRange("spans (rows)", rows, least, kMaxStepRows);

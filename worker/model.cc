@@ -1,6 +1,8 @@
 #include "worker/model.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 
 #include "base/check.h"
@@ -80,7 +82,7 @@ void Model::Append(const ForwardInput& input, int64_t layer, const at::Tensor& h
 }
 
 Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
-                         const Rotation& rotation, at::Tensor* all) {
+                         const Rotation& rotation, at::Tensor* all, OwnKeys* own) {
   if (input.tails.defined()) return DecodeAttention(input, layer, q, h, rotation);
   const RowPlan& rows = *input.rows;
   if (Travels(rows) && input.slots.defined()) {
@@ -92,7 +94,12 @@ Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Ten
     Append(input, layer, h, rotation);
     *all = GatherRows(rows, q);
   }
-  return Exchange(rows, backend_.Attend(*all, input.pos, Views(input, layer)));
+  const Partial cached = Exchange(rows, backend_.Attend(*all, input.pos, Views(input, layer)));
+  if (!input.own_mask.defined()) return cached;
+  REFOCUS_CHECK(!rows.split());
+  *own = MakeOwnKeys(backend_, h, KeyValues(weights_.layers[layer]), rotation, config().head_dim);
+  const Partial beside = OwnAttend(q, *own, input.own_mask);
+  return backend_.Combine(at::stack({cached.out, beside.out}), at::stack({cached.lse, beside.lse}));
 }
 
 Partial Model::DecodeAttention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
@@ -146,8 +153,9 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     }
     const at::Tensor q_raw = ProjectQueries(backend_, h, w.wq, input.adapters, layer).view({n, c.heads, c.head_dim});
     at::Tensor q_all;
+    OwnKeys own;
     const Partial attention =
-        Attention(input, layer, backend_.Rotate(q_raw, {w.q_bias, w.q_norm}, rotation), h, rotation, &q_all);
+        Attention(input, layer, backend_.Rotate(q_raw, {w.q_bias, w.q_norm}, rotation), h, rotation, &q_all, &own);
     if (input.observe && !input.observe(layer, q_all, GatherRows(rows, attention.lse))) return at::Tensor();
     const at::Tensor mixed = backend_.Linear(backend_.Rounded(attention.out).view({n, c.q_dim()}), w.wo);
     const Normed mid = backend_.AddNorm(x, mixed, w.mlp_norm);
@@ -157,7 +165,7 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     } else {
       const at::Tensor gate = backend_.Linear(mid.h, w.gate);
       const at::Tensor up = backend_.Linear(mid.h, w.up);
-      trace->push_back({x, h, q_raw, q_all, attention.out, attention.lse, mid.sum, gate, up});
+      trace->push_back({x, h, q_raw, q_all, attention.out, attention.lse, mid.sum, gate, up, own});
       act = backend_.SiluMul(gate, up);
     }
     const at::Tensor y = backend_.Linear(act, w.down);
@@ -207,11 +215,14 @@ void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& t
     const Gradient dx_mid = backend_.NormGrad(t.x_mid, w.mlp_norm, dh_mid, dx.sum);
     // Attention, with K and V frozen: only dQ.
     const at::Tensor dout = backend_.LinearGrad(dx_mid.rounded, w.wo, {}).view({n, c.heads, c.head_dim});
-    const at::Tensor dq_all =
-        backend_.QueryGrad(t.q_all, input.pos, Views(input, layer), GatherRows(rows, dout), GatherRows(rows, t.lse),
-                           GatherRows(rows, backend_.RowDot(dout, t.out)));
+    const at::Tensor row_dot = backend_.RowDot(dout, t.out);
+    const at::Tensor dq_all = backend_.QueryGrad(t.q_all, input.pos, Views(input, layer), GatherRows(rows, dout),
+                                                 GatherRows(rows, t.lse), GatherRows(rows, row_dot));
+    at::Tensor dq_sum = SumOverRanks(rows, dq_all);
+    if (input.own_mask.defined())
+      dq_sum = dq_sum + OwnQueryGrad(t.q_all, t.own, input.own_mask, dout, t.lse, row_dot);
     const at::Tensor dq =
-        backend_.RotateGrad(SumOverRanks(rows, dq_all), t.q_raw, {w.q_bias, w.q_norm}, rotation).view({n, c.q_dim()});
+        backend_.RotateGrad(dq_sum, t.q_raw, {w.q_bias, w.q_norm}, rotation).view({n, c.q_dim()});
     DeltaGrad(backend_, dq, t.h, delta, layer, add, grad);
     if (layer == 0) break;  // nothing below is trained
     dx = backend_.NormGrad(t.x, w.attn_norm, QueriesGrad(backend_, dq, w.wq, delta, layer), dx_mid.sum);

@@ -14,6 +14,7 @@
 #include "worker/backend.h"
 #include "worker/collective.h"
 #include "worker/kv_extents.h"
+#include "worker/own_keys.h"
 #include "worker/query_delta.h"
 #include "worker/row_plan.h"
 #include "worker/weights.h"
@@ -32,6 +33,7 @@ struct LayerTrace {
   at::Tensor x_mid;  // [n, hidden] fp32, after attention
   at::Tensor gate;   // [n, mlp] before SiLU
   at::Tensor up;     // [n, mlp]
+  OwnKeys own;       // with ForwardInput::own_mask
 };
 
 // The rows of one pass on the backend's device. A recorded pass reads the tensors at every run, `plan` when recorded.
@@ -43,6 +45,8 @@ struct ForwardInput {
   at::Tensor slots;    // [n] int64: where own rows write K/V in `append`, < 0: nowhere; undefined: none writes
   std::vector<KvShare> extents;  // that attention reads besides `append`
   KvExtent* append = nullptr;
+  // Rows also see keys of their own, which are written nowhere: worker/own_keys.h. Replicated rows only; undefined: none.
+  at::Tensor own_mask;  // [n, n] fp32
   // A decode pass instead: rows read shared extents by ranges, in order, and each has keys of its own, where it also
   // writes.
   struct Sweep {
@@ -102,10 +106,10 @@ class Model {
                 const QueryDelta& grad);
 
  private:
-  // Combined attention of own rows q [n, H, d]; `all` gets the rows of all ranks. K and V of rows h are appended in
-  // between, while the queries travel.
+  // Combined attention of own rows q [n, H, d]; `all` gets the rows of all ranks, `own` keys of their own, if they have
+  // some. K and V of rows h are appended in between, while the queries travel.
   Partial Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
-                    const Rotation& rotation, at::Tensor* all);
+                    const Rotation& rotation, at::Tensor* all, OwnKeys* own);
   void Append(const ForwardInput& input, int64_t layer, const at::Tensor& h, const Rotation& rotation);
   // The partials of this rank's keys for all rows -> combined attention of own rows.
   Partial Exchange(const RowPlan& rows, const Partial& partial);

@@ -53,7 +53,8 @@ double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token
   }
   const auto& e = plan.effective;
   const auto spans = static_cast<double>(e.steps() * e.spans_per_step());
-  const double keys = rows > 0 ? row_keys / rows : static_cast<double>(token_count) / 2;
+  double keys = rows > 0 ? row_keys / rows : static_cast<double>(token_count) / 2;
+  if (plan.effective.behind() != 0) keys = static_cast<double>(token_count);
   const double span_rows =
       rows > 0 ? rows / static_cast<double>(plan.explicit_spans.size()) : static_cast<double>(e.span_tokens());
   flops += spans * span_rows * StepRowFlops(model, keys);
@@ -187,11 +188,19 @@ void AdaptJob::FillBegin(wire::BeginAdapt* begin) const {
   begin->set_keep_best(effective.keep_best());
 }
 
+template <typename CommandWithSpans>
+void AdaptJob::AddSpan(const SpanRange& range, int64_t draw, CommandWithSpans* command) const {
+  const bool alone = plan_.effective.behind() != 0 && plan_.effective.recall_rows() != 0;
+  for (int64_t row = 0; row < range.rows; row += alone ? 1 : range.rows) {
+    FillSpan({range.start + row, alone ? 1 : range.rows}, draw, command->add_spans());
+  }
+}
+
 void AdaptJob::FillProbe(wire::ProbeLoss* probe) {
   probes_under_way_.push_back({steps_sent_, delta_steps_, phase_ == Phase::kTrials});
   probe->set_adapter(plan_.target.uid);
   probe->set_keep_best(plan_.effective.keep_best());
-  for (const SpanRange& range : plan_.probes) FillSpan(range, probe->add_spans());
+  for (const SpanRange& range : plan_.probes) AddSpan(range, 0, probe);
 }
 
 void AdaptJob::FillStep(double rate, wire::AdaptStep* step) {
@@ -203,7 +212,7 @@ void AdaptJob::FillStep(double rate, wire::AdaptStep* step) {
   step->set_learning_rate(static_cast<float>(rate));
   // Trials are compared with each other: all train on what the first one drew.
   if (!search_ || step_spans_.empty()) step_spans_ = spans_->NextStep();
-  for (const SpanRange& range : step_spans_) FillSpan(range, step->add_spans());
+  for (const SpanRange& range : step_spans_) AddSpan(range, search_ ? 0 : steps_sent_, step);
 }
 
 // One a command, as the probe of a single span, so that others get their turn between them.
@@ -211,7 +220,7 @@ bool AdaptJob::NextCandidate(wire::Command* command) {
   if (candidates_sent_ == plan_.candidates.size()) return false;
   wire::ProbeLoss* probe = command->mutable_probe_loss();
   probe->set_adapter(plan_.target.uid);
-  FillSpan(plan_.candidates[candidates_sent_++], probe->add_spans());
+  AddSpan(plan_.candidates[candidates_sent_++], 0, probe);
   probes_under_way_.push_back({.candidate = true});
   return true;
 }
@@ -250,11 +259,17 @@ bool AdaptJob::StepMayWait() const {
   return steps_done_ == 0 || run_seconds() + 3 * slowest_step_ >= limit;
 }
 
-void AdaptJob::FillSpan(const SpanRange& range, wire::Span* span) const {
+void AdaptJob::FillSpan(const SpanRange& range, int64_t draw, wire::Span* span) const {
   REFOCUS_CHECK_LT(range.start + range.rows, session_->token_count());
   span->set_start(range.start);
   const auto first = session_->tokens().begin() + range.start;
   span->mutable_ids()->Assign(first, first + range.rows + 1);
+  const auto& effective = plan_.effective;
+  if (effective.behind() == 0) return;
+  SplitMix64 by_step(effective.seed() + static_cast<uint64_t>(draw));
+  SplitMix64 random(by_step.Next() + static_cast<uint64_t>(range.start));
+  const int64_t place = static_cast<int64_t>(random.Below(static_cast<uint64_t>(effective.behind() - range.rows + 1)));
+  span->set_behind(session_->token_count() + place);
 }
 
 void AdaptJob::OnResult(const wire::Command& command, const wire::Result& result, double now) {
@@ -379,7 +394,8 @@ void AdaptJob::OnStep(const wire::AdaptStep& step, const wire::Result& result, d
     const int64_t rows = span.ids_size() - 1;
     event->add_span_starts(span.start());
     rows_done_ += rows;
-    flops += static_cast<double>(rows) * StepRowFlops(model_, static_cast<double>(span.start() + rows / 2));
+    const int64_t keys = span.behind() != 0 ? session_->token_count() : span.start() + rows / 2;
+    flops += static_cast<double>(rows) * StepRowFlops(model_, static_cast<double>(keys));
   }
   if (number > 1) tools_->steps.Measured(flops, result.seconds());  // the first sets up what the others find
   steps_done_ = number;

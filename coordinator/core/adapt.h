@@ -89,7 +89,11 @@ class AdaptJob : public Job {
   bool NextTrial(wire::Command* command);
   void BeginSteps();
   bool StepMayWait() const;
-  void FillSpan(const SpanRange& range, wire::Span* span) const;
+  // The command's next span, or spans of a row each where rows to recall are read behind the text. `draw`: which one of
+  // their places there; probes and trials always have the first, so that they can be compared.
+  template <typename CommandWithSpans>
+  void AddSpan(const SpanRange& range, int64_t draw, CommandWithSpans* command) const;
+  void FillSpan(const SpanRange& range, int64_t draw, wire::Span* span) const;
   void OnProbe(const wire::Result& result, double now);
   void OnCandidate(double loss);
   void ChooseSpans();

@@ -215,6 +215,17 @@ Status PlanCandidates(const api::AdaptContextRequest::SurprisalSpans& spans, int
   return absl::OkStatus();
 }
 
+// Rows to recall stand alone behind the text, also where they are neighbours in it.
+Status CheckBehind(const AdaptPlan& plan, int64_t token_count, int64_t window) {
+  int64_t longest = plan.recall_rows.empty() && plan.explicit_spans.empty() ? plan.effective.span_tokens() : 1;
+  for (const SpanRange& span : plan.explicit_spans) longest = std::max(longest, span.rows);
+  if (longest > kMaxBehindRows) {
+    return FieldError("behind", "spans of " + std::to_string(longest) + " tokens",
+                      "spans of at most " + std::to_string(kMaxBehindRows) + " tokens with it");
+  }
+  return CheckInt("behind", plan.effective.behind(), longest, std::min(kMaxBehind, window - token_count));
+}
+
 Status CheckEnum(const char* field, int value, bool known, const char* allowed) {
   if (known) return absl::OkStatus();
   return FieldError(field, std::to_string(value), allowed);
@@ -306,6 +317,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   e.set_probe_every(r.has_probe_every() ? r.probe_every() : e.keep_best() ? std::max<int64_t>(1, e.steps() / 8) : 0);
   e.set_patience(r.has_patience() || !automatic ? r.patience() : 3);
   plan.automatic = automatic;
+  e.set_behind(r.behind());
   if (automatic) e.set_trial_steps(e.steps() / 4);
   if (e.patience() != 0 && !e.keep_best()) return FieldError("patience", Number(r.patience()), "0 without keep_best");
   REFOCUS_RETURN_IF_ERROR(CheckEffective(e));
@@ -322,7 +334,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   for (const SpanRange& span : plan.explicit_spans) rows = std::max(rows, span.rows);
   REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step x span_tokens", e.spans_per_step() * rows, 1, kMaxStepRows));
   if (r.has_recall_rows() || automatic) {
-    double after = kRecallAfter;
+    double after = r.behind() != 0 ? 0 : kRecallAfter;
     if (r.recall_rows().has_after()) after = r.recall_rows().after();
     REFOCUS_RETURN_IF_ERROR(CheckReal("recall_rows.after", after, 0, 0.999999));
     const auto first_row = static_cast<int64_t>(after * static_cast<double>(token_count));
@@ -353,6 +365,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
     }
   }
   if (r.has_surprisal_spans()) REFOCUS_RETURN_IF_ERROR(PlanCandidates(r.surprisal_spans(), token_count, &plan));
+  if (e.behind() != 0) REFOCUS_RETURN_IF_ERROR(CheckBehind(plan, token_count, model.max_positions));
   return plan;
 }
 

@@ -1,7 +1,10 @@
 // The settings of an adaptation: kinds, defaults, schedules, and what is refused.
 #include <cmath>
+#include <algorithm>
 #include <functional>
+#include <map>
 #include <numeric>
+#include <set>
 
 #include "coordinator/core/validate.h"
 #include "tests/coordinator/simulation.h"
@@ -152,6 +155,72 @@ TEST(AdaptPlanTest, RecallRows) {
   const auto refused = Plan([](auto& r) { r.mutable_recall_rows()->set_after(1.0); }, nullptr, FakeModel(1000), tokens);
   EXPECT_EQ(ReasonOf(refused.status()), "FIELD_OUT_OF_RANGE");
   EXPECT_EQ(ReasonOf(Plan(recall).status()), "NOTHING_RECURS");
+}
+
+TEST(AdaptPlanTest, Behind) {
+  ModelConfig model = FakeModel(1000);
+  model.max_positions = 700;
+  const auto plan = [&](int64_t behind, int64_t span, const std::function<void(api::AdaptContextRequest&)>& set) {
+    return Plan([&](auto& r) { r.set_behind(behind), r.set_span_tokens(span), set(r); }, nullptr, model);
+  };
+  const auto uniform = [](auto&) {};
+  EXPECT_EQ(plan(0, 64, uniform)->effective.behind(), 0);
+  EXPECT_EQ(plan(64, 64, uniform)->effective.behind(), 64);
+  EXPECT_EQ(plan(200, 64, uniform)->effective.behind(), 200);
+  const auto explicit_span = [](auto& r) {
+    api::AdaptContextRequest::ExplicitSpans::Span* span = r.mutable_explicit_spans()->add_spans();
+    span->set_start(3);
+    span->set_length(100);
+  };
+  EXPECT_TRUE(plan(100, 1, explicit_span).ok());
+  // Shorter than a span, longer than what is left of the window; negative; spans of too many tokens.
+  for (const auto& refused : {plan(63, 64, uniform), plan(201, 64, uniform), plan(-1, 64, uniform),
+                              plan(99, 1, explicit_span), Plan([](auto& r) { r.set_behind(513), r.set_span_tokens(513); },
+                                                               nullptr, FakeModel(1000), std::vector<int32_t>(600))}) {
+    EXPECT_EQ(ReasonOf(refused.status()), "FIELD_OUT_OF_RANGE") << refused.status();
+    EXPECT_NE(std::string(refused.status().message()).find("behind"), std::string::npos) << refused.status();
+  }
+}
+
+// Rows to recall stand alone, at another place in every step; all of it seeded.
+TEST(AdaptPlanTest, WhereSpansBehindTheTextStand) {
+  const auto trained = [](int64_t behind, bool recall, uint64_t seed) {
+    Simulation simulation;
+    simulation.Launch(1);
+    simulation.Run();
+    simulation.CreateReady("a", 600);
+    api::AdaptContextRequest request = Simulation::AdaptRequest("a", recall ? 200 : 30);
+    request.set_behind(behind);
+    request.set_span_tokens(8);
+    request.set_seed(seed);
+    if (recall) request.mutable_recall_rows();
+    const auto job = simulation.Adapt(request);
+    EXPECT_TRUE(job.ok()) << job.status();
+    simulation.Run();
+    return simulation.rank(0).trained;
+  };
+  std::set<int64_t> places;
+  for (const wire::Span& span : trained(50, false, 7)) {
+    EXPECT_EQ(span.ids_size(), 9);
+    EXPECT_GE(span.behind(), 600);
+    EXPECT_LE(span.behind() + 8, 650);
+    places.insert(span.behind());
+  }
+  EXPECT_GT(places.size(), 10u);
+  EXPECT_LT(places.size(), 30u) << "of 43 places";
+  std::vector<std::string> first, second, other;
+  for (const wire::Span& span : trained(50, false, 7)) first.push_back(span.SerializeAsString());
+  for (const wire::Span& span : trained(50, false, 7)) second.push_back(span.SerializeAsString());
+  for (const wire::Span& span : trained(50, false, 8)) other.push_back(span.SerializeAsString());
+  EXPECT_EQ(first, second);
+  EXPECT_NE(first, other);
+  for (const wire::Span& span : trained(0, false, 7)) EXPECT_EQ(span.behind(), 0);
+  std::map<int64_t, std::set<int64_t>> of_row;
+  for (const wire::Span& span : trained(1000, true, 7)) {
+    EXPECT_EQ(span.ids_size(), 2);
+    of_row[span.start()].insert(span.behind());
+  }
+  EXPECT_TRUE(std::any_of(of_row.begin(), of_row.end(), [](const auto& row) { return row.second.size() > 1; }));
 }
 
 TEST(AdaptPlanTest, SurprisalSpans) {

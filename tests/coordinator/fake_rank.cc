@@ -231,6 +231,7 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
       if (span.start() < 0 || span.ids_size() < 2) return false;
       if (span.start() + span.ids_size() > static_cast<int64_t>(context.tokens.size())) return false;
       if (!std::equal(span.ids().begin(), span.ids().end(), context.tokens.begin() + span.start())) return false;
+      if (span.behind() != 0 && span.behind() < static_cast<int64_t>(context.tokens.size())) return false;
     }
     return true;
   };
@@ -282,6 +283,7 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
       return OutOfPlace("spans", result);
     }
     const auto& step = command.adapt_step();
+    trained.insert(trained.end(), step.spans().begin(), step.spans().end());
     if (step.restart()) adapter.work = adapter.begun;
     if (step.step() != (step.restart() ? 1 : *adapter.work - adapter.begun + 1)) return OutOfPlace("step", result);
     ++*adapter.work;

@@ -137,6 +137,7 @@ class FakeRank {
   std::function<void(const wire::Command&, wire::Result&)> tamper;  // of final results
   std::function<double(int64_t steps, double rate)> probe_loss;  // else falls slowly
   std::function<double(int64_t start)> span_loss;                // of a probe with one span; else as any probe
+  std::vector<wire::Span> trained;                               // of all steps
   std::function<bool(uint64_t sequence, int64_t position)>
       not_finite;                                                  // logits of a decode step; the same on all ranks
   std::function<void(const wire::Command&, int64_t token)> pause;  // before a command (token -1) and each decoded token

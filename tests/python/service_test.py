@@ -233,6 +233,36 @@ class Surprisal(unittest.TestCase):
             self.assertAlmostEqual(loss, other, delta=1e-4)
 
 
+class Behind(unittest.TestCase):
+    """Rows read again behind the text, with the recall model: they are questions, and train for questions."""
+
+    def look(self, ranks):
+        ledger = tasks.make("symbols", 1024, 5, tasks.Settings(lambda text: []))
+        with harness.Service(BIN, ROOT / "bench" / "recall_model" / "model", ranks, "--threads-per-rank", "1",
+                             kv_memory="200MB") as service, refocus.Client(service.address) as client:
+            context = client.create(ledger.text)
+            recall = context_pb2.AdaptContextRequest.RecallRows()
+            # All at the first place behind the text: where a question's first token stands.
+            once = context.adapt("once", steps=1, span_tokens=32, learning_rate=0, behind=1, recall_rows=recall, seed=2)
+            step, = once.steps
+            self.assertEqual(32, len(step.span_starts))
+            scores = [context.score([[ledger.text[row + 1]]], prompt=[ledger.text[row]])[0].sum_logprob
+                      for row in step.span_starts]
+            self.assertAlmostEqual(-sum(scores) / len(scores), step.loss, delta=2e-3)
+            done = context.adapt("asked", steps=64, span_tokens=32, learning_rate=4e-3, behind=64, recall_rows=recall,
+                                 seed=2, schedule=context_pb2.COSINE)
+            self.assertLess(done.probe_loss_after, 0.5 * done.probe_loss_before)
+            with self.assertRaisesRegex(refocus.RefocusError, "behind"):
+                context.adapt("far", steps=1, behind=1 << 20)
+        return [step.loss for step in once.steps + done.steps]
+
+    def test_on_one_and_two_ranks(self):
+        one, two = self.look(1), self.look(2)
+        self.assertEqual(65, len(one))
+        for loss, other in zip(one[:9], two[:9]):  # later ones drift apart with the rounding
+            self.assertAlmostEqual(loss, other, delta=1e-3)
+
+
 class Thinking(Evaluation):
     template = MUST_THINK
 

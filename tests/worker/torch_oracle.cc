@@ -110,7 +110,7 @@ at::Tensor TorchOracle::Attention(int64_t /*layer*/, const at::Tensor& q, const 
   return at::matmul(at::softmax(scores, -1, dtype_ == at::kDouble ? at::kDouble : at::kFloat).to(dtype_), v);
 }
 
-at::Tensor TorchOracle::Forward(const at::Tensor& ids, const at::Tensor& positions,
+at::Tensor TorchOracle::Forward(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& seen,
                                 const std::vector<at::Tensor>& delta, bool write, std::vector<at::Tensor>& keys,
                                 std::vector<at::Tensor>& values) const {
   const ModelConfig& c = weights_.config;
@@ -122,16 +122,16 @@ at::Tensor TorchOracle::Forward(const at::Tensor& ids, const at::Tensor& positio
     if (write) {
       at::Tensor k = at::linear(h, w.wk, Optional(w.k_bias)).view({n, c.kv_heads, c.head_dim});
       if (c.qk_norm) k = Norm(k, w.k_norm);
-      k = Kept(Rope(k, positions).transpose(0, 1));
+      k = Kept(Rope(k, positions).transpose(0, 1)).detach();
       const at::Tensor v =
-          Kept(at::linear(h, w.wv, Optional(w.v_bias)).view({n, c.kv_heads, c.head_dim}).transpose(0, 1));
+          Kept(at::linear(h, w.wv, Optional(w.v_bias)).view({n, c.kv_heads, c.head_dim}).transpose(0, 1)).detach();
       keys[l] = keys[l].defined() ? at::cat({keys[l], k}, 1) : k;
       values[l] = values[l].defined() ? at::cat({values[l], v}, 1) : v;
     }
     at::Tensor q = at::linear(h, delta.empty() ? w.wq : w.wq + delta[l], Optional(w.q_bias)).view({n, c.heads, c.head_dim});
     if (c.qk_norm) q = Norm(q, w.q_norm);
     q = Rope(q, positions).transpose(0, 1);  // [H, n, d]
-    const at::Tensor mixed = Attention(l, q, positions, keys[l], values[l]);
+    const at::Tensor mixed = Attention(l, q, seen, keys[l], values[l]);
     x = x + at::linear(mixed.transpose(0, 1).reshape({n, c.q_dim()}), w.wo);
     const at::Tensor m = Norm(x, w.mlp_norm);
     x = x + at::linear(at::silu(at::linear(m, w.gate)) * at::linear(m, w.up), w.down);
@@ -143,14 +143,14 @@ void TorchOracle::Prefill(const std::vector<int32_t>& ids) {
   tokens_ = static_cast<int64_t>(ids.size());
   keys_.assign(weights_.layers.size(), at::Tensor());
   values_ = keys_;
-  Forward(Ids({ids.begin(), ids.end()}), at::arange(tokens_, at::TensorOptions(device_).dtype(at::kLong)), {}, true,
-          keys_, values_);
+  const at::Tensor positions = at::arange(tokens_, at::TensorOptions(device_).dtype(at::kLong));
+  Forward(Ids({ids.begin(), ids.end()}), positions, positions, {}, true, keys_, values_);
 }
 
 at::Tensor TorchOracle::Logprobs(const std::vector<int32_t>& ids, const std::vector<int64_t>& positions,
                                  const at::Tensor& delta) {
   const at::Tensor logits =
-      Forward(Ids({ids.begin(), ids.end()}), Ids(positions), Layers(delta), false, keys_, values_);
+      Forward(Ids({ids.begin(), ids.end()}), Ids(positions), Ids(positions), Layers(delta), false, keys_, values_);
   return at::log_softmax(logits.to(at::kDouble), 1).cpu();
 }
 
@@ -158,22 +158,28 @@ at::Tensor TorchOracle::TailLogprobs(const std::vector<int32_t>& ids, const at::
   std::vector<at::Tensor> keys = keys_, values = values_;
   const at::Tensor positions =
       at::arange(tokens_, tokens_ + static_cast<int64_t>(ids.size()), at::TensorOptions(device_).dtype(at::kLong));
-  const at::Tensor logits = Forward(Ids({ids.begin(), ids.end()}), positions, Layers(delta), true, keys, values);
+  const at::Tensor logits = Forward(Ids({ids.begin(), ids.end()}), positions, positions, Layers(delta), true, keys, values);
   return at::log_softmax(logits.to(at::kDouble), 1).cpu();
 }
 
 TorchOracle::Gradient TorchOracle::SpanGradient(const std::vector<Span>& spans, const at::Tensor& delta) {
   std::vector<at::Tensor> layers = Layers(delta);
   for (at::Tensor& layer : layers) layer = layer.detach().clone().requires_grad_(true);
-  std::vector<int64_t> ids, positions, targets;
+  std::vector<int64_t> targets;
+  std::vector<at::Tensor> logits_of;
   for (const Span& span : spans) {
-    for (int64_t i = 0; i < span.rows(); ++i) {
-      ids.push_back(span.ids[i]);
-      positions.push_back(span.start + i);
-      targets.push_back(span.ids[i + 1]);
+    const at::TensorOptions options = at::TensorOptions(device_).dtype(at::kLong);
+    const at::Tensor rows = at::arange(span.rows(), options);
+    const at::Tensor ids = Ids({span.ids.begin(), span.ids.end() - 1});
+    if (span.behind != 0) {
+      std::vector<at::Tensor> keys = keys_, values = values_;
+      logits_of.push_back(Forward(ids, rows + span.behind, rows + tokens_, layers, true, keys, values));
+    } else {
+      logits_of.push_back(Forward(ids, rows + span.start, rows + span.start, layers, false, keys_, values_));
     }
+    targets.insert(targets.end(), span.ids.begin() + 1, span.ids.end());
   }
-  const at::Tensor logits = Forward(Ids(ids), Ids(positions), layers, false, keys_, values_);
+  const at::Tensor logits = at::cat(logits_of);
   const at::Tensor loss =
       at::cross_entropy_loss(dtype_ == at::kDouble ? logits : logits.to(at::kFloat), Ids(targets));
   loss.backward();

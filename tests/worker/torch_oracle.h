@@ -32,14 +32,16 @@ class TorchOracle {
     double loss = 0.0;
     at::Tensor grad;  // [layers, H * d, hidden] fp64 on the CPU
   };
-  // Mean next-token cross-entropy of the spans' rows and its gradient with respect to the delta.
+  // Mean next-token cross-entropy of the spans' rows and its gradient with respect to the delta. K and V take no gradient,
+  // those of spans that are read again behind the context neither.
   Gradient SpanGradient(const std::vector<Span>& spans, const at::Tensor& delta);
 
  protected:
-  // Logits [rows, vocab] of rows with these ids and positions. `write`: their K/V are appended to `keys` and `values`
-  // [Hk, T, d] a layer, before attention.
-  at::Tensor Forward(const at::Tensor& ids, const at::Tensor& positions, const std::vector<at::Tensor>& delta,
-                     bool write, std::vector<at::Tensor>& keys, std::vector<at::Tensor>& values) const;
+  // Logits [rows, vocab] of rows with these ids and positions, which see the first seen[i] + 1 keys. `write`: their K/V are
+  // appended to `keys` and `values` [Hk, T, d] a layer, before attention.
+  at::Tensor Forward(const at::Tensor& ids, const at::Tensor& positions, const at::Tensor& seen,
+                     const std::vector<at::Tensor>& delta, bool write, std::vector<at::Tensor>& keys,
+                     std::vector<at::Tensor>& values) const;
   // q [H, n, d] after RoPE, keys and values [Hk, T, d] of positions 0, 1, ... -> [H, n, d]
   virtual at::Tensor Attention(int64_t layer, const at::Tensor& q, const at::Tensor& positions, const at::Tensor& keys,
                                const at::Tensor& values) const;

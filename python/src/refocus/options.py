@@ -67,6 +67,7 @@ class AdaptOptions(TypedDict, total=False):
     recall_rows: context_pb2.AdaptContextRequest.RecallRows
     surprisal_spans: context_pb2.AdaptContextRequest.SurprisalSpans
     automatic: context_pb2.AdaptContextRequest.Automatic
+    behind: int
     probe_every: int
     keep_best: bool
     patience: int

@@ -65,16 +65,22 @@ def _delta(shape: Shape, lora_rank: int) -> int:
 
 
 def adapt_step(shape: Shape, context: int, span: int, spans: int = 1, lora_rank: int = 0,
-               keys: float | None = None) -> int:
+               keys: float | None = None, behind: bool = False) -> int:
     """A step on `spans` spans of `span` rows, K and V read from the cache.
 
     Forward: W_Q, W_O, MLP, head, and the delta beside W_Q. Backward, activations only: the same matrices once more;
     attention's scores again, dP and dQ (three products where the forward pass has two); and the gradient of the delta
-    itself. keys: that a row attends to on average; default half of the context, as with uniform starts.
+    itself. keys: that a row attends to on average; default half of the context, as with uniform starts. behind: rows are
+    read again behind the context and make K and V of their own.
     """
     rows = span * spans
     through = linear(shape, keys=False) + head(shape)
-    return rows * (2 * through + 3 * _delta(shape, lora_rank)) + attention(shape, _keys(context, rows, keys)) * 5 // 2
+    return (rows * (2 * through + 3 * _delta(shape, lora_rank) + _own_keys(shape, behind))
+            + attention(shape, _keys(context, rows, keys)) * 5 // 2)
+
+
+def _own_keys(shape: Shape, behind: bool) -> int:
+    return linear(shape) - linear(shape, keys=False) if behind else 0
 
 
 def _keys(context: int, rows: int, keys: float | None) -> int:
@@ -82,14 +88,15 @@ def _keys(context: int, rows: int, keys: float | None) -> int:
 
 
 def adapt(shape: Shape, context: int, steps: int, span: int, spans: int = 1, lora_rank: int = 0,
-          keys: float | None = None) -> int:
-    return steps * adapt_step(shape, context, span, spans, lora_rank, keys)
+          keys: float | None = None, behind: bool = False) -> int:
+    return steps * adapt_step(shape, context, span, spans, lora_rank, keys, behind)
 
 
-def probe(shape: Shape, context: int, rows: int, lora_rank: int = 0) -> int:
-    """The loss of held-out rows, spread over the context: the forward half of a step."""
-    through = linear(shape, keys=False) + head(shape)
-    return rows * (through + _delta(shape, lora_rank)) + attention(shape, _keys(context, rows, None))
+def probe(shape: Shape, context: int, rows: int, lora_rank: int = 0, behind: bool = False) -> int:
+    """The loss of held-out rows, spread over the context or read again behind it: the forward half of a step."""
+    through = linear(shape, keys=behind) + head(shape)
+    return (rows * (through + _delta(shape, lora_rank))
+            + attention(shape, _keys(context, rows, context if behind else None)))
 
 
 def matched_tokens(shape: Shape, context: int, budget: int) -> int:

@@ -84,9 +84,12 @@ class Method:
             starts = [start for step in done.steps for start in step.span_starts]
             if starts:  # of runs of rows, equally long on average
                 keys = sum(starts) / len(starts) + (rows * steps / len(starts) + 1) / 2
-        return (flops.adapt(shape, context, steps, rows, 1, self.lora_rank, keys)
-                + probes * flops.probe(shape, context, probe_rows, self.lora_rank)
-                + flops.probe(shape, context, candidates * span, self.lora_rank))
+        behind = bool(request.get("behind"))
+        if behind:
+            keys = context
+        return (flops.adapt(shape, context, steps, rows, 1, self.lora_rank, keys, behind)
+                + probes * flops.probe(shape, context, probe_rows, self.lora_rank, behind)
+                + flops.probe(shape, context, candidates * span, self.lora_rank, behind))
 
     def _candidates(self, context: int) -> int:
         """Spans that are measured before the first step, as the server does it; at most, as probes take their place."""
@@ -169,7 +172,7 @@ ADAPTING: Settings = {
     "momentum": ("momentum", _real(0, 0.9999999)),
     "keep": ("keep_best", _one_of(last=None, best=True)), "patience": ("patience", _whole(0, 10000)),
     "probe_every": ("probe_every", _whole(0, 10000)), "probe_spans": ("probe_spans", _whole(0, 16)),
-    "max_rise": ("max_probe_rise", _real(0, 1e6)),
+    "behind": ("behind", _whole(0, 1 << 20)), "max_rise": ("max_probe_rise", _real(0, 1e6)),
 }
 LORA_SETTINGS: Settings = {"rank": ("lora_rank", _whole(1, 512)), "alpha": ("lora_alpha", _real(1e-3, 1e6))}
 DEFAULTS = {"steps": 32, "span_tokens": 128, "spans_per_step": 1}
