@@ -76,7 +76,7 @@ class CacheOracle : public TorchOracle {
   };
   Rows At(const std::vector<int64_t>& ids, const std::vector<int64_t>& positions, const at::Tensor& delta) const {
     std::vector<at::Tensor> keys(weights_.layers.size()), values = keys;
-    const at::Tensor logits = Forward(Ids(ids), Ids(positions), Layers(delta), true, keys, values);
+    const at::Tensor logits = Forward(Ids(ids), Ids(positions), Ids(positions), Layers(delta), true, keys, values);
     return {at::log_softmax(logits.to(at::kDouble), 1), at::stack(keys).to(at::kDouble),
             at::stack(values).to(at::kDouble)};
   }
