@@ -58,9 +58,15 @@ Bytes PrefillActivations(const ModelConfig& c, int64_t ranks, int64_t rows) {
   return bytes;
 }
 
-// What the backward pass of `rows` keeps of every layer, and its temporaries in one. Few rows are not split over ranks.
-Bytes SpanActivations(const ModelConfig& c, int64_t rows) {
+// What the backward pass of `rows` keeps of every layer, and its temporaries in one. Few rows are not split over ranks, nor
+// any that are read behind the context, which have keys of their own.
+Bytes SpanActivations(const ModelConfig& c, int64_t ranks, int64_t rows) {
+  const int64_t behind = std::min(rows, kMaxBehindRows);
   Bytes bytes;
+  if (ranks > 1) bytes.Add({ranks, rows, kFp32 * (c.q_dim() + c.heads)});       // everybody's partials
+  bytes.Add({c.layers, behind, 2 * kBf16 * c.kv_dim()})                         // own keys and values
+      .Add({2 * behind, behind, kFp32 * c.heads})                               // their weights and these' gradients
+      .Add({behind, 6 * kFp32 * c.q_dim()});                                    // fp32 copies, both parts of the attention
   bytes.Add({c.layers, rows, (2 * kFp32 + 2 * kBf16) * c.hidden})               // x, x_mid and their norms
       .Add({c.layers, rows, 2 * (kFp32 + kBf16) * c.q_dim() + kFp32 * c.heads})  // queries, attention, lse
       .Add({c.layers, rows, 2 * kBf16 * c.mlp})                                  // gate, up
@@ -72,7 +78,7 @@ Bytes SpanActivations(const ModelConfig& c, int64_t rows) {
 // Of a GPU.
 Bytes Workspace(const ModelConfig& c, const MemoryQuestion& q) {
   const Bytes prefill = PrefillActivations(c, q.ranks, q.chunk_rows);
-  const Bytes span = SpanActivations(c, q.span_rows);
+  const Bytes span = SpanActivations(c, q.ranks, q.span_rows);
   Bytes bytes = prefill.overflow() || (!span.overflow() && prefill.value() >= span.value()) ? prefill : span;
   return bytes.Add({std::min(kLogitRows, q.span_rows), kFp32 + kBf16, c.vocab})
       .Add({kMaxDecodeRows, 3 * kFp32, c.vocab})  // a decode batch's logits, adjusted ones, and what penalties count

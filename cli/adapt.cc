@@ -300,7 +300,7 @@ void AddAdapt(CLI::App& app, Settings* settings, Run* run) {
       ->type_name("START:LENGTH")->group(spans);
   verb->add_flag("--recall", o->recall, "Train on single tokens that can be looked up in what stands before them")
       ->excludes("--span")->group(spans);
-  verb->add_option("--recall-after", o->recall_after, "With --recall: only behind this share of the text (0.5)")
+  verb->add_option("--recall-after", o->recall_after, "With --recall: only behind this share of the text (0.5; 0 with --behind)")
       ->needs("--recall")->group(spans);
   verb->add_option("--behind", o->behind, "Read spans again where questions stand: within so many tokens behind the text (0)")
       ->group(spans);

@@ -1,5 +1,6 @@
 #include "worker/link_messages.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <set>
@@ -94,11 +95,12 @@ class Checker {
   std::vector<Span> ReadSpans(const Spans& spans, int64_t least) {
     std::vector<Span> out;
     int64_t rows = 0;
+    const bool behind = std::any_of(spans.begin(), spans.end(), [](const pb::Span& span) { return span.behind() != 0; });
     for (const pb::Span& span : spans) {
       if (!status_.ok()) break;
       InRange("spans.start", span.start(), 0, kMaxContextTokens);
       InRange("spans.behind", span.behind(), 0, 2 * kMaxContextTokens);
-      const int64_t longest = span.behind() != 0 ? kMaxBehindRows : kMaxSpanTokens;
+      const int64_t longest = behind ? kMaxBehindRows : kMaxSpanTokens;  // micro-batches then cut no span
       out.push_back({span.start(), TokenIds("spans.ids", span.ids(), 2, longest + 1), span.behind()});
       rows += out.back().rows();
     }

@@ -1,7 +1,6 @@
 #include "worker/own_keys.h"
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/exp.h>
 #include <ATen/ops/logsumexp.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/where.h>
@@ -29,12 +28,12 @@ double Scale(const at::Tensor& q) { return 1.0 / std::sqrt(static_cast<double>(q
 
 // [Hk, G, n, n]
 at::Tensor Scores(const at::Tensor& q, const OwnKeys& own, const at::Tensor& mask) {
-  return at::matmul(ByKvHead(q, own.k.size(1)), Keys(own.k).transpose(2, 3)) * Scale(q) + mask;
+  return at::matmul(ByKvHead(q, own.k.size(1)), Keys(own.k).transpose(2, 3)).mul_(Scale(q)).add_(mask);
 }
 
-// exp(scores - lse), 0 where lse is -inf.
-at::Tensor Weights(const at::Tensor& scores, const at::Tensor& lse) {
-  return at::exp(scores - at::where(lse.isinf(), 0.0, lse));
+// exp(scores - lse) in their place, 0 where lse is -inf.
+at::Tensor Weights(at::Tensor scores, const at::Tensor& lse) {
+  return scores.sub_(at::where(lse.isinf(), 0.0, lse)).exp_();
 }
 
 }  // namespace
@@ -58,8 +57,8 @@ at::Tensor OwnQueryGrad(const at::Tensor& q, const OwnKeys& own, const at::Tenso
                         const at::Tensor& lse, const at::Tensor& row_dot) {
   const int64_t kv_heads = own.k.size(1);
   const at::Tensor weights = Weights(Scores(q, own, mask), ByKvHead(lse.unsqueeze(2), kv_heads));
-  const at::Tensor dweights = at::matmul(ByKvHead(dout, kv_heads), Keys(own.v).transpose(2, 3));
-  const at::Tensor dscores = weights * (dweights - ByKvHead(row_dot.unsqueeze(2), kv_heads));
+  at::Tensor dscores = at::matmul(ByKvHead(dout, kv_heads), Keys(own.v).transpose(2, 3));
+  dscores.sub_(ByKvHead(row_dot.unsqueeze(2), kv_heads)).mul_(weights);
   return ByRow(at::matmul(dscores, Keys(own.k)) * Scale(q));
 }
 

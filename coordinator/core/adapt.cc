@@ -54,6 +54,9 @@ double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token
   const auto& e = plan.effective;
   const auto spans = static_cast<double>(e.steps() * e.spans_per_step());
   double keys = rows > 0 ? row_keys / rows : static_cast<double>(token_count) / 2;
+  const auto reach = [&](const SpanRange& span) {  // keys of its first row
+    return static_cast<double>(plan.effective.behind() != 0 ? token_count : span.start);
+  };
   if (plan.effective.behind() != 0) keys = static_cast<double>(token_count);
   const double span_rows =
       rows > 0 ? rows / static_cast<double>(plan.explicit_spans.size()) : static_cast<double>(e.span_tokens());
@@ -61,10 +64,10 @@ double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token
   const double probes = 2 + static_cast<double>(e.trial_steps()) +
                         (e.probe_every() > 0 ? static_cast<double>((e.steps() - 1) / e.probe_every()) : 0);
   for (const SpanRange& span : plan.candidates) {
-    flops += static_cast<double>(span.rows) * ForwardRowFlops(model, static_cast<double>(span.start));
+    flops += static_cast<double>(span.rows) * ForwardRowFlops(model, reach(span));
   }
   for (const SpanRange& probe : plan.probes) {
-    flops += probes * static_cast<double>(probe.rows) * ForwardRowFlops(model, static_cast<double>(probe.start));
+    flops += probes * static_cast<double>(probe.rows) * ForwardRowFlops(model, reach(probe));
   }
   return flops;
 }
@@ -153,7 +156,8 @@ double AdaptJob::Predict(const wire::Command& command) const {
   double seconds = 0;
   const auto add = [&](const auto& spans, double factor) {
     for (const wire::Span& span : spans) {
-      seconds += factor * tools_->chunks.Seconds(span.start(), span.start() + span.ids_size() - 1);
+      const int64_t first = span.behind() != 0 ? session_->token_count() : span.start();
+      seconds += factor * tools_->chunks.Seconds(first, first + span.ids_size() - 1);
     }
   };
   add(command.adapt_step().spans(), 3);
@@ -266,6 +270,7 @@ void AdaptJob::FillSpan(const SpanRange& range, int64_t draw, wire::Span* span) 
   span->mutable_ids()->Assign(first, first + range.rows + 1);
   const auto& effective = plan_.effective;
   if (effective.behind() == 0) return;
+  REFOCUS_CHECK_GE(effective.behind(), range.rows);
   SplitMix64 by_step(effective.seed() + static_cast<uint64_t>(draw));
   SplitMix64 random(by_step.Next() + static_cast<uint64_t>(range.start));
   const int64_t place = static_cast<int64_t>(random.Below(static_cast<uint64_t>(effective.behind() - range.rows + 1)));

@@ -215,15 +215,23 @@ Status PlanCandidates(const api::AdaptContextRequest::SurprisalSpans& spans, int
   return absl::OkStatus();
 }
 
-// Rows to recall stand alone behind the text, also where they are neighbours in it.
-Status CheckBehind(const AdaptPlan& plan, int64_t token_count, int64_t window) {
-  int64_t longest = plan.recall_rows.empty() && plan.explicit_spans.empty() ? plan.effective.span_tokens() : 1;
-  for (const SpanRange& span : plan.explicit_spans) longest = std::max(longest, span.rows);
-  if (longest > kMaxBehindRows) {
-    return FieldError("behind", "spans of " + std::to_string(longest) + " tokens",
-                      "spans of at most " + std::to_string(kMaxBehindRows) + " tokens with it");
+Status CheckBehind(int64_t behind, int64_t token_count, int64_t window) {
+  return CheckInt("behind", behind, 0, std::clamp<int64_t>(window - token_count, 0, kMaxBehind));
+}
+
+// Behind the text there is room for the longest span, held-out ones too. Rows to recall stand alone there, also where they
+// are neighbours in the text.
+Status CheckFitsBehind(const AdaptPlan& plan) {
+  if (!plan.recall_rows.empty()) return absl::OkStatus();
+  int64_t longest = plan.explicit_spans.empty() ? plan.effective.span_tokens() : 1;
+  for (const std::vector<SpanRange>* spans : {&plan.explicit_spans, &plan.probes, &plan.candidates}) {
+    for (const SpanRange& span : *spans) longest = std::max(longest, span.rows);
   }
-  return CheckInt("behind", plan.effective.behind(), longest, std::min(kMaxBehind, window - token_count));
+  const int64_t most = std::min(plan.effective.behind(), kMaxBehindRows);
+  if (longest <= most) return absl::OkStatus();
+  return FieldError("behind", std::to_string(plan.effective.behind()) + " for spans of " + std::to_string(longest) + " tokens",
+                    "spans of at most " + std::to_string(most) +
+                        " tokens with it, held-out ones included (span_tokens long, unless probe_spans is 0)");
 }
 
 Status CheckEnum(const char* field, int value, bool known, const char* allowed) {
@@ -325,6 +333,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
     return Error(StatusCode::kFailedPrecondition, "CONTEXT_TOO_SHORT",
                  "context: got 1 token, allowed 2 or more: there is nothing to predict");
   }
+  REFOCUS_RETURN_IF_ERROR(CheckBehind(e.behind(), token_count, model.max_positions));
   e.set_span_tokens(std::min(e.span_tokens(), token_count - 1));
   if (r.has_explicit_spans()) {
     REFOCUS_RETURN_IF_ERROR(PlanExplicitSpans(r.explicit_spans(), token_count, &plan));
@@ -365,7 +374,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
     }
   }
   if (r.has_surprisal_spans()) REFOCUS_RETURN_IF_ERROR(PlanCandidates(r.surprisal_spans(), token_count, &plan));
-  if (e.behind() != 0) REFOCUS_RETURN_IF_ERROR(CheckBehind(plan, token_count, model.max_positions));
+  if (e.behind() != 0) REFOCUS_RETURN_IF_ERROR(CheckFitsBehind(plan));
   return plan;
 }
 

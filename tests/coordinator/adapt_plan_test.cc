@@ -173,9 +173,12 @@ TEST(AdaptPlanTest, Behind) {
     span->set_length(100);
   };
   EXPECT_TRUE(plan(100, 1, explicit_span).ok());
+  const auto without_probes = [&](auto& r) { explicit_span(r), r.set_probe_spans(0); };
+  EXPECT_TRUE(plan(100, 128, without_probes).ok());
   // Shorter than a span, longer than what is left of the window; negative; spans of too many tokens.
   for (const auto& refused : {plan(63, 64, uniform), plan(201, 64, uniform), plan(-1, 64, uniform),
-                              plan(99, 1, explicit_span), Plan([](auto& r) { r.set_behind(513), r.set_span_tokens(513); },
+                              plan(99, 1, explicit_span), plan(127, 128, explicit_span), plan(110, 128, explicit_span),
+                              plan(99, 128, without_probes), Plan([](auto& r) { r.set_behind(513), r.set_span_tokens(513); },
                                                                nullptr, FakeModel(1000), std::vector<int32_t>(600))}) {
     EXPECT_EQ(ReasonOf(refused.status()), "FIELD_OUT_OF_RANGE") << refused.status();
     EXPECT_NE(std::string(refused.status().message()).find("behind"), std::string::npos) << refused.status();

@@ -9,7 +9,10 @@ namespace {
 
 class BehindTest : public GradientTest {
  protected:
-  BehindTest() : oracle_(*weights_, at::kCPU, at::kDouble) { oracle_.Prefill(golden_.context()); }
+  BehindTest() : oracle_(*weights_, at::kCPU, at::kDouble) {
+    at::set_num_threads(1);
+    oracle_.Prefill(golden_.context());
+  }
 
   int64_t tokens() const { return static_cast<int64_t>(golden_.context().size()); }
 
