@@ -26,8 +26,8 @@ std::string Microseconds(double us) { return Fixed(us, us < 1000.0 ? 1 : 0); }
 
 std::string Layout(const PeerTime& peer) { return peer.packed ? "packed" : "native"; }
 
-std::string PeerCell(const KernelRow& row, const std::string& library) {
-  const PeerTime* best = BestPeer(row, library);
+std::string PeerCell(const KernelRow& row, const std::string& name) {
+  const PeerTime* best = BestPeer(row, name);
   if (best == nullptr) return "-";
   return Microseconds(best->time.median_us) + (best->time.replayed ? "" : "*") + (best->packed ? " p" : " n");
 }
@@ -38,10 +38,10 @@ double OfCeiling(const KernelRow& row, const KernelCeilings& ceilings) {
   return row.rate() / (row.reads() ? ceilings.tbytes : ceilings.tflops);
 }
 
-const PeerTime* BestPeer(const KernelRow& row, const std::string& library) {
+const PeerTime* BestPeer(const KernelRow& row, const std::string& name) {
   const PeerTime* best = nullptr;
   for (const PeerTime& peer : row.peers) {
-    if (!peer.unavailable.empty() || (!library.empty() && peer.library != library)) continue;
+    if (!peer.unavailable.empty() || (!name.empty() && peer.name != name)) continue;
     if (best == nullptr || peer.time.median_us < best->time.median_us) best = &peer;
   }
   return best;
@@ -78,7 +78,7 @@ std::string JsonLine(const KernelRow& row, const KernelCeilings& ceilings) {
   json["of_ceiling"] = OfCeiling(row, ceilings);
   json["peers"] = nlohmann::ordered_json::array();
   for (const PeerTime& peer : row.peers) {
-    nlohmann::ordered_json one = {{"library", peer.library}, {"gqa", Layout(peer)}};
+    nlohmann::ordered_json one = {{"library", peer.name}, {"gqa", Layout(peer)}};
     if (peer.unavailable.empty()) {
       one["us"] = peer.time.median_us;
       one["worst_us"] = peer.time.worst_us;
@@ -99,7 +99,7 @@ std::string JsonLine(const KernelRow& row, const KernelCeilings& ceilings) {
 void Refusals::Add(const KernelRow& row) {
   for (const PeerTime& peer : row.peers) {
     if (peer.unavailable.empty()) continue;
-    cases_[peer.library + ", " + Layout(peer) + ", " + row.work + ": " + peer.unavailable].push_back(KernelCase(row));
+    cases_[peer.name + ", " + Layout(peer) + ", " + row.work + ": " + peer.unavailable].push_back(KernelCase(row));
   }
 }
 

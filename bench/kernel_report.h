@@ -15,7 +15,7 @@ struct Timing {
 };
 
 struct PeerTime {
-  std::string library;  // cudnn, flash
+  std::string name;  // cudnn, flash
   bool packed = false;  // how query heads share a K/V head: by packed rows, or natively
   Timing time;
   std::string unavailable;  // why there is no time; else empty
@@ -48,8 +48,8 @@ struct KernelCeilings {
 
 double OfCeiling(const KernelRow& row, const KernelCeilings& ceilings);
 
-// The fastest of `library`, or of all where it is empty; null where none has a time.
-const PeerTime* BestPeer(const KernelRow& row, const std::string& library = {});
+// The fastest of those with this name, or of all where it is empty; null where none has a time.
+const PeerTime* BestPeer(const KernelRow& row, const std::string& name = {});
 
 // "work rows x keys"
 std::string KernelCase(const KernelRow& row);
