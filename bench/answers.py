@@ -7,7 +7,6 @@ Models, ledgers, recall and training are those of bench/rivals.py. Learning rate
 compares settings, each has the best of --rates on a ledger that is not counted.
 """
 import statistics
-import time
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,7 @@ import rivals
 
 SHAPES = ((8, 512), (16, 256), (32, 128), (64, 64), (128, 32))  # steps x rows: 4,096 rows each
 MARKS = (8, 16, 32, 64, 128)
-RATE = 2e-3
+RATE = 4e-3
 mean = statistics.fmean
 
 
@@ -70,9 +69,9 @@ def spans(model, tokens, contexts, rates):
         for steps, rows in SHAPES:
             settings = dict(kind=kind, steps=steps, rows=rows)
             found = {rate: tried.found(model, adapted(model, tried, rate=rate, **settings)) for rate in rates}
-            rate, started = max(found, key=found.get), time.perf_counter()
+            rate, started = max(found, key=found.get), rivals.now()
             deltas = [adapted(model, p, rate=rate, **settings) for p in counted]
-            seconds = (time.perf_counter() - started) / contexts
+            seconds = (rivals.now() - started) / contexts
             recalls = [p.found(model, delta) for p, delta in zip(counted, deltas)]
             lines.append([f"{kind}, {steps} x {rows}", f"{rate:g}", percent(recalls),
                           f"{min(recalls):.1f} to {max(recalls):.1f}", f"{seconds:.1f}"])
@@ -173,10 +172,10 @@ def evidence_mass(model, prepared):
 
 
 def keys(model, tokens, contexts, rates):
-    """How much of the limit is in the frozen K/V: contexts encoded as they are, with attention to the last 512 tokens
+    """How much of the limit is in the frozen K/V: contexts encoded as they are, with attention to the last 256 tokens
     alone, and a second time with adapted queries."""
     lines = []
-    for label, window in (("as it is", None), ("each token sees the last 512", 512)):
+    for label, window in (("as it is", None), ("each token sees the last 256", 256)):
         counted = prepare(model, tokens, contexts, window)
         row = [label, percent([p.found(model) for p in counted])]
         for kind in ("uniform", "recall"):
@@ -203,14 +202,14 @@ def main():
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 9e-3])
     options = parser.parse_args()
     rivals.check_tokens(options.tokens)
-    torch.set_num_threads(options.threads)
+    rivals.prepare_torch(options)
     model = rivals.load_model(options.model)
     for question in options.questions:
         for tokens in options.tokens:
-            started = time.perf_counter()
+            started = rivals.now()
             print(f"\n### {question}\n")
             QUESTIONS[question](model, tokens, options.contexts, options.rates)
-            seconds = time.perf_counter() - started
+            seconds = rivals.now() - started
             print(f"\n{options.contexts} ledgers, {seconds:.0f} s; {rivals.machine()}\n", flush=True)
 
 

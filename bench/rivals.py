@@ -47,7 +47,7 @@ ledgers = load_module("recall_model_train", ROOT / "bench/recall_model/train.py"
 flops = load_module("refocus_flops", ROOT / "python/src/refocus/evaluate/flops.py")
 
 LATER = 1536
-MOST_TOKENS = 12288
+MOST_TOKENS = 24576
 STEPS, SPAN = 32, 128
 ALONE_SPAN = 512  # of training on spans without what stands before them
 
@@ -64,8 +64,8 @@ class Ledger:
 def draw_ledger(tokens, seed):
     generator = torch.Generator().manual_seed(seed)
     ids, known = ledgers.draw_contexts(1, tokens + LATER, generator, "cpu")
-    ids = ids[0]
-    known = torch.nonzero(known[0, 1:tokens])[:, 0]
+    ids = ids[0].to(torch.get_default_device())
+    known = torch.nonzero(known[0, 1:tokens])[:, 0].to(ids.device)
     seen, again = set(ids[0:tokens:2].tolist()), set()
     rows, alone = [], []
     for row in range(0, LATER, 2):
@@ -88,7 +88,7 @@ def load_model(folder):
     if model.config.vocab_size < ledgers.ledger.VOCABULARY:
         raise SystemExit(f"--model: got a vocabulary of {model.config.vocab_size}, the ledgers' ids need "
                          f"{ledgers.ledger.VOCABULARY}; take another model")
-    return model.requires_grad_(False)
+    return model.requires_grad_(False).to(torch.get_default_device())
 
 
 def shape_of(config):
@@ -253,7 +253,7 @@ class QueryDelta:
 def uniform_spans(ledger, span, seed):
     generator = torch.Generator().manual_seed(seed)
     while True:
-        start = int(torch.randint(ledger.tokens - span, (), generator=generator))
+        start = int(torch.randint(ledger.tokens - span, (), generator=generator, device="cpu"))
         yield torch.arange(start, start + span)
 
 
@@ -264,7 +264,7 @@ def recall_rows(ledger, count, seed, begin=0.5):
     order = rows[:0]
     while True:
         while len(order) < count:
-            order = torch.cat((order, rows[torch.randperm(len(rows), generator=generator)]))
+            order = torch.cat((order, rows[torch.randperm(len(rows), generator=generator, device="cpu")]))
         yield order[:count]
         order = order[count:]
 
@@ -288,6 +288,12 @@ def train(parameters, loss_of, draws, cost_of, rate, steps=None, budget=None, se
             seen(done, loss.item())
 
 
+def now():
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 @dataclasses.dataclass
 class Result:
     recall: float
@@ -299,7 +305,7 @@ class Result:
 
 def adapt_queries(model, ledger, kv, loss, cost, rate, steps=None, budget=None, encode=False):
     """Trains a delta, encodes the context again with it if asked, and reads the later tokens with it."""
-    shape, started = shape_of(model.config), time.perf_counter()
+    shape, started = shape_of(model.config), now()
     again = flops.prefill(shape, ledger.tokens) if encode else 0
     delta = QueryDelta(model)
     with delta.within():
@@ -308,33 +314,35 @@ def adapt_queries(model, ledger, kv, loss, cost, rate, steps=None, budget=None, 
                             None if budget is None else budget - again)
         if encode:
             kv = prefill(model, ledger.ids[:ledger.tokens])
-        seconds = time.perf_counter() - started
+        seconds = now() - started
         return Result(*recall(model, ledger, kv), done, spent + again, seconds)
 
 
 def train_everything(model, ledger, kv, loss, cost, rate, span=SPAN, steps=None, budget=None):
     """Trains every weight of a copy, then encodes the context again."""
-    shape, started = shape_of(model.config), time.perf_counter()
+    shape, started = shape_of(model.config), now()
     again = flops.prefill(shape, ledger.tokens)
     copied = copy.deepcopy(model).requires_grad_(True)
     done, spent = train(list(copied.parameters()), lambda rows: loss(copied, ledger, kv, rows),
                         uniform_spans(ledger, span, 5), lambda rows: cost(shape, rows, True), rate, steps,
                         None if budget is None else budget - again)
     kv = prefill(copied.requires_grad_(False), ledger.ids[:ledger.tokens])
-    seconds = time.perf_counter() - started
+    seconds = now() - started
     return Result(*recall(copied, ledger, kv), done, spent + again, seconds)
 
 
 def shuffled_values(kv, seed):
     """Every key with the value of another, random position."""
     generator = torch.Generator().manual_seed(seed)
-    return [(keys, values[:, :, torch.randperm(values.shape[2], generator=generator)]) for keys, values in kv]
+    drawn = lambda count: torch.randperm(count, generator=generator, device="cpu")
+    return [(keys, values[:, :, drawn(values.shape[2])]) for keys, values in kv]
 
 
 def random_kv(kv, seed):
     """Random directions, with every key's and value's own norm."""
     generator = torch.Generator().manual_seed(seed)
-    alike = lambda x: F.normalize(torch.randn(x.shape, generator=generator), dim=-1) * x.norm(dim=-1, keepdim=True)
+    drawn = lambda x: torch.randn(x.shape, generator=generator, device="cpu").to(x.device)
+    alike = lambda x: F.normalize(drawn(x), dim=-1) * x.norm(dim=-1, keepdim=True)
     return [(alike(keys), alike(values)) for keys, values in kv]
 
 
@@ -448,6 +456,8 @@ def processor():
 
 
 def machine():
+    if torch.get_default_device().type == "cuda":
+        return f"one {torch.cuda.get_device_name()}, fp32, torch {torch.__version__}"
     return (f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), fp32, "
             f"torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
 
@@ -456,8 +466,17 @@ def arguments(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, default=ROOT / "bench/recall_model/model")
     parser.add_argument("--contexts", type=int, default=4, help="ledgers of each length")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ledgers and draws are the same on both")
     parser.add_argument("--threads", type=int, default=1)
     return parser
+
+
+def prepare_torch(options):
+    """Before a model is loaded: new tensors lie on --device, the generators' draws on the CPU."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device: got cuda, allowed cpu: torch finds no GPU")
+    torch.set_default_device(options.device)
+    torch.set_num_threads(options.threads)
 
 
 def main():
@@ -468,7 +487,7 @@ def main():
     parser.add_argument("--over", action="store_true", help=f"also rivals of {STEPS} steps, whatever they cost")
     options = parser.parse_args()
     check_tokens(options.tokens)
-    torch.set_num_threads(options.threads)
+    prepare_torch(options)
     model = load_model(options.model)
     for tokens in options.tokens:
         best, results = compare(model, tokens, options, RIVALS | (OVER if options.over else {}))
