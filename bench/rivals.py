@@ -466,7 +466,7 @@ def arguments(description):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, default=ROOT / "bench/recall_model/model")
     parser.add_argument("--contexts", type=int, default=4, help="ledgers of each length")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="ledgers and draws are the same on both")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="draws are the same on both")
     parser.add_argument("--threads", type=int, default=1)
     return parser
 
