@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "kernels/few_rows.h"
+#include "kernels/query_update.h"
 #include "kernels/rowwise.h"
 
 namespace refocus::kernels {
@@ -312,6 +313,28 @@ void BenchDeltas(int64_t adapters) {
   }
 }
 
+// A step of AdamW on the deltas of all layers, its gradient in factors of `rows` rows.
+void BenchQueryUpdate(int64_t rows) {
+  constexpr int64_t kLayers = 36, kOut = kHeads * kHeadDim, kNumbers = kLayers * kOut * kHidden;
+  Memory m;
+  std::vector<const void*> dq, h;
+  for (int64_t layer = 0; layer < kLayers; ++layer) {
+    dq.push_back(m.Bf16(rows * kOut));
+    h.push_back(m.Bf16(rows * kHidden));
+  }
+  const QueryFactors factors{kLayers, rows, kOut, kHidden, dq.data(), h.data()};
+  const double bytes = 2.0 * static_cast<double>(kLayers * rows * (kOut + kHidden));
+  void* workspace = m.Get<char>(QueryNormWorkspaceBytes(factors));
+  double* norm = m.Get<double>(1);
+  Measure("QueryNorm", rows, bytes, [&](cudaStream_t s) { return QueryNorm(factors, workspace, norm, s); });
+  float* none = m.Float(1);
+  Check(cudaMemset(none, 0, sizeof(float)), "cudaMemset");
+  const QueryUpdateParams update{factors,    m.Float(kNumbers), m.Float(kNumbers), m.Float(kNumbers), m.Bf16(kNumbers),
+                                 m.Float(1), m.Float(1),        m.Float(1),        none,
+                                 m.Float(kQueryUpdateWords), 0.9, 0.999, 1e-8, 0.01};
+  Measure("QueryUpdate", rows, bytes + 26.0 * kNumbers, [&](cudaStream_t s) { return QueryUpdate(update, s); });
+}
+
 int Main() {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
@@ -325,6 +348,7 @@ int Main() {
               properties.name);
   for (const int64_t rows : {1, 4, 8}) BenchFewRows(rows);
   for (const int64_t adapters : {1, 8}) BenchDeltas(adapters);
+  for (const int64_t rows : {16, 128}) BenchQueryUpdate(rows);
   for (const int64_t rows : {1, 128, 16384}) {
     BenchNorm(rows);
     BenchRotate(rows);
