@@ -16,6 +16,7 @@ constexpr int64_t kBf16 = 2;
 constexpr int64_t kFp32 = 4;
 constexpr int64_t kIndex = 8;                            // ids, positions, slots
 constexpr int64_t kLogitRows = 128;                      // that go through the output matrix at once
+constexpr int64_t kFactorRows = 128;                     // whose gradient of a full delta stays in factors
 constexpr int64_t kSplitTiles = 512;                     // partial results of attention over few rows, split over keys:
 constexpr int64_t kSplitTileRows = 128;                  // so many tiles of so many rows at most
 constexpr int64_t kDeviceRuntimeBytes = int64_t{1} << 30;      // CUDA context, kernels, cuBLAS
@@ -67,6 +68,7 @@ Bytes SpanActivations(const ModelConfig& c, int64_t ranks, int64_t rows) {
   bytes.Add({c.layers, behind, 2 * kBf16 * c.kv_dim()})                         // own keys and values
       .Add({2 * behind, behind, kFp32 * c.heads})                               // their weights and these' gradients
       .Add({behind, 6 * kFp32 * c.q_dim()});                                    // fp32 copies, both parts of the attention
+  bytes.Add({c.layers, std::min(rows, kFactorRows), kBf16 * c.q_dim()});        // a full delta's gradient in factors
   bytes.Add({c.layers, rows, (2 * kFp32 + 2 * kBf16) * c.hidden})               // x, x_mid and their norms
       .Add({c.layers, rows, 2 * (kFp32 + kBf16) * c.q_dim() + kFp32 * c.heads})  // queries, attention, lse
       .Add({c.layers, rows, 2 * kBf16 * c.mlp})                                  // gate, up

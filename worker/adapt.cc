@@ -3,9 +3,9 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/tensor.h>
 #include <ATen/ops/uniform.h>
 #include <ATen/ops/zeros.h>
 
@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "base/check.h"
 
@@ -46,22 +47,29 @@ void AddOwnLoss(Model& model, const at::Tensor& hidden, const at::Tensor& target
   }
 }
 
-// The mean loss of all rows to `loss` [1] fp64, the same on every rank; with `grad` its gradient, likewise.
-void EnqueueLoss(Model& model, const StepRows& rows, at::Tensor loss, at::Tensor* grad) {
+// The mean loss of all rows to `loss` [1] fp64, the same on every rank; with `grad` its gradient, likewise, or with
+// `factors` that of a full delta in factors, of rows that are one batch and not split.
+void EnqueueLoss(Model& model, const StepRows& rows, at::Tensor loss, at::Tensor* grad,
+                 GradFactors* factors = nullptr) {
+  const bool backward = grad != nullptr || factors != nullptr;
   loss.zero_();
   bool add = false;
   for (const std::unique_ptr<SpanRows>& batch : rows.batches) {
+    batch->table.copy_(batch->host, /*non_blocking=*/true);
     std::vector<LayerTrace> trace;
-    const at::Tensor hidden = model.Forward(batch->input, grad != nullptr ? &trace : nullptr);
+    const at::Tensor hidden = model.Forward(batch->input, backward ? &trace : nullptr);
     Gradient dhidden;
-    if (grad != nullptr && hidden.size(0) > kLogitRows) {
+    if (backward && hidden.size(0) > kLogitRows) {
       dhidden = {at::empty(hidden.sizes(), hidden.options()),
                  at::empty(hidden.sizes(), hidden.options().dtype(model.backend().dtype()))};
-    } else if (grad != nullptr && hidden.size(0) == 0) {
+    } else if (backward && hidden.size(0) == 0) {
       dhidden = {hidden, model.backend().Rounded(hidden)};
     }
-    AddOwnLoss(model, hidden, batch->targets, rows.total, loss, grad != nullptr ? &dhidden : nullptr);
-    if (grad != nullptr) model.Backward(batch->input, trace, dhidden, add, rows.delta.Over(*grad));
+    AddOwnLoss(model, hidden, batch->targets, rows.total, loss, backward ? &dhidden : nullptr);
+    if (backward) {
+      model.Backward(batch->input, trace, dhidden, add, grad != nullptr ? rows.delta.Over(*grad) : QueryDelta(),
+                     factors);
+    }
     add = true;
   }
   loss.div_(static_cast<double>(rows.total));
@@ -94,12 +102,56 @@ bool Alike(const StepRows& a, const StepRows& b) {
                     });
 }
 
-void Refill(const SpanRows& from, SpanRows& to) {
-  to.input.ids.copy_(from.input.ids);
-  if (to.input.own_mask.defined()) to.input.own_mask.copy_(from.input.own_mask);
-  to.input.own_pos.copy_(from.input.own_pos);
-  to.input.pos.copy_(from.input.pos);
-  to.targets.copy_(from.targets);
+// The views of `table`, laid out as it is on the device.
+struct Fields {
+  at::Tensor ids, own_pos, targets;  // [n] int64
+  at::Tensor pos;                    // [rows] int64; own_pos where all rows are own
+  at::Tensor mask;                   // [n, n] fp32; undefined: none
+};
+
+// Where the fp32 numbers of a mask lie, in words.
+int64_t MaskWords(int64_t own) { return (own * own + 1) / 2; }
+
+int64_t TableWords(const RowPlan& plan, bool masked) {
+  const int64_t own = plan.own_rows();
+  return 3 * own + (plan.split() ? plan.rows() : 0) + (masked ? MaskWords(own) : 0);
+}
+
+Fields FieldsOf(const at::Tensor& table, const RowPlan& plan, bool masked) {
+  const int64_t own = plan.own_rows();
+  int64_t used = 0;
+  const auto next = [&](int64_t words) { return table.narrow(0, std::exchange(used, used + words), words); };
+  Fields fields;
+  fields.ids = next(own);
+  fields.own_pos = next(own);
+  fields.targets = next(own);
+  fields.pos = plan.split() ? next(plan.rows()) : fields.own_pos;
+  if (masked) fields.mask = next(MaskWords(own)).view(at::kFloat).narrow(0, 0, own * own).view({own, own});
+  return fields;
+}
+
+void Put(const std::vector<int64_t>& values, const at::Tensor& to) {
+  std::copy(values.begin(), values.end(), to.data_ptr<int64_t>());
+}
+
+// Makes the tables and what reads them, and fills in all but ids and targets.
+void Place(const Model& model, const at::Tensor& mask, SpanRows& rows) {
+  const at::Device device = model.backend().device();
+  const auto options = at::TensorOptions(at::kLong);
+  const bool masked = mask.defined();
+  const int64_t words = TableWords(rows.plan, masked);
+  rows.host = at::empty({words}, options.pinned_memory(!device.is_cpu()));
+  rows.table = at::empty({words}, options.device(device));
+  const Fields host = FieldsOf(rows.host, rows.plan, masked), fields = FieldsOf(rows.table, rows.plan, masked);
+  Put(rows.plan.own_positions(), host.own_pos);
+  if (rows.plan.split()) Put(rows.plan.positions(), host.pos);
+  if (masked) host.mask.copy_(mask);
+  rows.input.rows = &rows.plan;
+  rows.input.ids = fields.ids;
+  rows.input.own_pos = fields.own_pos;
+  rows.input.pos = fields.pos;
+  rows.input.own_mask = fields.mask;
+  rows.targets = fields.targets;
 }
 
 }  // namespace
@@ -141,8 +193,7 @@ StepRows MakeStepRows(const Model& model, const KvChain& context, const QueryDel
                       const std::vector<Span>& spans) {
   StepRows step;
   std::vector<int64_t> positions;
-  std::vector<int32_t> ids;
-  std::vector<int64_t> targets;
+  std::vector<int64_t> ids, targets;
   for (const Span& span : spans) {
     for (int64_t row = 0; row < span.rows(); ++row) {
       positions.push_back(span.first() + row);
@@ -161,14 +212,17 @@ StepRows MakeStepRows(const Model& model, const KvChain& context, const QueryDel
     const std::vector<int64_t> at(positions.begin() + first, positions.begin() + end);
     auto batch = std::make_unique<SpanRows>();
     batch->plan = step.split ? RowPlan::Even(at, plan) : RowPlan::Replicated(at, plan);
-    batch->input = model.MakeInput(batch->plan, {ids.begin() + first, ids.begin() + end});
+    Place(model, OwnMask(spans, first, end), *batch);
+    std::vector<int64_t> own_ids, own_targets;
+    for (const int64_t index : batch->plan.own_order()) {
+      own_ids.push_back(ids[first + index]);
+      own_targets.push_back(targets[first + index]);
+    }
+    const Fields fields = FieldsOf(batch->host, batch->plan, batch->input.own_mask.defined());
+    Put(own_ids, fields.ids);
+    Put(own_targets, fields.targets);
     batch->input.extents = context.shares();
-    if (const at::Tensor mask = OwnMask(spans, first, end); mask.defined())
-      batch->input.own_mask = mask.to(model.backend().device());
     batch->input.SetDelta(delta);
-    std::vector<int64_t> own;
-    for (const int64_t index : batch->plan.own_order()) own.push_back(targets[first + index]);
-    batch->targets = at::tensor(own, at::kLong).to(model.backend().device());
     step.batches.push_back(std::move(batch));
   }
   return step;
@@ -206,7 +260,7 @@ int64_t Adapter::bytes() const {
   int64_t bytes = BytesOf(committed_);
   if (work_ == nullptr) return bytes;
   bytes += BytesOf(work_->delta);
-  if (work_->grad.defined()) bytes += (1 + work_->moments) * static_cast<int64_t>(work_->grad.nbytes());
+  if (!importing()) bytes += (1 + work_->moments) * static_cast<int64_t>(work_->delta.master.nbytes());
   if (work_->kept.defined()) bytes += static_cast<int64_t>(work_->kept.nbytes());
   return bytes;
 }
@@ -222,10 +276,9 @@ void Adapter::Begin(Model& model, const DeltaConfig& config, const OptimizerConf
     REFOCUS_CHECK(from->committed_.config == config);
     work->start = from->committed_.master;
   }
-  work->grad = at::empty(sizes, options);
   if (keep_best) work->kept = at::empty(sizes, options);
   work->stats = at::zeros({2}, options.dtype(at::kDouble));
-  work->optimizer = std::make_unique<Optimizer>(optimizer, work->delta.master, work->grad);
+  work->optimizer = std::make_unique<Optimizer>(optimizer, work->delta.master, work->delta.rounded);
   work->moments = optimizer.moments();
   work_ = std::move(work);
   Restart(model);
@@ -244,14 +297,30 @@ void Adapter::Restart(const Model& model) {
   steps_ = 0;
 }
 
+bool Adapter::InFactors(const Model& model) const {
+  const StepRows& rows = work_->rows;
+  return !work_->delta.view.lora() && !rows.split && rows.batches.size() == 1 &&
+         work_->optimizer->TakesFactors(model.backend(), rows.total);
+}
+
 void Adapter::EnqueueStep(Model& model) {
   Work& work = *work_;
-  EnqueueLoss(model, work.rows, work.stats.narrow(0, 0, 1), &work.grad);
-  work.stats.select(0, 1).copy_(at::linalg_vector_norm(work.grad, 2));
+  const at::Tensor loss = work.stats.narrow(0, 0, 1), norm = work.stats.narrow(0, 1, 1);
+  GradFactors factors;
+  if (InFactors(model)) {
+    EnqueueLoss(model, work.rows, loss, nullptr, &factors);
+    model.backend().FactorNorm(factors, norm);
+  } else {
+    EnqueueLoss(model, work.rows, loss, &work.grad);
+    norm.copy_(at::linalg_vector_norm(work.grad, 2));
+  }
   // Rank 0's word counts, so that all ranks clip and skip by the same bits.
   model.collective().Broadcast(work.stats, 0);
-  work.optimizer->Step(work.stats);
-  if (!work.delta.rounded.is_same(work.delta.master)) work.delta.rounded.copy_(work.delta.master);
+  if (InFactors(model)) {
+    work.optimizer->Step(model.backend(), work.stats, factors);
+  } else {
+    work.optimizer->Step(work.stats, work.grad);
+  }
 }
 
 Adapter::StepResult Adapter::Step(Model& model, const KvChain& context, const std::vector<Span>& spans,
@@ -260,10 +329,11 @@ Adapter::StepResult Adapter::Step(Model& model, const KvChain& context, const st
   Work& work = *work_;
   StepRows rows = MakeStepRows(model, context, work.delta.view, spans);
   if (work.repeat != nullptr && Alike(work.rows, rows)) {
-    for (size_t i = 0; i < rows.batches.size(); ++i) Refill(*rows.batches[i], *work.rows.batches[i]);
+    for (size_t i = 0; i < rows.batches.size(); ++i) work.rows.batches[i]->host.copy_(rows.batches[i]->host);
   } else {
     work.repeat.reset();  // reads the old rows
     work.rows = std::move(rows);
+    if (!InFactors(model) && !work.grad.defined()) work.grad = at::empty_like(work.delta.master);
     work.repeat = model.backend().Repeated([this, &model] { EnqueueStep(model); });
   }
   work.optimizer->SetRate(learning_rate);

@@ -23,11 +23,13 @@ namespace refocus {
 // At most so many rows of all ranks go through the model at once: a step's memory does not grow with its spans.
 inline constexpr int64_t kMicroBatchRows = 512;
 
-// Rows [first, first + count) of the spans laid end to end, with their targets.
+// Rows [first, first + count) of the spans laid end to end, with their targets. What the device reads of them are views
+// of one table, which gets all of it from the host in one copy, anew in every pass.
 struct SpanRows {
   RowPlan plan;
   ForwardInput input;  // points to `plan`
   at::Tensor targets;  // [n] int64, own rows
+  at::Tensor host, table;  // [words] int64, page-locked for a GPU; on the device
 };
 
 // All rows of a step in micro-batches, which cut no span that is read behind the context. Split evenly over the ranks
@@ -68,7 +70,8 @@ class Adapter {
   // The delta under adaptation: all its numbers (fp32, laid out by DeltaSizes), and as queries read it.
   const at::Tensor& working() const { return work_->delta.master; }
   const QueryDelta& working_rounded() const { return work_->delta.view; }
-  // Bytes of both, with gradient and moments: AdapterBytes and AdaptationBytes of base/memory_plan.h.
+  // Bytes of both, with gradient and moments: AdapterBytes and AdaptationBytes of base/memory_plan.h. The gradient
+  // counts whether it exists or not: the next step may need it.
   int64_t bytes() const;
   // Global norm of the last gradient before clipping, loss of the last step.
   struct StepResult {
@@ -114,7 +117,7 @@ class Adapter {
     Delta delta;
     at::Tensor start;  // fp32, another adapter's committed delta; undefined: from nothing
     uint64_t seed = 0;
-    at::Tensor grad;   // fp32
+    at::Tensor grad;   // fp32; made by the first step that does not go by factors
     at::Tensor kept;   // fp32, the delta with the lowest loss so far; undefined without keep_best
     std::optional<double> kept_loss;
     at::Tensor stats;  // [2] fp64: loss, gradient norm
@@ -125,6 +128,8 @@ class Adapter {
   };
   static Delta MakeDelta(Model& model, const DeltaConfig& config, at::Tensor master);
   static int64_t BytesOf(const Delta& delta);
+  // Whether the step's gradient stays in factors: every rank has all rows, and they are few.
+  bool InFactors(const Model& model) const;
   void EnqueueStep(Model& model);
 
   uint64_t context_;

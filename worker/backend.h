@@ -103,6 +103,20 @@ struct AddedProduct {
   at::Tensor y;      // [rows, out] fp32, contiguous
 };
 
+// The gradient of a full delta of W_Q as few rows leave it: that of layer l is dq[l]^T . h[l].
+struct GradFactors {
+  std::vector<at::Tensor> dq;  // by layer [rows, H * d] dtype
+  std::vector<at::Tensor> h;   // [rows, hidden] dtype
+};
+
+// What one step of AdamW reads and writes of a full delta (worker/optimizer.h).
+struct AdamWStep {
+  at::Tensor parameter;                    // [layers, H * d, hidden] fp32
+  at::Tensor first, second;                // moments, the same
+  at::Tensor rounded;                      // dtype: gets the parameter; the same tensor where that is fp32
+  at::Tensor rate, steps, divisor, skip;   // [] fp32; with `skip` not 0 nothing changes
+};
+
 // Rows [first, first + rows) of a decode pass read these.
 struct RowSweep {
   int64_t first = 0;
@@ -166,6 +180,12 @@ class Backend {
   virtual at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) = 0;
   // grad [out, in] fp32 = dy^T . x, or += when `add`: dy [rows, out], x [rows, in] dtype.
   virtual void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) = 0;
+
+  // Of at most so many rows the gradient of a full delta is never written: its norm [1] fp64, over all layers, and the
+  // step that it makes follow from its factors. 0: of none.
+  virtual int64_t factor_rows() const = 0;
+  virtual void FactorNorm(const GradFactors& grad, at::Tensor norm) = 0;
+  virtual void FactorAdamW(const GradFactors& grad, const OptimizerConfig& config, const AdamWStep& step) = 0;
 
   // A tensor as matrix products read it.
   virtual at::Tensor Rounded(const at::Tensor& t) = 0;

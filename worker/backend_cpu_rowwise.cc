@@ -1,6 +1,7 @@
 #include "worker/backend_cpu_rowwise.h"
 
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/_fused_adamw.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/cat.h>
@@ -108,6 +109,26 @@ at::Tensor CpuRowwise::LinearGrad(const at::Tensor& dy, const at::Tensor& w, con
 
 void CpuRowwise::WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) {
   grad.addmm_(dy.t(), x, /*beta=*/add ? 1 : 0);
+}
+
+void CpuRowwise::FactorNorm(const GradFactors& grad, at::Tensor norm) {
+  norm.zero_();
+  for (size_t layer = 0; layer < grad.dq.size(); ++layer) {
+    const at::Tensor h = at::mm(grad.h[layer], grad.h[layer].t());
+    norm.add_(h.to(at::kDouble).mul_(at::mm(grad.dq[layer], grad.dq[layer].t())).sum());
+  }
+  norm.clamp_min_(0.0).sqrt_();  // rows that cancel may leave less than nothing
+}
+
+// The gradient of one layer at a time.
+void CpuRowwise::FactorAdamW(const GradFactors& grad, const OptimizerConfig& config, const AdamWStep& step) {
+  for (size_t i = 0; i < grad.dq.size(); ++i) {
+    const auto of_layer = [&](const at::Tensor& t) { return t.select(0, static_cast<int64_t>(i)); };
+    at::_fused_adamw_({of_layer(step.parameter)}, {at::mm(grad.dq[i].t(), grad.h[i])}, {of_layer(step.first)},
+                      {of_layer(step.second)}, /*max_exp_avg_sqs=*/{}, {step.steps}, step.rate, config.beta1,
+                      config.beta2, config.weight_decay, config.epsilon, /*amsgrad=*/false, /*maximize=*/false,
+                      step.divisor, step.skip);
+  }
 }
 
 at::Tensor CpuRowwise::Embed(const at::Tensor& table, const at::Tensor& ids) { return at::index_select(table, 0, ids); }

@@ -30,6 +30,9 @@ class CpuRowwise : public Backend {
   void AddLinears(const std::vector<AddedProduct>& products) override;
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override;
   void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) override;
+  int64_t factor_rows() const override { return 128; }
+  void FactorNorm(const GradFactors& grad, at::Tensor norm) override;
+  void FactorAdamW(const GradFactors& grad, const OptimizerConfig& config, const AdamWStep& step) override;
 
   at::Tensor Rounded(const at::Tensor& t) override { return t; }
   at::Tensor Embed(const at::Tensor& table, const at::Tensor& ids) override;

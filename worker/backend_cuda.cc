@@ -29,6 +29,7 @@
 #include "base/rope.h"
 #include "kernels/attention.h"
 #include "kernels/few_rows.h"
+#include "kernels/query_update.h"
 #include "kernels/rowwise.h"
 #include "worker/backend.h"
 #include "worker/backend_cuda_graph.h"
@@ -49,6 +50,30 @@ T* Data(const at::Tensor& t) {
   REFOCUS_CHECK(t.is_cuda() && t.is_contiguous());
   return static_cast<T*>(t.data_ptr());
 }
+
+// `params` holds no longer than this.
+struct FactorsOf {
+  FactorsOf(const GradFactors& grad, at::ScalarType dtype) {
+    for (size_t layer = 0; layer < grad.dq.size(); ++layer) {
+      const at::Tensor &one = grad.dq[layer], &other = grad.h[layer];
+      for (const at::Tensor* t : {&one, &other}) REFOCUS_CHECK(t->dim() == 2 && t->scalar_type() == dtype);
+      REFOCUS_CHECK(one.sizes() == grad.dq[0].sizes() && other.sizes() == grad.h[0].sizes());
+      REFOCUS_CHECK_EQ(one.size(0), other.size(0));
+      dq.push_back(Data(one));
+      h.push_back(Data(other));
+    }
+    params.layers = static_cast<int64_t>(dq.size());
+    params.rows = grad.dq[0].size(0);
+    params.out = grad.dq[0].size(1);
+    params.in = grad.h[0].size(1);
+    params.dq = dq.data();
+    params.h = h.data();
+  }
+  FactorsOf(const FactorsOf&) = delete;
+
+  std::vector<const void*> dq, h;
+  kernels::QueryFactors params;
+};
 
 class CudaBackend : public Backend {
  public:
@@ -223,6 +248,41 @@ class CudaBackend : public Backend {
     } else {
       at::mm_out(grad, dy.t(), x, at::kFloat);
     }
+  }
+
+  int64_t factor_rows() const override {
+    return kernels::FactorsFit(0, config_.q_dim(), config_.hidden) ? kernels::kFactorRows : 0;
+  }
+
+  void FactorNorm(const GradFactors& grad, at::Tensor norm) override {
+    const FactorsOf factors(grad, dtype());
+    const at::Tensor workspace = Bytes(kernels::QueryNormWorkspaceBytes(factors.params));
+    CheckLaunch(kernels::QueryNorm(factors.params, Data(workspace), Data<double>(norm), Stream()), "QueryNorm");
+  }
+
+  void FactorAdamW(const GradFactors& grad, const OptimizerConfig& config, const AdamWStep& step) override {
+    const FactorsOf factors(grad, dtype());
+    const kernels::QueryFactors& f = factors.params;
+    for (const at::Tensor* t : {&step.parameter, &step.first, &step.second, &step.rounded}) {
+      REFOCUS_CHECK_EQ(t->numel(), f.layers * f.out * f.in);
+    }
+    const at::Tensor workspace = Empty({kernels::kQueryUpdateWords}, at::kFloat);
+    kernels::QueryUpdateParams params;
+    params.factors = f;
+    params.p = Data<float>(step.parameter);
+    params.m = Data<float>(step.first);
+    params.v = Data<float>(step.second);
+    params.rounded = Data(step.rounded);
+    params.rate = Data<float>(step.rate);
+    params.steps = Data<float>(step.steps);
+    params.divisor = Data<float>(step.divisor);
+    params.skip = Data<float>(step.skip);
+    params.workspace = Data<float>(workspace);
+    params.beta1 = config.beta1;
+    params.beta2 = config.beta2;
+    params.epsilon = config.epsilon;
+    params.weight_decay = config.weight_decay;
+    CheckLaunch(kernels::QueryUpdate(params, Stream()), "QueryUpdate");
   }
 
   at::Tensor Rounded(const at::Tensor& t) override { return t.to(dtype()); }

@@ -198,13 +198,17 @@ Gradient Model::LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits) 
 }
 
 void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, Gradient dx, bool add,
-                     const QueryDelta& grad) {
+                     const QueryDelta& grad, GradFactors* factors) {
   const ModelConfig& c = config();
   const RowPlan& rows = *input.rows;
   const int64_t n = rows.own_rows();
   REFOCUS_CHECK(input.adapters.empty() || (input.adapters.size() == 1 && input.adapters[0].count == n));
   const QueryDelta delta = input.adapters.empty() ? QueryDelta() : input.adapters[0].delta;
   const Rotation rotation = backend_.RotationAt(input.own_pos);
+  if (factors != nullptr) {
+    factors->dq.resize(c.layers);
+    factors->h.resize(c.layers);
+  }
   for (int64_t layer = c.layers - 1; layer >= 0; --layer, ++progress_) {
     const LayerWeights& w = weights_.layers[layer];
     const LayerTrace& t = trace[layer];
@@ -223,7 +227,12 @@ void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& t
       dq_sum = dq_sum + OwnQueryGrad(t.q_all, t.own, input.own_mask, dout, t.lse, row_dot);
     const at::Tensor dq =
         backend_.RotateGrad(dq_sum, t.q_raw, {w.q_bias, w.q_norm}, rotation).view({n, c.q_dim()});
-    DeltaGrad(backend_, dq, t.h, delta, layer, add, grad);
+    if (factors != nullptr) {
+      factors->dq[layer] = dq;
+      factors->h[layer] = t.h;
+    } else {
+      DeltaGrad(backend_, dq, t.h, delta, layer, add, grad);
+    }
     if (layer == 0) break;  // nothing below is trained
     dx = backend_.NormGrad(t.x, w.attn_norm, QueriesGrad(backend_, dq, w.wq, delta, layer), dx_mid.sum);
   }

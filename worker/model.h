@@ -101,9 +101,9 @@ class Model {
   // From dx at Forward's output down to the queries: activation gradients, and this rank's share of the delta's
   // gradient goes to `grad` (fp32, of the delta's kind), or is added to it when `add`. Replicated rows give every rank
   // the whole gradient instead of a share. K and V get no gradient (they are frozen). `input` as in Forward, with one
-  // delta or none for all rows.
+  // delta or none for all rows. With `factors` they get the gradient of a full delta, and `grad` is not used.
   void Backward(const ForwardInput& input, const std::vector<LayerTrace>& trace, Gradient dx, bool add,
-                const QueryDelta& grad);
+                const QueryDelta& grad, GradFactors* factors = nullptr);
 
  private:
   // Combined attention of own rows q [n, H, d]; `all` gets the rows of all ranks, `own` keys of their own, if they have

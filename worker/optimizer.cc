@@ -7,40 +7,59 @@
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-namespace refocus {
+#include <vector>
 
-Optimizer::Optimizer(const OptimizerConfig& config, const at::Tensor& parameter, const at::Tensor& grad)
+namespace refocus {
+namespace {
+
+// One entry a layer: the fused operators count a tensor's elements in 32 bits in places.
+std::vector<at::Tensor> Layers(const at::Tensor& t) { return t.defined() ? t.unbind(0) : std::vector<at::Tensor>(); }
+
+}  // namespace
+
+Optimizer::Optimizer(const OptimizerConfig& config, const at::Tensor& parameter, const at::Tensor& rounded)
     : config_(config),
       rate_(at::zeros({}, parameter.options().dtype(at::kFloat))),
       steps_(at::zeros({}, parameter.options().dtype(at::kFloat))),
-      parameters_(parameter.unbind(0)),
-      grads_(grad.unbind(0)),
-      step_counts_(parameters_.size(), steps_) {
-  if (config.moments() > 0) first_moments_ = at::zeros_like(parameter).unbind(0);
-  if (config.moments() > 1) second_moments_ = at::zeros_like(parameter).unbind(0);
+      parameter_(parameter),
+      rounded_(rounded) {
+  if (config.moments() > 0) first_moment_ = at::zeros_like(parameter);
+  if (config.moments() > 1) second_moment_ = at::zeros_like(parameter);
 }
 
 void Optimizer::Reset() {
   steps_.zero_();
-  for (at::Tensor& moment : first_moments_) moment.zero_();
-  for (at::Tensor& moment : second_moments_) moment.zero_();
+  if (first_moment_.defined()) first_moment_.zero_();
+  if (second_moment_.defined()) second_moment_.zero_();
 }
 
-void Optimizer::Step(const at::Tensor& stats) {
+Optimizer::Clip Optimizer::Begin(const at::Tensor& stats) {
   const at::Tensor finite = at::isfinite(stats).all().to(at::kFloat);
-  const at::Tensor skip = 1.0 - finite;
-  const at::Tensor divisor =
-      ((stats.select(0, 1) + 1e-6) / static_cast<double>(config_.clip_norm)).clamp_min(1.0).to(at::kFloat);
+  steps_.add_(finite);
+  return {((stats.select(0, 1) + 1e-6) / static_cast<double>(config_.clip_norm)).clamp_min(1.0).to(at::kFloat),
+          1.0 - finite};
+}
+
+void Optimizer::Step(const at::Tensor& stats, const at::Tensor& grad) {
+  const Clip clip = Begin(stats);
   if (config_.sgd) {
     // The first step finds zeros in the moments, which is what torch.optim.SGD starts from without dampening.
-    at::_fused_sgd_(parameters_, grads_, first_moments_, config_.weight_decay, config_.momentum, rate_,
-                    /*dampening=*/0.0, /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false, divisor, skip);
-    return;
+    at::_fused_sgd_(Layers(parameter_), Layers(grad), Layers(first_moment_), config_.weight_decay, config_.momentum,
+                    rate_, /*dampening=*/0.0, /*nesterov=*/false, /*maximize=*/false, /*is_first_step=*/false,
+                    clip.divisor, clip.skip);
+  } else {
+    at::_fused_adamw_(Layers(parameter_), Layers(grad), Layers(first_moment_), Layers(second_moment_),
+                      /*max_exp_avg_sqs=*/{}, std::vector<at::Tensor>(parameter_.size(0), steps_), rate_, config_.beta1,
+                      config_.beta2, config_.weight_decay, config_.epsilon, /*amsgrad=*/false, /*maximize=*/false,
+                      clip.divisor, clip.skip);
   }
-  steps_.add_(finite);
-  at::_fused_adamw_(parameters_, grads_, first_moments_, second_moments_, /*max_exp_avg_sqs=*/{}, step_counts_, rate_,
-                    config_.beta1, config_.beta2, config_.weight_decay, config_.epsilon, /*amsgrad=*/false,
-                    /*maximize=*/false, divisor, skip);
+  if (!rounded_.is_same(parameter_)) rounded_.copy_(parameter_);
+}
+
+void Optimizer::Step(Backend& backend, const at::Tensor& stats, const GradFactors& grad) {
+  const Clip clip = Begin(stats);
+  backend.FactorAdamW(grad, config_,
+                      {parameter_, first_moment_, second_moment_, rounded_, rate_, steps_, clip.divisor, clip.skip});
 }
 
 }  // namespace refocus

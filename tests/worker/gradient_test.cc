@@ -297,6 +297,40 @@ TEST_P(GradientTest, EightStepsEqualTheReference) {
   for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << "every rank holds the same bits";
 }
 
+// Steps of few rows that every rank has go by the gradient's factors, others by the written gradient, in turn: both
+// move the delta as the written gradient would. A written gradient's norm is an fp32 number.
+TEST_P(GradientTest, FactorsAndWrittenGradientsAgree) {
+  const std::vector<int32_t> ids = golden_.context();
+  std::vector<uint64_t> hashes(ranks_);
+  OnRanks(ids, [&](const Rank& rank) {
+    const OptimizerConfig config{.weight_decay = 0.1f, .clip_norm = 0.3f};
+    Adapter adapter(1);
+    adapter.Begin(rank.model, {}, config);
+    const int64_t bytes = adapter.bytes();
+    at::Tensor grad = NewDelta();
+    const at::Tensor delta = NewDelta();
+    Optimizer optimizer(config, delta, delta);
+    optimizer.SetRate(1e-3f);
+    for (const auto& [rows, behind] :
+         {std::pair{100, true}, {100, true}, {128, true}, {129, true}, {60, false}, {100, true}}) {
+      Span span{rows, {ids.begin() + rows, ids.begin() + 2 * rows + 1}, behind ? static_cast<int64_t>(ids.size()) : 0};
+      const double loss = SpanGradient(rank.model, rank.context, delta, {span}, grad);
+      const double norm = std::sqrt(grad.to(at::kDouble).square().sum().item<double>());
+      optimizer.Step(at::tensor({loss, norm}, at::kDouble), grad);
+      const Adapter::StepResult result = adapter.Step(rank.model, rank.context, {span}, 1e-3f);
+      EXPECT_NEAR(result.loss, loss, kLossBound) << rows;
+      EXPECT_NEAR(result.grad_norm, norm, 1e-5 * norm) << rows;
+      EXPECT_GT(norm, 2 * config.clip_norm) << "clipped";
+      const bool in_factors = rows <= 128 && (behind || ranks_ == 1);
+      EXPECT_EQ(result.grad_norm != static_cast<float>(result.grad_norm), in_factors) << rows;
+      EXPECT_LE(RelativeError(adapter.working(), delta), 1e-3) << rows;
+      EXPECT_EQ(adapter.bytes(), bytes);
+    }
+    hashes[rank.index] = HashTensor(adapter.working());
+  });
+  for (const uint64_t hash : hashes) EXPECT_EQ(hash, hashes[0]) << "every rank holds the same bits";
+}
+
 TEST_P(GradientTest, BaseWeightsAreNeverWritten) {
   const uint64_t before = HashWeights(*weights_);
   OnRanks(golden_.context(), [&](const Rank& rank) {
@@ -362,11 +396,11 @@ at::Tensor AfterSteps(float rate, const OptimizerConfig& config, const std::vect
                       const std::vector<std::pair<std::vector<float>, double>>& steps) {
   const at::Tensor parameter = at::tensor(delta).unsqueeze(0);
   const at::Tensor grad = at::empty(parameter.sizes(), at::kFloat);
-  Optimizer adamw(config, parameter, grad);
+  Optimizer adamw(config, parameter, parameter);
   adamw.SetRate(rate);
   for (const auto& [values, norm] : steps) {
     grad.copy_(at::tensor(values).unsqueeze(0));
-    adamw.Step(at::tensor({1.0, norm}, at::kDouble));
+    adamw.Step(at::tensor({1.0, norm}, at::kDouble), grad);
   }
   return parameter;
 }
