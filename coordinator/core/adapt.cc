@@ -14,6 +14,10 @@ namespace {
 
 constexpr double kKnownLoss = 0.01;  // nats: what is held out is known as it is
 constexpr double kMeasuringShare = 0.5;  // of max_seconds, for candidates
+constexpr int64_t kNearOf = 4;           // with `behind`, one of so many steps reads its spans where they stand
+constexpr size_t kEarlyOf = 4;           // trials are compared on the first one of so many held-out spans,
+constexpr size_t kFewestEarly = 8;       // if those are so many
+constexpr double kTellingShare = 0.5;    // and their loss is this share of all's
 
 }  // namespace
 
@@ -40,6 +44,10 @@ double ScheduledRate(const api::AdaptEvent::Effective& effective, int64_t step) 
   return effective.learning_rate();
 }
 
+int64_t NearSteps(const api::AdaptEvent::Effective& effective) {
+  return effective.behind() != 0 ? effective.steps() / kNearOf : 0;
+}
+
 AdaptationShape ShapeOf(const api::AdaptEvent::Effective& effective) {
   const bool sgd = effective.optimizer() == api::SGD;
   return {effective.lora_rank(), !sgd ? 2 : effective.momentum() != 0 ? 1 : 0, effective.keep_best()};
@@ -53,14 +61,15 @@ double AdaptFlops(const ModelConfig& model, const AdaptPlan& plan, int64_t token
   }
   const auto& e = plan.effective;
   const auto spans = static_cast<double>(e.steps() * e.spans_per_step());
-  double keys = rows > 0 ? row_keys / rows : static_cast<double>(token_count) / 2;
+  const double keys = rows > 0 ? row_keys / rows : static_cast<double>(token_count) / 2;
   const auto reach = [&](const SpanRange& span) {  // keys of its first row
     return static_cast<double>(plan.effective.behind() != 0 ? token_count : span.start);
   };
-  if (plan.effective.behind() != 0) keys = static_cast<double>(token_count);
+  const double near = e.behind() != 0 ? static_cast<double>(NearSteps(e)) / static_cast<double>(e.steps()) : 1;
   const double span_rows =
       rows > 0 ? rows / static_cast<double>(plan.explicit_spans.size()) : static_cast<double>(e.span_tokens());
-  flops += spans * span_rows * StepRowFlops(model, keys);
+  flops += spans * span_rows * near * StepRowFlops(model, keys);
+  flops += spans * span_rows * (1 - near) * StepRowFlops(model, static_cast<double>(token_count));
   const double probes = 2 + static_cast<double>(e.trial_steps()) +
                         (e.probe_every() > 0 ? static_cast<double>((e.steps() - 1) / e.probe_every()) : 0);
   for (const SpanRange& span : plan.candidates) {
@@ -193,15 +202,15 @@ void AdaptJob::FillBegin(wire::BeginAdapt* begin) const {
 }
 
 template <typename CommandWithSpans>
-void AdaptJob::AddSpan(const SpanRange& range, int64_t draw, CommandWithSpans* command) const {
-  const bool alone = plan_.effective.behind() != 0 && plan_.effective.recall_rows() != 0;
+void AdaptJob::AddSpan(const SpanRange& range, std::optional<int64_t> draw, CommandWithSpans* command) const {
+  const bool alone = draw && plan_.effective.behind() != 0 && plan_.effective.recall_rows() != 0;
   for (int64_t row = 0; row < range.rows; row += alone ? 1 : range.rows) {
     FillSpan({range.start + row, alone ? 1 : range.rows}, draw, command->add_spans());
   }
 }
 
 void AdaptJob::FillProbe(wire::ProbeLoss* probe) {
-  probes_under_way_.push_back({steps_sent_, delta_steps_, phase_ == Phase::kTrials});
+  probes_under_way_.push_back({steps_sent_, delta_steps_});
   probe->set_adapter(plan_.target.uid);
   probe->set_keep_best(plan_.effective.keep_best());
   for (const SpanRange& range : plan_.probes) AddSpan(range, 0, probe);
@@ -216,7 +225,8 @@ void AdaptJob::FillStep(double rate, wire::AdaptStep* step) {
   step->set_learning_rate(static_cast<float>(rate));
   // Trials are compared with each other: all train on what the first one drew.
   if (!search_ || step_spans_.empty()) step_spans_ = spans_->NextStep();
-  for (const SpanRange& range : step_spans_) AddSpan(range, search_ ? 0 : steps_sent_, step);
+  const bool near = search_ || delta_steps_ <= NearSteps(schedule_);
+  for (const SpanRange& range : step_spans_) AddSpan(range, near ? std::nullopt : std::optional(steps_sent_), step);
 }
 
 // One a command, as the probe of a single span, so that others get their turn between them.
@@ -229,11 +239,17 @@ bool AdaptJob::NextCandidate(wire::Command* command) {
   return true;
 }
 
-// A step from the start, and then its probe, whose loss decides how it goes on.
+// A step from the start, and then its probe, whose loss decides how it goes on; before the first, which spans to compare
+// them on: early ones, which have the fewest keys before them, are where a single step shows first.
 bool AdaptJob::NextTrial(wire::Command* command) {
   if (!probes_under_way_.empty()) return false;
+  if (trial_probes_.empty()) {
+    const size_t early = plan_.probes.size() / kEarlyOf;
+    trial_probes_.assign(plan_.probes.begin(), early < kFewestEarly ? plan_.probes.end() : plan_.probes.begin() + early);
+    trial_sent_ = early >= kFewestEarly;
+  }
   if (trial_sent_) {
-    FillProbe(command->mutable_probe_loss());
+    FillTrialProbe(command->mutable_probe_loss());
   } else {
     delta_steps_ = 0;
     FillStep(*search_->Next(), command->mutable_adapt_step());
@@ -242,10 +258,31 @@ bool AdaptJob::NextTrial(wire::Command* command) {
   return true;
 }
 
-// A schedule that decays has about half of its highest rate on average.
+// Where they stand, as trials train; other probes' losses are not comparable, so nothing is kept.
+void AdaptJob::FillTrialProbe(wire::ProbeLoss* probe) {
+  probes_under_way_.push_back({.steps = steps_sent_, .trial = true});
+  probe->set_adapter(plan_.target.uid);
+  for (const SpanRange& range : trial_probes_) AddSpan(range, std::nullopt, probe);
+}
+
+void AdaptJob::OnTrialProbe(int64_t trials, double loss) {
+  api::AdaptEvent::Probe* event = events_.emplace_back().mutable_probe();
+  event->set_step(trials);
+  event->set_loss(loss);
+  event->set_trial(true);
+  if (trials == 0) {
+    if (!(loss >= kTellingShare * adapter_.probe_loss_before())) trial_probes_ = plan_.probes;
+    return;
+  }
+  search_->Measured(loss);
+  if (!search_->Next()) BeginSteps();
+}
+
+// The best rate of a single step is too high for many: half of it, which is also what a schedule that decays from it has
+// on average.
 void AdaptJob::BeginSteps() {
   const bool decays = schedule_.schedule() != api::CONSTANT;
-  schedule_.set_learning_rate(std::min(1.0, (decays ? 2 : 1) * search_->best()));
+  schedule_.set_learning_rate((decays ? 1 : 0.5) * search_->best());
   schedule_.set_steps(plan_.effective.steps() - steps_sent_);
   schedule_.set_warmup_steps(std::min(schedule_.warmup_steps(), schedule_.steps() - 1));
   search_.reset();
@@ -263,15 +300,15 @@ bool AdaptJob::StepMayWait() const {
   return steps_done_ == 0 || run_seconds() + 3 * slowest_step_ >= limit;
 }
 
-void AdaptJob::FillSpan(const SpanRange& range, int64_t draw, wire::Span* span) const {
+void AdaptJob::FillSpan(const SpanRange& range, std::optional<int64_t> draw, wire::Span* span) const {
   REFOCUS_CHECK_LT(range.start + range.rows, session_->token_count());
   span->set_start(range.start);
   const auto first = session_->tokens().begin() + range.start;
   span->mutable_ids()->Assign(first, first + range.rows + 1);
   const auto& effective = plan_.effective;
-  if (effective.behind() == 0) return;
+  if (effective.behind() == 0 || !draw) return;
   REFOCUS_CHECK_GE(effective.behind(), range.rows);
-  SplitMix64 by_step(effective.seed() + static_cast<uint64_t>(draw));
+  SplitMix64 by_step(effective.seed() + static_cast<uint64_t>(*draw));
   SplitMix64 random(by_step.Next() + static_cast<uint64_t>(range.start));
   const int64_t place = static_cast<int64_t>(random.Below(static_cast<uint64_t>(effective.behind() - range.rows + 1)));
   span->set_behind(session_->token_count() + place);
@@ -305,13 +342,16 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
     OnCandidate(result.loss());
     return;
   }
+  if (sent.trial) {
+    OnTrialProbe(sent.steps, result.loss());
+    Changed();
+    return;
+  }
   const bool best = first || result.loss() < best_.loss;
   if (best || !plan_.effective.keep_best()) best_ = {sent.delta_steps, result.loss(), result.agree()};
-  probes_without_best_ = best ? 0 : probes_without_best_ + 1;
-  if (sent.trial) {
-    search_->Measured(result.loss());
-    if (!search_->Next()) BeginSteps();
-  }
+  // Steps on spans where they stand need not lower the loss of those behind the text yet.
+  const bool near = plan_.effective.behind() != 0 && sent.delta_steps <= NearSteps(schedule_);
+  probes_without_best_ = best || near ? 0 : probes_without_best_ + 1;
   if (first) {
     adapter_.set_probe_loss_before(result.loss());
     events_.emplace_back().set_probe_loss_before(result.loss());
@@ -321,9 +361,8 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
     probe->set_step(sent.steps);
     probe->set_loss(result.loss());
     probe->set_best(best);
-    probe->set_trial(sent.trial);
     const int64_t patience = plan_.effective.patience();
-    out_of_patience_ |= !sent.trial && patience > 0 && probes_without_best_ >= patience && steps_sent_ < plan_.effective.steps();
+    out_of_patience_ |= patience > 0 && probes_without_best_ >= patience && steps_sent_ < plan_.effective.steps();
   } else {
     OnLastProbe(result.loss(), now);
   }

@@ -53,6 +53,10 @@ struct AdaptPlan {
 // Learning rate of step 1, 2, ...: warm-up, then the schedule, as proto/refocus/v1/context.proto defines them.
 double ScheduledRate(const api::AdaptEvent::Effective& effective, int64_t step);
 
+// With `behind`: so many first steps read their spans where they stand. Early ones see few keys: where all of the text is
+// too much for the queries that it starts from, there is a slope only there.
+int64_t NearSteps(const api::AdaptEvent::Effective& effective);
+
 AdaptationShape ShapeOf(const api::AdaptEvent::Effective& effective);
 
 // Of all steps and probes, with uniform spans in the middle of the context.
@@ -87,13 +91,15 @@ class AdaptJob : public Job {
   void FillStep(double rate, wire::AdaptStep* step);
   bool NextCandidate(wire::Command* command);
   bool NextTrial(wire::Command* command);
+  void FillTrialProbe(wire::ProbeLoss* probe);
+  void OnTrialProbe(int64_t trials, double loss);
   void BeginSteps();
   bool StepMayWait() const;
   // The command's next span, or spans of a row each where rows to recall are read behind the text. `draw`: which one of
-  // their places there; probes and trials always have the first, so that they can be compared.
+  // their places there, probes always have the first, so that they can be compared; none: where it stands.
   template <typename CommandWithSpans>
-  void AddSpan(const SpanRange& range, int64_t draw, CommandWithSpans* command) const;
-  void FillSpan(const SpanRange& range, int64_t draw, wire::Span* span) const;
+  void AddSpan(const SpanRange& range, std::optional<int64_t> draw, CommandWithSpans* command) const;
+  void FillSpan(const SpanRange& range, std::optional<int64_t> draw, wire::Span* span) const;
   void OnProbe(const wire::Result& result, double now);
   void OnCandidate(double loss);
   void ChooseSpans();
@@ -120,6 +126,7 @@ class AdaptJob : public Job {
   int64_t last_probe_ = 0;                 // steps sent before the last probe between steps
   std::optional<RateSearch> search_;       // while it lasts: every step is a trial from the start
   bool trial_sent_ = false;                // its probe is next
+  std::vector<SpanRange> trial_probes_;    // those of plan_.probes that trials are compared on
   std::vector<SpanRange> step_spans_;      // of the last step
   api::AdaptEvent::Effective schedule_;    // of the steps behind the trials
   std::deque<double> rates_under_way_;     // of steps

@@ -300,9 +300,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   REFOCUS_RETURN_IF_ERROR(
       CheckEnum("schedule", r.schedule(), api::Schedule_IsValid(r.schedule()), "CONSTANT, LINEAR or COSINE"));
   e.set_optimizer(r.optimizer() == api::OPTIMIZER_UNSPECIFIED ? api::ADAMW : r.optimizer());
-  e.set_schedule(r.schedule() != api::SCHEDULE_UNSPECIFIED ? r.schedule()
-                 : r.has_automatic()                       ? api::COSINE
-                                                           : api::CONSTANT);
+  e.set_schedule(r.schedule() != api::SCHEDULE_UNSPECIFIED ? r.schedule() : api::CONSTANT);
   if (r.has_momentum() && e.optimizer() != api::SGD)
     return FieldError("momentum", Number(r.momentum()), "none with ADAMW");
   e.set_momentum(r.momentum());
@@ -343,7 +341,7 @@ StatusOr<AdaptPlan> PlanAdapt(const api::AdaptContextRequest& r, const ModelConf
   for (const SpanRange& span : plan.explicit_spans) rows = std::max(rows, span.rows);
   REFOCUS_RETURN_IF_ERROR(CheckInt("spans_per_step x span_tokens", e.spans_per_step() * rows, 1, kMaxStepRows));
   if (r.has_recall_rows() || automatic) {
-    double after = r.behind() != 0 ? 0 : kRecallAfter;
+    double after = r.behind() != 0 || automatic ? 0 : kRecallAfter;
     if (r.recall_rows().has_after()) after = r.recall_rows().after();
     REFOCUS_RETURN_IF_ERROR(CheckReal("recall_rows.after", after, 0, 0.999999));
     const auto first_row = static_cast<int64_t>(after * static_cast<double>(token_count));

@@ -1,6 +1,7 @@
 // The automatic policy: which rates are tried, what follows from the probes, and when nothing is done.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -84,7 +85,6 @@ TEST_F(AutomaticTest, TriesRatesAndGoesOnFromTheStart) {
   });
   const auto job = Adapt([](auto& r) {
     r.set_learning_rate(1e-3);
-    r.set_schedule(api::CONSTANT);
   });
   ASSERT_NE(job, nullptr);
   ASSERT_TRUE(job->status().ok()) << job->status();
@@ -102,7 +102,7 @@ TEST_F(AutomaticTest, TriesRatesAndGoesOnFromTheStart) {
   ASSERT_EQ(rates.size(), 24u);
   EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2}));
   const double chosen = rates[4];
-  EXPECT_NEAR(chosen, 1.6e-2 * std::pow(4, -0.5 * (1.016 - 0.012) / (1.016 + 0.012)), 1e-6);
+  EXPECT_NEAR(chosen, 0.8e-2 * std::pow(4, -0.5 * (1.016 - 0.012) / (1.016 + 0.012)), 1e-6) << "half of the best";
   for (size_t i = 4; i < rates.size(); ++i) EXPECT_EQ(rates[i], chosen);
   for (int64_t i = 0; i < 24; ++i) EXPECT_EQ(steps[i], i + 1);
   EXPECT_EQ(trials, (std::vector<int64_t>{1, 2, 3, 4}));
@@ -112,11 +112,13 @@ TEST_F(AutomaticTest, TriesRatesAndGoesOnFromTheStart) {
   EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 20);
 }
 
-TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTwiceTheRate) {
+TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTheWholeRate) {
   Losses([](int64_t steps, double) { return 2.0 - 0.01 * static_cast<double>(steps); });
-  const auto job = Adapt([](auto& r) { r.set_learning_rate(1e-3); });
+  const auto job = Adapt([](auto& r) {
+    r.set_learning_rate(1e-3);
+    r.set_schedule(api::COSINE);
+  });
   ASSERT_NE(job, nullptr);
-  EXPECT_EQ(job->events()[0].effective().schedule(), api::COSINE);
   std::vector<double> rates;
   std::vector<std::vector<int64_t>> starts;
   for (const api::AdaptEvent& event : job->events()) {
@@ -126,11 +128,79 @@ TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTwiceTheRate) {
   }
   // All rates are alike here, so it tries one more in either direction.
   ASSERT_GE(rates.size(), 4u);
-  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 2e-3}));
+  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 1e-3}));
   EXPECT_EQ(starts[1], starts[0]) << "trials are compared on the same rows";
   EXPECT_EQ(starts[2], starts[0]);
   EXPECT_NE(starts[3], starts[2]);
   EXPECT_LT(rates.back(), 1e-4);
+}
+
+// Probes of a whole adaptation with 48 held-out rows and more, behind the text: what was sent and what came back.
+struct SentProbe {
+  int64_t rows = 0;
+  bool near = false;  // where they stand
+  bool keep = false;
+};
+
+TEST_F(AutomaticTest, TrialsAreComparedOnEarlyRowsWhereTheyStand) {
+  for (const bool early_known : {false, true}) {
+    std::vector<SentProbe> probes;
+    for (int32_t rank = 0; rank < 2; ++rank) {
+      simulation_.rank(rank).trained.clear();
+      simulation_.rank(rank).tamper = [&, rank, early_known](const wire::Command& command, wire::Result& result) {
+        if (!command.has_probe_loss()) return;
+        const auto& probe = command.probe_loss();
+        const bool near = probe.spans(0).behind() == 0;
+        int64_t rows = 0;
+        for (const wire::Span& span : probe.spans()) rows += span.ids_size() - 1;
+        if (rank == 0) probes.push_back({rows, near, probe.keep_best()});
+        // Behind the text the first quarter of the steps shows nothing.
+        result.set_loss(near ? (early_known ? 0.5 : 2.0) : 4.0);
+      };
+    }
+    const auto job = Adapt([](auto& r) {
+      r.set_span_tokens(64);
+      r.set_probe_every(1);
+      r.set_steps(40);
+      r.set_behind(100);
+    });
+    ASSERT_NE(job, nullptr);
+    ASSERT_TRUE(job->status().ok()) << job->status();
+    ASSERT_GT(job->events()[0].effective().recall_rows(), 0);
+    ASSERT_GT(probes.size(), 5u);
+    const int64_t all = probes[0].rows;
+    ASSERT_GE(all, 40);
+    EXPECT_FALSE(probes[0].near);
+    EXPECT_TRUE(probes[0].keep);
+    int64_t compared = 0;
+    for (size_t i = 1; i < probes.size(); ++i) {
+      EXPECT_EQ(probes[i].keep, !probes[i].near) << "losses of other rows are not compared with those that decide";
+      if (!probes[i].near) continue;
+      if (i > 1 && early_known) {
+        EXPECT_EQ(probes[i].rows, all) << i;
+      } else {
+        EXPECT_LT(probes[i].rows, all / 2) << i;
+      }
+      ++compared;
+    }
+    int64_t trials = 0, steps = 0;
+    for (const api::AdaptEvent& event : job->events()) {
+      if (event.has_probe() && event.probe().trial()) {
+        EXPECT_EQ(event.probe().step(), trials++);
+      }
+      steps += event.has_step() ? 1 : 0;
+    }
+    EXPECT_EQ(trials, compared);
+    EXPECT_EQ(trials, 4) << "the start, and three rates of the same loss";
+    // A quarter of the 37 steps behind the trials is near; three probes behind that, and up to two more on the way.
+    EXPECT_TRUE(job->events().back().out_of_patience());
+    EXPECT_GE(steps, 3 + 9 + 3);
+    EXPECT_LE(steps, 3 + 9 + 3 + 3);
+    std::vector<bool> near;
+    for (const wire::Span& span : simulation_.rank(0).trained) near.push_back(span.behind() == 0);
+    EXPECT_TRUE(std::is_partitioned(near.begin(), near.end(), [](bool stands) { return stands; }));
+    EXPECT_FALSE(near.back());
+  }
 }
 
 TEST_F(AutomaticTest, WhatIsKnownNeedsNoStep) {

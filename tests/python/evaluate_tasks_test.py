@@ -488,6 +488,18 @@ class Methods(unittest.TestCase):
         self.assertEqual(3 * flops.adapt_step(shape, 5000, 128, keys=2001 + (128 / 3 + 1) / 2) +
                          3 * flops.probe(shape, 5000, 100), methods.parse("qttt:rows=recall").cost(shape, 5000, done))
 
+    def test_the_first_quarter_behind_the_text_is_near(self):
+        shape, event = flops.Shape(2, 8, 2, 1, 4, 16, 100), context_pb2.AdaptEvent
+        near, far = flops.adapt_step(shape, 5000, 128), flops.adapt_step(shape, 5000, 128, keys=5000, behind=True)
+        self.assertEqual(8 * near + 24 * far + 2 * flops.probe(shape, 5000, 256, behind=True),
+                         methods.parse("qttt:behind=200").cost(shape, 5000))
+        probes = [event.Probe(step=step, trial=step < 4) for step in (0, 1, 2, 3, 7)]
+        done = Adaptation(event.Effective(), [event.Step(step=i + 1) for i in range(20)], 2.0, 1.0, context_pb2.Adapter(),
+                          context_pb2.PhaseUsage(), probes)
+        self.assertEqual((3 + 7) * near + 10 * far + 4 * flops.probe(shape, 5000, 128)
+                         + 3 * flops.probe(shape, 5000, 128, behind=True),
+                         methods.parse("qttt:rows=auto,behind=200").cost(shape, 5000, done))
+
     def test_refused(self):
         for text, message in (("qttt:rows=some", "rows='some', allowed uniform or recall"),
                               ("qttt:keep=all", "keep='all', allowed last or best"),

@@ -64,16 +64,20 @@ class Method:
 
     def cost(self, shape: flops.Shape, context: int, done: Adaptation | None = None) -> int:
         """Operations of its adaptation, held-out rows that it probes included: as planned, or of one that is done, with
-        the steps and probes that it made and the rows that it drew."""
+        the steps and probes that it made and the rows that it drew. Probes of trials count whole, where the server measures a part
+        of what is held out."""
         request = self.request
         span = min(request["span_tokens"], max(1, context - 1))
         rows = span * request["spans_per_step"]
         probe_rows = span * request.get("probe_spans", 1 if "automatic" in request else PROBE_SPANS)
         steps, probes, keys = request["steps"], 2 + _probes_between(request), None
+        trials = trial_probes = steps // 4 if "automatic" in request else 0
         candidates = self._candidates(context)
         if done is not None:
             steps = len(done.steps)
             probes = len(done.probes) + (done.probe_loss_before is not None) + (done.probe_loss_after is not None)
+            trial_probes = sum(probe.trial for probe in done.probes)
+            trials = sum(probe.trial and probe.step > 0 for probe in done.probes)
             if done.candidates is not None:
                 candidates = len(done.candidates.starts)
             if self.quoted:
@@ -85,10 +89,12 @@ class Method:
             if starts:  # of runs of rows, equally long on average
                 keys = sum(starts) / len(starts) + (rows * steps / len(starts) + 1) / 2
         behind = bool(request.get("behind"))
-        if behind:
-            keys = context
-        return (flops.adapt(shape, context, steps, rows, 1, self.lora_rank, keys, behind)
-                + probes * flops.probe(shape, context, probe_rows, self.lora_rank, behind)
+        # Behind the text: all but trials and the first quarter of what is left.
+        near = min(steps, trials + (request["steps"] - trials) // 4) if behind else steps
+        return (flops.adapt(shape, context, near, rows, 1, self.lora_rank, keys)
+                + flops.adapt(shape, context, steps - near, rows, 1, self.lora_rank, context, behind)
+                + trial_probes * flops.probe(shape, context, probe_rows, self.lora_rank)
+                + (probes - trial_probes) * flops.probe(shape, context, probe_rows, self.lora_rank, behind)
                 + flops.probe(shape, context, candidates * span, self.lora_rank, behind))
 
     def _candidates(self, context: int) -> int:
