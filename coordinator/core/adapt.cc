@@ -15,6 +15,8 @@ namespace {
 constexpr double kKnownLoss = 0.01;  // nats: what is held out is known as it is
 constexpr double kMeasuringShare = 0.5;  // of max_seconds, for candidates
 constexpr int64_t kNearOf = 4;           // with `behind`, one of so many steps reads its spans where they stand
+constexpr int64_t kFewTrials = 4;        // a trial has that share of the trials' steps,
+constexpr int64_t kMostTrialSteps = 3;   // and at most so many
 constexpr size_t kEarlyOf = 4;           // trials are compared on the first one of so many held-out spans,
 constexpr size_t kFewestEarly = 8;       // if those are so many
 constexpr double kTellingShare = 0.5;    // and their loss is this share of all's
@@ -94,7 +96,8 @@ AdaptJob::AdaptJob(uint64_t id, double now, std::shared_ptr<Session> session, Ad
     spans_ = MakeUniformSpans(session_->token_count(), effective.span_tokens(), plan_.probes, effective.seed(), per_step);
   }
   schedule_ = effective;
-  if (effective.trial_steps() > 0) search_.emplace(effective.learning_rate(), effective.trial_steps());
+  trial_steps_ = std::clamp<int64_t>(effective.trial_steps() / kFewTrials, 1, kMostTrialSteps);
+  if (effective.trial_steps() > 0) search_.emplace(effective.learning_rate(), effective.trial_steps() / trial_steps_);
   adapter_.set_id(plan_.target.id);
   adapter_.set_revision(plan_.target.kept_revision + 1);
   adapter_.set_kind(effective.kind());
@@ -224,9 +227,12 @@ void AdaptJob::FillStep(double rate, wire::AdaptStep* step) {
   rates_under_way_.push_back(rate);
   step->set_learning_rate(static_cast<float>(rate));
   // Trials are compared with each other: all train on what the first one drew.
-  if (!search_ || step_spans_.empty()) step_spans_ = spans_->NextStep();
+  const auto index = static_cast<size_t>(delta_steps_ - 1);
+  if (search_ && index == trial_spans_.size()) trial_spans_.push_back(spans_->NextStep());
   const bool near = search_ || delta_steps_ <= NearSteps(schedule_);
-  for (const SpanRange& range : step_spans_) AddSpan(range, near ? std::nullopt : std::optional(steps_sent_), step);
+  for (const SpanRange& range : search_ ? trial_spans_[index] : spans_->NextStep()) {
+    AddSpan(range, near ? std::nullopt : std::optional(steps_sent_), step);
+  }
 }
 
 // One a command, as the probe of a single span, so that others get their turn between them.
@@ -239,8 +245,8 @@ bool AdaptJob::NextCandidate(wire::Command* command) {
   return true;
 }
 
-// A step from the start, and then its probe, whose loss decides how it goes on; before the first, which spans to compare
-// them on: early ones, which have the fewest keys before them, are where a single step shows first.
+// Few steps from the start, and then their probe, whose loss decides how it goes on; before the first, which spans to
+// compare them on: early ones, which have the fewest keys before them, are where so few steps show first.
 bool AdaptJob::NextTrial(wire::Command* command) {
   if (!probes_under_way_.empty()) return false;
   if (trial_probes_.empty()) {
@@ -250,11 +256,12 @@ bool AdaptJob::NextTrial(wire::Command* command) {
   }
   if (trial_sent_) {
     FillTrialProbe(command->mutable_probe_loss());
+    trial_sent_ = false;
   } else {
-    delta_steps_ = 0;
+    if (delta_steps_ == trial_steps_) delta_steps_ = 0;
     FillStep(*search_->Next(), command->mutable_adapt_step());
+    trial_sent_ = delta_steps_ == trial_steps_;
   }
-  trial_sent_ = !trial_sent_;
   return true;
 }
 
@@ -278,8 +285,8 @@ void AdaptJob::OnTrialProbe(int64_t trials, double loss) {
   if (!search_->Next()) BeginSteps();
 }
 
-// The best rate of a single step is too high for many: half of it, which is also what a schedule that decays from it has
-// on average.
+// The best rate of few steps is too high for many: half of it, which is also what a schedule that decays from it has on
+// average.
 void AdaptJob::BeginSteps() {
   const bool decays = schedule_.schedule() != api::CONSTANT;
   schedule_.set_learning_rate((decays ? 1 : 0.5) * search_->best());

@@ -124,10 +124,11 @@ class AdaptJob : public Job {
   int64_t steps_done_ = 0;
   int64_t delta_steps_ = 0;                // of those sent, how many the delta has: since the last restart
   int64_t last_probe_ = 0;                 // steps sent before the last probe between steps
-  std::optional<RateSearch> search_;       // while it lasts: every step is a trial from the start
+  std::optional<RateSearch> search_;       // while it lasts: steps are of trials from the start
   bool trial_sent_ = false;                // its probe is next
   std::vector<SpanRange> trial_probes_;    // those of plan_.probes that trials are compared on
-  std::vector<SpanRange> step_spans_;      // of the last step
+  int64_t trial_steps_ = 1;                // of one trial
+  std::vector<std::vector<SpanRange>> trial_spans_;  // of its steps
   api::AdaptEvent::Effective schedule_;    // of the steps behind the trials
   std::deque<double> rates_under_way_;     // of steps
   struct SentProbe {

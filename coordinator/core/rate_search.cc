@@ -19,9 +19,14 @@ void RateSearch::Measured(double loss) {
   constexpr double kLowest = 1e-12, kHighest = 1.0;
   trials_.push_back({*next_, std::isfinite(loss) ? loss : std::numeric_limits<double>::infinity()});
   const bool better = &Best() == &trials_.back();
-  const bool turn = !better && trials_.size() == 2;  // upwards is worse at once: downwards from the first
-  if (turn) factor_ = 0.25;
-  next_ = better || turn ? std::optional(Best().rate * factor_) : std::nullopt;
+  if (better || (factor_ > 1 && &Best() == &trials_.back() - 1)) {
+    next_ = *next_ * factor_;
+  } else if (factor_ > 1 && &Best() == trials_.data()) {  // upwards is worse: downwards from the first
+    factor_ = 0.25;
+    next_ = Best().rate * factor_;
+  } else {
+    next_.reset();
+  }
   const bool over = static_cast<int64_t>(trials_.size()) == most_;
   if (over || (next_ && (*next_ < kLowest || *next_ > kHighest))) next_.reset();
 }

@@ -1,5 +1,6 @@
-// Which learning rates to try, by the loss that each gives: the first, then four times as much as long as that is better,
-// or else a fourth as long as that is. Pure.
+// Which learning rates to try, by the loss that each gives: the first, then four times as much until two were worse than the
+// best, as few steps may stumble at a rate between two good ones; where the first is the best, then a fourth as long as
+// that is better. Pure.
 #pragma once
 
 #include <cstdint>

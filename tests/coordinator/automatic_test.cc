@@ -26,11 +26,18 @@ std::vector<double> Tried(double first, double optimum, int64_t most, double* be
 
 TEST(RateSearchTest, ClimbsUntilItGetsWorse) {
   double best = 0;
-  EXPECT_EQ(Tried(1e-3, 1.7e-2, 9, &best), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2}));
+  EXPECT_EQ(Tried(1e-3, 1.7e-2, 9, &best), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2, 2.56e-1}));
   EXPECT_NEAR(best, 1.7e-2, 1e-9) << "between the rates tried";
-  EXPECT_EQ(Tried(1e-3, 1.3e-3, 9, &best), (std::vector<double>{1e-3, 4e-3, 2.5e-4}));
+  EXPECT_EQ(Tried(1e-3, 1.3e-3, 9, &best), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 2.5e-4}));
   EXPECT_NEAR(best, 1.3e-3, 1e-9);
-  EXPECT_EQ(Tried(1e-3, 5e-5, 9, &best), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 6.25e-5, 1.5625e-5}));
+  RateSearch stumbles(1e-3, 9);
+  for (const double loss : {3.0, 3.1, 2.0, 2.1, 2.2}) {
+    ASSERT_TRUE(stumbles.Next());
+    stumbles.Measured(loss);
+  }
+  EXPECT_FALSE(stumbles.Next());
+  EXPECT_GT(stumbles.best(), 1.6e-2);
+  EXPECT_EQ(Tried(1e-3, 5e-5, 9, &best), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 2.5e-4, 6.25e-5, 1.5625e-5}));
   EXPECT_NEAR(best, 5e-5, 1e-9);
 }
 
@@ -41,7 +48,7 @@ TEST(RateSearchTest, EndsAtItsLimits) {
   EXPECT_EQ(Tried(1e-3, 1, 2, &best), (std::vector<double>{1e-3, 4e-3}));
   EXPECT_EQ(best, 4e-3);
   EXPECT_EQ(Tried(0.5, 8, 9, &best), std::vector<double>{0.5}) << "a rate is at most 1";
-  RateSearch search(1e-3, 4);
+  RateSearch search(1e-3, 3);
   search.Measured(std::numeric_limits<double>::quiet_NaN());
   EXPECT_EQ(search.best(), 1e-3);
   search.Measured(2.0);
@@ -100,16 +107,17 @@ TEST_F(AutomaticTest, TriesRatesAndGoesOnFromTheStart) {
     if (event.has_probe() && event.probe().trial()) trials.push_back(event.probe().step());
   }
   ASSERT_EQ(rates.size(), 24u);
-  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2}));
-  const double chosen = rates[4];
+  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 5),
+            (std::vector<double>{1e-3, 4e-3, 1.6e-2, 6.4e-2, 2.56e-1}));
+  const double chosen = rates[5];
   EXPECT_NEAR(chosen, 0.8e-2 * std::pow(4, -0.5 * (1.016 - 0.012) / (1.016 + 0.012)), 1e-6) << "half of the best";
-  for (size_t i = 4; i < rates.size(); ++i) EXPECT_EQ(rates[i], chosen);
+  for (size_t i = 5; i < rates.size(); ++i) EXPECT_EQ(rates[i], chosen);
   for (int64_t i = 0; i < 24; ++i) EXPECT_EQ(steps[i], i + 1);
-  EXPECT_EQ(trials, (std::vector<int64_t>{1, 2, 3, 4}));
+  EXPECT_EQ(trials, (std::vector<int64_t>{1, 2, 3, 4, 5}));
   const api::Adapter& adapter = job->events().back().adapter();
-  EXPECT_EQ(adapter.steps(), 20) << "trials were taken back";
-  EXPECT_NEAR(adapter.probe_loss_after(), 2.0 - 20 * chosen, 1e-5);
-  EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 20);
+  EXPECT_EQ(adapter.steps(), 19) << "trials were taken back";
+  EXPECT_NEAR(adapter.probe_loss_after(), 2.0 - 19 * chosen, 1e-5);
+  EXPECT_EQ(simulation_.rank(1).adapters.begin()->second.steps, 19);
 }
 
 TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTheWholeRate) {
@@ -126,12 +134,13 @@ TEST_F(AutomaticTest, ADecayingScheduleBeginsAtTheWholeRate) {
     rates.push_back(event.step().learning_rate());
     starts.emplace_back(event.step().span_starts().begin(), event.step().span_starts().end());
   }
-  // All rates are alike here, so it tries one more in either direction.
-  ASSERT_GE(rates.size(), 4u);
-  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 4), (std::vector<double>{1e-3, 4e-3, 2.5e-4, 1e-3}));
+  // All rates are alike here, so it tries two above and one below.
+  ASSERT_GE(rates.size(), 5u);
+  EXPECT_EQ(std::vector<double>(rates.begin(), rates.begin() + 5), (std::vector<double>{1e-3, 4e-3, 1.6e-2, 2.5e-4, 1e-3}));
   EXPECT_EQ(starts[1], starts[0]) << "trials are compared on the same rows";
   EXPECT_EQ(starts[2], starts[0]);
-  EXPECT_NE(starts[3], starts[2]);
+  EXPECT_EQ(starts[3], starts[0]);
+  EXPECT_NE(starts[4], starts[3]);
   EXPECT_LT(rates.back(), 1e-4);
 }
 
@@ -186,16 +195,28 @@ TEST_F(AutomaticTest, TrialsAreComparedOnEarlyRowsWhereTheyStand) {
     int64_t trials = 0, steps = 0;
     for (const api::AdaptEvent& event : job->events()) {
       if (event.has_probe() && event.probe().trial()) {
-        EXPECT_EQ(event.probe().step(), trials++);
+        EXPECT_EQ(event.probe().step(), 2 * trials++) << "trials of two steps, a quarter of a quarter of 40";
       }
       steps += event.has_step() ? 1 : 0;
     }
     EXPECT_EQ(trials, compared);
-    EXPECT_EQ(trials, 4) << "the start, and three rates of the same loss";
-    // A quarter of the 37 steps behind the trials is near; three probes behind that, and up to two more on the way.
+    EXPECT_EQ(trials, 5) << "the start, and four rates of the same loss";
+    // A quarter of the 32 steps behind the trials is near; three probes behind that, and up to two more on the way.
     EXPECT_TRUE(job->events().back().out_of_patience());
-    EXPECT_GE(steps, 3 + 9 + 3);
-    EXPECT_LE(steps, 3 + 9 + 3 + 3);
+    EXPECT_GE(steps, 8 + 8 + 3);
+    EXPECT_LE(steps, 8 + 8 + 3 + 3);
+    const auto starts = [&](int64_t number) {
+      std::vector<int64_t> all_starts;
+      for (const api::AdaptEvent& event : job->events()) {
+        if (!event.has_step() || event.step().step() != number) continue;
+        all_starts.assign(event.step().span_starts().begin(), event.step().span_starts().end());
+      }
+      return all_starts;
+    };
+    EXPECT_NE(starts(1), starts(2));
+    EXPECT_EQ(starts(1), starts(3)) << "trials are compared on the same rows";
+    EXPECT_EQ(starts(2), starts(8));
+    EXPECT_NE(starts(9), starts(1));
     std::vector<bool> near;
     for (const wire::Span& span : simulation_.rank(0).trained) near.push_back(span.behind() == 0);
     EXPECT_TRUE(std::is_partitioned(near.begin(), near.end(), [](bool stands) { return stands; }));

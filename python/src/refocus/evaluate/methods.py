@@ -77,7 +77,7 @@ class Method:
             steps = len(done.steps)
             probes = len(done.probes) + (done.probe_loss_before is not None) + (done.probe_loss_after is not None)
             trial_probes = sum(probe.trial for probe in done.probes)
-            trials = sum(probe.trial and probe.step > 0 for probe in done.probes)
+            trials = max((probe.step for probe in done.probes if probe.trial), default=0)
             if done.candidates is not None:
                 candidates = len(done.candidates.starts)
             if self.quoted:
