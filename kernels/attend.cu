@@ -9,8 +9,9 @@ cudaError_t Attend(const AttendParams& params, int sm_count, cudaStream_t stream
   if (!ValidShape(shape) || sm_count <= 0) return cudaErrorInvalidValue;
   if (shape.rows == 0) return cudaSuccess;
   const int splits = AttendSplits(shape, sm_count);
-  float* const out = splits == 1 ? params.out : static_cast<float*>(params.workspace);
-  float* const lse = splits == 1 ? params.lse : out + splits * shape.rows * shape.heads * shape.head_dim;
+  const bool direct = splits == 1 || params.partials;
+  float* const out = direct ? params.out : static_cast<float*>(params.workspace);
+  float* const lse = direct ? params.lse : out + splits * shape.rows * shape.heads * shape.head_dim;
   const auto run = [&] {
     if (UsesHopper(shape)) {
       return (shape.int8 ? AttendHopperInt8 : AttendHopper)(params, splits, out, lse, sm_count, stream);
@@ -18,7 +19,7 @@ cudaError_t Attend(const AttendParams& params, int sm_count, cudaStream_t stream
     return (shape.int8 ? AttendInt8 : AttendTiles<false>)(params, splits, out, lse, stream);
   };
   const cudaError_t error = run();
-  if (error != cudaSuccess || splits == 1) return error;
+  if (error != cudaSuccess || direct) return error;
   CombineParams combine;
   combine.parts = splits;
   combine.rows = shape.rows;

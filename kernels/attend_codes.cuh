@@ -171,6 +171,7 @@ __global__ void __launch_bounds__(AttendTile(kDim, 16, true).threads(), BlocksPe
   __shared__ VisibleKeys<kTile.rows> visible;
   __shared__ int64_t first_scale[kMaxExtents];  // of the K/V head
 
+  args.Begin();
   const AttentionShape& shape = args.shape;
   const BlockPlace place = args.grid.Place(blockIdx.x, shape.kv_heads, kTile.rows);
   const RowTile rows(shape, args.grid.group, place, kTile.rows);
@@ -257,6 +258,7 @@ __global__ void __launch_bounds__(AttendTile(kDim, 16, true).threads(), BlocksPe
   __syncthreads();  // the stages become the meeting place
   MergeAndStore<kDim, kTile.rows, true>(run, args, rows, 0, warp, place.split * shape.rows * shape.heads,
                                         reinterpret_cast<float*>(shared));
+  args.End();
 }
 
 }  // namespace

@@ -249,6 +249,7 @@ __global__ void __launch_bounds__(HopperAttendTile(kDim, kTall, kInt8).threads()
   extern __shared__ __align__(1024) unsigned char shared[];
   auto pipe = Pipeline<kDim, kTile, 1>::Make(args.pipeline, shared);
   pipe.Init();
+  BeginInTurn();
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp < 4) {
     GiveRegisters<ProducerRegisters(kTile)>();

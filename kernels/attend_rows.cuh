@@ -6,6 +6,7 @@
 
 #include "kernels/attention.h"
 #include "kernels/key_tiles.cuh"
+#include "kernels/overlap.cuh"
 
 namespace refocus::kernels {
 namespace {
@@ -17,6 +18,16 @@ struct AttendArgs {
   float* out;  // [splits, rows, heads, head_dim]
   float* lse;  // [splits, rows, heads]
   float scale_log2;
+  bool beside_previous;
+
+  // All threads, first and last in their kernel.
+  __device__ __forceinline__ void Begin() const {
+    LetNextBegin();
+    if (!beside_previous) AwaitPrevious();
+  }
+  __device__ __forceinline__ void End() const {
+    if (beside_previous) AwaitPrevious();
+  }
 };
 
 // A warp's rows while it walks over keys: maximum in base-2 units of scale, sum of weights (of this thread's

@@ -8,6 +8,7 @@
 #include "kernels/attention.h"
 #include "kernels/int8_tiles.cuh"
 #include "kernels/key_tiles.cuh"
+#include "kernels/overlap.cuh"
 
 namespace refocus::kernels {
 namespace {
@@ -136,6 +137,9 @@ __global__ void __launch_bounds__(kThreads) AttendTailsKernel(const __grid_const
   constexpr int kGroups = 32 / kLanes;  // keys that a warp looks at together
   constexpr int kStep = kWarps * kGroups;
   constexpr int kAhead = 2;  // keys of one group whose loads are on their way together
+  // In this order: the next kernel may be one that reads what this one reads (AttendParams::beside_previous).
+  AwaitPrevious();
+  LetNextBegin();
   const AttendTailsParams& p = a.p;
   const int64_t row = blockIdx.x;
   const int kv_head = blockIdx.y / a.chunks;
@@ -238,16 +242,13 @@ __global__ void __launch_bounds__(kThreads) AttendTailsKernel(const __grid_const
 }
 
 template <int kHeads, bool kInt8>
-void Launch(const Args& a, cudaStream_t stream) {
+cudaError_t Launch(const Args& a, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(a.p.rows), static_cast<unsigned>(a.p.kv_heads * a.chunks),
                   static_cast<unsigned>(a.splits));
-  if (a.p.head_dim <= 64) {
-    AttendTailsKernel<kHeads, 8, kInt8><<<grid, kThreads, 0, stream>>>(a);
-  } else if (a.p.head_dim <= 128) {
-    AttendTailsKernel<kHeads, 16, kInt8><<<grid, kThreads, 0, stream>>>(a);
-  } else {
-    AttendTailsKernel<kHeads, 32, kInt8><<<grid, kThreads, 0, stream>>>(a);
-  }
+  const auto kernel = a.p.head_dim <= 64    ? AttendTailsKernel<kHeads, 8, kInt8>
+                      : a.p.head_dim <= 128 ? AttendTailsKernel<kHeads, 16, kInt8>
+                                            : AttendTailsKernel<kHeads, 32, kInt8>;
+  return LaunchOverlapping(kernel, grid, kThreads, 0, stream, a);
 }
 
 }  // namespace
@@ -262,12 +263,8 @@ cudaError_t AttendTails(const AttendTailsParams& params, int sm_count, cudaStrea
   const int group = p.heads / p.kv_heads;
   Args a{p, TailSplits(p.rows, p.kv_heads, sm_count), 1, p.scale * kLog2E};
   a.chunks = group == 1 ? 1 : (group + kMostHeads - 1) / kMostHeads;
-  if (p.int8) {
-    group == 1 ? Launch<1, true>(a, stream) : Launch<kMostHeads, true>(a, stream);
-  } else {
-    group == 1 ? Launch<1, false>(a, stream) : Launch<kMostHeads, false>(a, stream);
-  }
-  return cudaGetLastError();
+  if (p.int8) return group == 1 ? Launch<1, true>(a, stream) : Launch<kMostHeads, true>(a, stream);
+  return group == 1 ? Launch<1, false>(a, stream) : Launch<kMostHeads, false>(a, stream);
 }
 
 }  // namespace refocus::kernels

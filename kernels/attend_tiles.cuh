@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(AttendTile(kDim, kTileRows).threads(), BlocksP
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ VisibleKeys<kTileRows> visible;
 
+  args.Begin();
   const AttentionShape& shape = args.shape;
   const BlockPlace place = args.grid.Place(blockIdx.x, shape.kv_heads, kTileRows);
   const RowTile rows(shape, args.grid.group, place, kTileRows);
@@ -135,6 +136,7 @@ __global__ void __launch_bounds__(AttendTile(kDim, kTileRows).threads(), BlocksP
     __syncthreads();  // the stages become the meeting place
     MergeAndStore<kDim, kTileRows>(run, args, rows, first_row, key_warp, first_index, reinterpret_cast<float*>(shared));
   }
+  args.End();
 }
 
 template <int kDim, int kTileRows, bool kInt8>
@@ -166,6 +168,7 @@ cudaError_t AttendTiles(const AttendParams& params, int splits, float* out, floa
   args.out = out;
   args.lse = lse;
   args.scale_log2 = params.shape.scale * kLog2E;
+  args.beside_previous = params.beside_previous;
   const int tile_rows = AttendTileRows(PackedRows(args.shape));
   uint32_t blocks = 0;
   if (!MakeGrid(args.shape, tile_rows, splits, &args.grid, &blocks)) return cudaErrorInvalidValue;

@@ -23,6 +23,11 @@ struct AttendParams {
   float* out = nullptr;
   float* lse = nullptr;
   void* workspace = nullptr;  // AttendWorkspaceBytes(shape, sm_count), 256-byte aligned; not read before it is written
+  // out and lse are [AttendSplits(shape, sm_count), ...] instead, a partial for each split, and nothing else is needed.
+  bool partials = false;
+  // Runs beside the kernel enqueued before, which must be AttendTails and write nothing that this one reads or writes.
+  // Up to HopperSpares packed rows (kernels/attention_plan.h); with more it has no effect.
+  bool beside_previous = false;
 };
 
 cudaError_t Attend(const AttendParams& params, int sm_count, cudaStream_t stream);
@@ -60,9 +65,10 @@ struct QueryGradParams {
 };
 cudaError_t QueryGrad(const QueryGradParams& params, int sm_count, cudaStream_t stream);
 
-// out [parts, rows, heads, head_dim], lse [parts, rows, heads] fp32, summed in the order of parts with weights
-// exp(lse_i - lse). Parts with lse = -inf are the identity whatever finite `out` they carry; only such parts: out = 0,
+// out [parts, rows, heads, head_dim], lse [parts, rows, heads] fp32, summed with weights exp(lse_i - lse) in an order that
+// depends on `parts` alone, up to kPartsInOrder of them one after the other. Parts with lse = -inf are the identity whatever finite `out` they carry; only such parts: out = 0,
 // lse = -inf.
+inline constexpr int64_t kPartsInOrder = 8;
 struct CombineParams {
   int64_t parts = 0;
   int64_t rows = 0;

@@ -1,9 +1,9 @@
-// Combination of partials and the ordered sum of partial gradients: one thread per four columns, loads of several parts
-// in flight at once.
+// Combination of partials and the ordered sum of partial gradients.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "kernels/attention.h"
+#include "kernels/overlap.cuh"
 #include "kernels/sum_parts.cuh"
 
 namespace refocus::kernels {
@@ -11,63 +11,124 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__global__ void __launch_bounds__(kThreads) CombineKernel(const CombineParams p) {
+// A row and head, four columns, while parts are added up.
+struct Sum {
+  float weight = 0.0f;
+  float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+
+  __device__ __forceinline__ void Add(float w, float part_weight, const float4& part) {
+    weight = fmaf(w, part_weight, weight);
+    out.x = fmaf(w, part.x, out.x);
+    out.y = fmaf(w, part.y, out.y);
+    out.z = fmaf(w, part.z, out.z);
+    out.w = fmaf(w, part.w, out.w);
+  }
+
+  // `high`: what the weights' exponents are relative to.
+  __device__ __forceinline__ void Store(const CombineParams& p, int64_t row_head, int piece, int pieces, float high) {
+    const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
+    const float4 y = make_float4(out.x * inverse, out.y * inverse, out.z * inverse, out.w * inverse);
+    const int64_t at = row_head * pieces + piece;
+    reinterpret_cast<float4*>(p.out)[at] = y;
+    if (p.out_bf16 != nullptr) {
+      __nv_bfloat162* rounded = reinterpret_cast<__nv_bfloat162*>(p.out_bf16) + at * 2;
+      rounded[0] = __floats2bfloat162_rn(y.x, y.y);
+      rounded[1] = __floats2bfloat162_rn(y.z, y.w);
+    }
+    if (piece == 0) p.lse[row_head] = weight == 0.0f ? -INFINITY : high + logf(weight);
+  }
+};
+
+// Few parts: a thread for four columns, all its loads under way at once.
+__global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ CombineParams p) {
+  BeginInTurn();
   const int pieces = p.head_dim / 4;
   const int64_t thread = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const int64_t row_heads = p.rows * p.heads;
   const int64_t row_head = thread / pieces;
   if (row_head >= row_heads) return;
-  const int64_t stride = row_heads * p.head_dim;
-
-  // Few rows leave nothing else to hide a load's latency behind, so loads are asked for in batches.
-  constexpr int kLseBatch = 16;
-  constexpr int kOutBatch = 8;
-  const float* lse_from = p.part_lse + row_head;
+  const int parts = static_cast<int>(p.parts);
+  float lse[kPartsInOrder];
+  float4 x[kPartsInOrder];
+#pragma unroll
+  for (int i = 0; i < kPartsInOrder; ++i) {
+    // Behind the last part: that part again, as an empty one.
+    const int part = i < parts ? i : parts - 1;
+    lse[i] = i < parts ? p.part_lse[part * row_heads + row_head] : -INFINITY;
+    x[i] = parts > 0 ? reinterpret_cast<const float4*>(p.part_out)[part * row_heads * pieces + thread] : float4{};
+  }
   float high = -INFINITY;
-  for (int64_t first = 0; first < p.parts; first += kLseBatch) {
-    float lse[kLseBatch];
 #pragma unroll
-    for (int i = 0; i < kLseBatch; ++i) lse[i] = first + i < p.parts ? lse_from[(first + i) * row_heads] : -INFINITY;
-#pragma unroll
-    for (int i = 0; i < kLseBatch; ++i) high = fmaxf(high, lse[i]);
-  }
+  for (int i = 0; i < kPartsInOrder; ++i) high = fmaxf(high, lse[i]);
   const float base = high == -INFINITY ? 0.0f : high;
-  float sum = 0.0f;
-  float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-  const float4* out_from = reinterpret_cast<const float4*>(p.part_out) + thread;
-  for (int64_t first = 0; first < p.parts; first += kOutBatch) {
-    float lse[kOutBatch];
-    float4 x[kOutBatch];
+  Sum sum;
 #pragma unroll
-    for (int i = 0; i < kOutBatch; ++i) {
-      // Behind the last part: that part again, as an empty one.
-      const int64_t part = first + i < p.parts ? first + i : p.parts - 1;
-      lse[i] = first + i < p.parts ? lse_from[part * row_heads] : -INFINITY;
-      x[i] = out_from[part * (stride / 4)];
+  for (int i = 0; i < kPartsInOrder; ++i) {
+    if (lse[i] == -INFINITY) continue;  // left out whatever it holds; a NaN is kept
+    sum.Add(expf(lse[i] - base), 1.0f, x[i]);
+  }
+  sum.Store(p, row_head, static_cast<int>(thread - row_head * pieces), pieces, high);
+}
+
+// Many parts: a block for a row and head and up to 128 columns. Warps take parts in turn, lanes four columns each, so
+// that the loads of all parts are under way together; then warps are added up in order.
+constexpr int kManyThreads = 512;
+constexpr int kManyWarps = kManyThreads / 32;
+constexpr int kAhead = 4;  // parts of a warp
+
+__global__ void __launch_bounds__(kManyThreads) CombineManyKernel(const __grid_constant__ CombineParams p) {
+  BeginInTurn();
+  __shared__ float highs[kManyWarps];
+  __shared__ float weights[kManyWarps];
+  __shared__ float4 outs[kManyWarps][32];
+  const int pieces = p.head_dim / 4;
+  const int parts = static_cast<int>(p.parts);
+  const int64_t row_heads = p.rows * p.heads;
+  const int64_t row_head = blockIdx.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int piece = blockIdx.y * 32 + lane;
+  const float* const lse_from = p.part_lse + row_head;
+  const float4* const from = reinterpret_cast<const float4*>(p.part_out) + row_head * pieces + piece;
+  float lse[kAhead];
+  float4 x[kAhead];
+  const auto load = [&](int first) {
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int part = first + i * kManyWarps;
+      lse[i] = part < parts ? lse_from[part * row_heads] : -INFINITY;
+      x[i] = part < parts && piece < pieces ? from[part * row_heads * pieces] : float4{};
     }
+  };
+  load(warp);
+  float high = -INFINITY;
+  for (int i = threadIdx.x; i < parts; i += kManyThreads) high = fmaxf(high, lse_from[i * row_heads]);
 #pragma unroll
-    for (int i = 0; i < kOutBatch; ++i) {
-      if (lse[i] == -INFINITY) continue;  // left out whatever it holds; a NaN is kept
-      const float weight = expf(lse[i] - base);
-      sum += weight;
-      out.x = fmaf(weight, x[i].x, out.x);
-      out.y = fmaf(weight, x[i].y, out.y);
-      out.z = fmaf(weight, x[i].z, out.z);
-      out.w = fmaf(weight, x[i].w, out.w);
+  for (int mask = 16; mask > 0; mask /= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, mask));
+  if (lane == 0) highs[warp] = high;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kManyWarps; ++i) high = fmaxf(high, highs[i]);
+  const float base = high == -INFINITY ? 0.0f : high;
+
+  Sum sum;
+  for (int part = warp; part < parts; part += kAhead * kManyWarps) {
+    if (part != warp) load(part);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (lse[i] != -INFINITY) sum.Add(expf(lse[i] - base), 1.0f, x[i]);  // as above
     }
   }
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-  out = make_float4(out.x * inverse, out.y * inverse, out.z * inverse, out.w * inverse);
-  reinterpret_cast<float4*>(p.out)[thread] = out;
-  if (p.out_bf16 != nullptr) {
-    __nv_bfloat162* rounded = reinterpret_cast<__nv_bfloat162*>(p.out_bf16) + thread * 2;
-    rounded[0] = __floats2bfloat162_rn(out.x, out.y);
-    rounded[1] = __floats2bfloat162_rn(out.z, out.w);
-  }
-  if (thread == row_head * pieces) p.lse[row_head] = sum == 0.0f ? -INFINITY : high + logf(sum);
+  if (lane == 0) weights[warp] = sum.weight;
+  outs[warp][lane] = sum.out;
+  __syncthreads();
+  if (warp != 0 || piece >= pieces) return;
+#pragma unroll
+  for (int i = 1; i < kManyWarps; ++i) sum.Add(1.0f, weights[i], outs[i][lane]);
+  sum.Store(p, row_head, piece, pieces, high);
 }
 
 __global__ void __launch_bounds__(kThreads) SumKernel(const float4* parts, int count, int64_t pieces, float4* sum) {
+  BeginInTurn();
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (i >= pieces) return;
   float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -94,19 +155,21 @@ cudaError_t Combine(const CombineParams& params, cudaStream_t stream) {
   if (params.parts < 0 || params.rows < 0 || params.heads <= 0) return cudaErrorInvalidValue;
   if (params.head_dim <= 0 || params.head_dim % 8 != 0) return cudaErrorInvalidValue;
   if (params.rows == 0) return cudaSuccess;
-  const uint32_t blocks = Blocks(params.rows * params.heads * (params.head_dim / 4));
+  const bool many = params.parts > kPartsInOrder;
+  const int pieces = params.head_dim / 4;
+  const int64_t row_heads = params.rows * params.heads;
+  const uint32_t blocks = many ? Blocks(row_heads * kThreads) : Blocks(row_heads * pieces);
   if (blocks == 0) return cudaErrorInvalidValue;
-  CombineKernel<<<blocks, kThreads, 0, stream>>>(params);
-  return cudaGetLastError();
+  return many ? LaunchOverlapping(CombineManyKernel, dim3(blocks, (pieces + 31) / 32), kManyThreads, 0, stream, params)
+              : LaunchOverlapping(CombineKernel, dim3(blocks), kThreads, 0, stream, params);
 }
 
 cudaError_t SumParts(const float* parts, int count, int64_t elements, float* sum, cudaStream_t stream) {
   const uint32_t blocks = Blocks(elements / 4);
   if (elements == 0) return cudaSuccess;
   if (blocks == 0 || elements % 4 != 0) return cudaErrorInvalidValue;
-  SumKernel<<<blocks, kThreads, 0, stream>>>(reinterpret_cast<const float4*>(parts), count, elements / 4,
-                                             reinterpret_cast<float4*>(sum));
-  return cudaGetLastError();
+  return LaunchOverlapping(SumKernel, dim3(blocks), kThreads, 0, stream, reinterpret_cast<const float4*>(parts), count,
+                           elements / 4, reinterpret_cast<float4*>(sum));
 }
 
 }  // namespace refocus::kernels

@@ -68,6 +68,7 @@ __device__ void Take(const Vector<kWidth> (&values)[kUnroll], const int (&ids)[k
 
 template <int kWidth>
 __global__ void __launch_bounds__(kMaxThreads, 1) CrossEntropyKernel(CrossEntropyParams p) {
+  BeginInTurn();
   __shared__ float max_scratch[row::kWarp], sum_scratch[row::kWarp];
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * p.vocab;
   const float* logits = p.logits + offset;

@@ -4,8 +4,11 @@
 // come in any order as long as x's come in the same: every lane takes 8 neighbouring elements in one access where the
 // instruction has pairs (kernels/mma.cuh).
 //
-// What counts is that loads are always under way: each warp holds a ring of them, and a launch begins to load weights
-// while the kernel before it still runs (programmatic dependent launch), which hides what 250 launches a token cost.
+// What counts is that loads are always under way: each thread has a ring of them, and a launch begins to load weights
+// while the kernels before it still run (kernels/overlap.cuh), which hides what 250 launches a token cost. The ring lies in
+// shared memory. In registers it took as long as before where kernels overlap: a multiprocessor that is never idle keeps
+// the division between shared memory and first cache that attention asked for, and loads under way need room in the
+// first cache. Every thread reads back what it loaded itself, so that nobody waits for others.
 #include "kernels/few_rows.h"
 
 #include <cuda_bf16.h>
@@ -24,25 +27,27 @@ constexpr int kTile = 16;   // outputs of a block
 constexpr int kDepth = 32;  // elements of the inner dimension that a warp takes at once
 constexpr int kWarps = 8;
 constexpr int kStride = kWarps * kDepth;
-constexpr int kLoads = 4;   // of each matrix row that a lane has under way, over all matrices
 
-// Of one launch: most have one or two products, which should not pay for the parameters of many.
-constexpr size_t kFewProducts = 2;
+// Accesses of each of a lane's two matrix rows under way, over all matrices. Where blocks are few, more of them, and so
+// that at most two blocks fit a multiprocessor: those that begin while the kernel before ends would else crowd where it
+// ended first.
+constexpr int kLoads = 4;
+constexpr int kLoadsOfFewBlocks = 12;
+constexpr int64_t kFewBlocks = 264;  // two a multiprocessor of an H100 or H200
+constexpr int BlocksPerSm(int loads) { return loads == kLoads ? 5 : 2; }
+constexpr int PiecesAhead(int loads) { return loads == kLoads ? 2 : 4; }  // of x, in registers
+
+constexpr int kThreads = kWarps * row::kWarp;
+constexpr int RingBytes(int loads) { return loads * 2 * 16 * kThreads; }
+
+// Of one launch: most have up to three products, which should not pay for the parameters of many.
+constexpr size_t kFewProducts = 3;
 constexpr size_t kManyProducts = 32;
 
 template <size_t kMost>
 struct Launch {
   FewRowsProduct product[kMost];
 };
-
-// Weights are read once: past the first cache, and not to be kept.
-__device__ __forceinline__ uint4 Stream(const void* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
 
 __device__ __forceinline__ void Multiply(float (&c)[4], const uint4& low, const uint4& high, const uint4& x) {
   asm volatile(
@@ -68,66 +73,81 @@ struct TileRows {
   }
 };
 
-__device__ __forceinline__ uint4 StreamOr0(const row::Bf16* from, int k, int in) {
-  return from != nullptr && k < in ? Stream(from + k) : make_uint4(0, 0, 0, 0);
+__device__ __forceinline__ uint4 Load(uint32_t address) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address));
+  return v;
 }
 
-// sums[m] += matrix m's rows . x, for every m.
-template <int kMatrices>
-__device__ __forceinline__ void Walk(const TileRows (&w)[kMatrices], const row::Bf16* x, int in,
+// sums[m] += matrix m's rows . x, for every m. `ring`: of the block, RingBytes(kMatrices * kSlots).
+template <int kMatrices, int kSlots, int kAhead>
+__device__ __forceinline__ void Walk(const TileRows (&w)[kMatrices], const row::Bf16* x, int in, uint32_t ring,
                                      float (&sums)[kMatrices][4]) {
-  constexpr int kRing = kLoads / kMatrices;
+  constexpr int kAccessBytes = 16 * kThreads;
   const int lane = threadIdx.x % row::kWarp;
-  int k = threadIdx.x / row::kWarp * kDepth + lane % 4 * 8;
-  uint4 low[kRing][kMatrices], high[kRing][kMatrices], v[kRing];
-#pragma unroll
-  for (int i = 0; i < kRing; ++i) {
+  const int first = threadIdx.x / row::kWarp * kDepth + lane % 4 * 8;
+  const uint32_t own = ring + threadIdx.x * 16;
+  int loading = 0;  // slot
+  const auto load = [&](int k) {
+    const uint32_t to = own + loading * (2 * kMatrices * kAccessBytes);
 #pragma unroll
     for (int m = 0; m < kMatrices; ++m) {
-      low[i][m] = StreamOr0(w[m].low, k + i * kStride, in);
-      high[i][m] = StreamOr0(w[m].high, k + i * kStride, in);
+      const bool low = w[m].low != nullptr && k < in, high = w[m].high != nullptr && k < in;
+      CopyAsync(to + 2 * m * kAccessBytes, low ? w[m].low + k : x, low);
+      CopyAsync(to + (2 * m + 1) * kAccessBytes, high ? w[m].high + k : x, high);
     }
-  }
+    CommitCopies();
+    loading = loading + 1 == kSlots ? 0 : loading + 1;
+  };
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) load(first + i * kStride);
   // Only what is above may run beside the kernel that makes x.
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  AwaitPrevious();
   const auto rows = [&](int at) {
     return x != nullptr && at < in ? *reinterpret_cast<const uint4*>(x + at) : make_uint4(0, 0, 0, 0);
   };
+  uint4 v[kAhead];
 #pragma unroll
-  for (int i = 0; i < kRing; ++i) v[i] = rows(k + i * kStride);
-  for (const int own = lane % 4 * 8; k - own < in; k += kRing * kStride) {
+  for (int i = 0; i < kAhead; ++i) v[i] = rows(first + i * kStride);
+  int slot = 0;
+  for (int k = first; k - lane % 4 * 8 < in; k += kAhead * kStride) {
 #pragma unroll
-    for (int i = 0; i < kRing; ++i) {
-      const int next = k + (kRing + i) * kStride;
-#pragma unroll
-      for (int m = 0; m < kMatrices; ++m) Multiply(sums[m], low[i][m], high[i][m], v[i]);
+    for (int i = 0; i < kAhead; ++i) {
+      WaitForCopies<kSlots - 1>();
+      const uint32_t from = own + slot * (2 * kMatrices * kAccessBytes);
 #pragma unroll
       for (int m = 0; m < kMatrices; ++m) {
-        low[i][m] = StreamOr0(w[m].low, next, in);
-        high[i][m] = StreamOr0(w[m].high, next, in);
+        Multiply(sums[m], Load(from + 2 * m * kAccessBytes), Load(from + (2 * m + 1) * kAccessBytes), v[i]);
       }
-      v[i] = rows(next);
+      slot = slot + 1 == kSlots ? 0 : slot + 1;
+      load(k + (i + kSlots) * kStride);
+      v[i] = rows(k + (kAhead + i) * kStride);
     }
   }
+  WaitForCopies<0>();
 }
 
 // kMatrices: 2 where a product of the launch has a second matrix. Grid: tiles of the longest output, products.
-template <int kMatrices, size_t kMost>
-__global__ void __launch_bounds__(kWarps* row::kWarp) FewRowsKernel(const __grid_constant__ Launch<kMost> launch) {
-  asm volatile("griddepcontrol.launch_dependents;");
+template <int kMatrices, size_t kMost, int kAllLoads>
+__global__ void __launch_bounds__(kThreads, BlocksPerSm(kAllLoads))
+    FewRowsKernel(const __grid_constant__ Launch<kMost> launch) {
+  LetNextBegin();
   const FewRowsProduct& p = launch.product[blockIdx.y];
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kTile;
   if (first >= p.out) return;
   const int lane = threadIdx.x % row::kWarp, warp = threadIdx.x / row::kWarp;
   const int g = lane / 4;
 
+  extern __shared__ __align__(128) unsigned char ring[];
   float sums[kMatrices][4] = {};
   TileRows w[kMatrices];
   w[0] = TileRows(p.w, first + g, p.out, p.in);
   if (kMatrices == 2) w[kMatrices - 1] = TileRows(p.second, first + g, p.out, p.in);
-  Walk(w, g < p.rows ? static_cast<const row::Bf16*>(p.x) + g * p.in : nullptr, static_cast<int>(p.in), sums);
+  const row::Bf16* const x = g < p.rows ? static_cast<const row::Bf16*>(p.x) + g * p.in : nullptr;
+  Walk<kMatrices, kAllLoads / kMatrices, PiecesAhead(kAllLoads)>(w, x, static_cast<int>(p.in), SharedAddress(ring), sums);
 
-  __shared__ float shared[kWarps][kMatrices][kTile][kFewRows];
+  auto& shared = *reinterpret_cast<float(*)[kWarps][kMatrices][kTile][kFewRows]>(ring);
+  __syncthreads();  // the ring becomes the meeting place
 #pragma unroll
   for (int m = 0; m < kMatrices; ++m) {
 #pragma unroll
@@ -163,23 +183,22 @@ template <size_t kMost>
 cudaError_t Start(std::span<const FewRowsProduct> products, cudaStream_t stream) {
   Launch<kMost> launch;
   std::copy(products.begin(), products.end(), launch.product);
-  int64_t longest = 0;
+  int64_t most_tiles = 0, all_tiles = 0;
   bool second = false;
   for (const FewRowsProduct& p : products) {
-    longest = std::max(longest, p.out);
+    const int64_t tiles = row::CeilDiv(p.out, kTile);
+    most_tiles = std::max(most_tiles, tiles);
+    all_tiles += tiles;
     second = second || p.second != nullptr;
   }
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(row::CeilDiv(longest, kTile)), static_cast<unsigned>(products.size()));
-  config.blockDim = dim3(kWarps * row::kWarp);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  return second ? cudaLaunchKernelEx(&config, FewRowsKernel<2, kMost>, launch)
-                : cudaLaunchKernelEx(&config, FewRowsKernel<1, kMost>, launch);
+  const dim3 blocks(static_cast<unsigned>(most_tiles), static_cast<unsigned>(products.size()));
+  const bool few = all_tiles <= kFewBlocks;
+  const int ring = RingBytes(few ? kLoadsOfFewBlocks : kLoads);
+  const auto kernel = few ? (second ? FewRowsKernel<2, kMost, kLoadsOfFewBlocks> : FewRowsKernel<1, kMost, kLoadsOfFewBlocks>)
+                          : (second ? FewRowsKernel<2, kMost, kLoads> : FewRowsKernel<1, kMost, kLoads>);
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring);
+  if (error != cudaSuccess) return error;
+  return LaunchOverlapping(kernel, blocks, kThreads, static_cast<size_t>(ring), stream, launch);
 }
 
 bool Fits(const FewRowsProduct& p) {

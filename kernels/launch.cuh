@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "kernels/key_tiles.cuh"
+#include "kernels/overlap.cuh"
 
 namespace refocus::kernels {
 
@@ -26,8 +27,7 @@ cudaError_t LaunchBlocks(void (*kernel)(Args), const Args& args, uint32_t blocks
                          cudaStream_t stream) {
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<blocks, threads, shared_bytes, stream>>>(args);
-  return cudaGetLastError();
+  return LaunchOverlapping(kernel, dim3(blocks), threads, static_cast<size_t>(shared_bytes), stream, args);
 }
 
 }  // namespace refocus::kernels

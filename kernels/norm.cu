@@ -21,6 +21,7 @@ __device__ float FromBf16(Bf16 value) { return __bfloat162float(value); }
 template <bool kVector>
 __global__ void __launch_bounds__(kThreads)
     EmbedKernel(const Bf16* table, const int64_t* ids, int64_t hidden, float* x) {
+  BeginInTurn();
   const int64_t id = ids[blockIdx.x];
   const Bf16* from = table + (id < 0 ? 0 : id) * hidden;
   float* to = x + static_cast<int64_t>(blockIdx.x) * hidden;
@@ -42,6 +43,7 @@ __device__ bool WritesSum(const NormParams& p) { return p.sum != nullptr && (p.y
 // Thread t holds chunks t, t + blockDim.x, ... of four elements.
 template <int kItems>
 __global__ void __launch_bounds__(kThreads) NormKernel(NormParams p) {
+  LetNextBegin();
   __shared__ float scratch[kMaxWarps];
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * p.hidden;
   const int chunks = static_cast<int>(p.hidden / 4);
@@ -52,11 +54,13 @@ __global__ void __launch_bounds__(kThreads) NormKernel(NormParams p) {
 #pragma unroll
   for (int k = 0; k < kItems; ++k) {
     const int c = threadIdx.x + k * blockDim.x;
-    s[k] = w[k] = {};
-    if (c < chunks) {
-      s[k] = Load(x + 4 * c);
-      w[k] = Load(weight + 4 * c);
-    }
+    w[k] = c < chunks ? Load(weight + 4 * c) : Four{};
+  }
+  AwaitPrevious();
+#pragma unroll
+  for (int k = 0; k < kItems; ++k) {
+    const int c = threadIdx.x + k * blockDim.x;
+    s[k] = c < chunks ? Load(x + 4 * c) : Four{};
   }
   if (y != nullptr) {
 #pragma unroll
@@ -90,6 +94,7 @@ __global__ void __launch_bounds__(kThreads) NormKernel(NormParams p) {
 
 // Any hidden size and alignment, reading the row twice. Where `sum` is x, a thread reads back what it wrote itself.
 __global__ void __launch_bounds__(kScalarThreads) NormScalarKernel(NormParams p) {
+  BeginInTurn();
   __shared__ float scratch[kScalarThreads / row::kWarp];
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * p.hidden;
   const Bf16* y = static_cast<const Bf16*>(p.y);
@@ -110,6 +115,7 @@ __global__ void __launch_bounds__(kScalarThreads) NormScalarKernel(NormParams p)
 
 template <int kItems>
 __global__ void __launch_bounds__(kThreads) NormGradKernel(NormGradParams p) {
+  BeginInTurn();
   __shared__ float square_scratch[kMaxWarps], product_scratch[kMaxWarps];
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * p.hidden;
   const int chunks = static_cast<int>(p.hidden / 4);
@@ -152,6 +158,7 @@ __global__ void __launch_bounds__(kThreads) NormGradKernel(NormGradParams p) {
 }
 
 __global__ void __launch_bounds__(kScalarThreads) NormGradScalarKernel(NormGradParams p) {
+  BeginInTurn();
   __shared__ float square_scratch[kScalarThreads / row::kWarp], product_scratch[kScalarThreads / row::kWarp];
   const int64_t offset = static_cast<int64_t>(blockIdx.x) * p.hidden;
   const Bf16* weight = static_cast<const Bf16*>(p.weight);

@@ -38,6 +38,7 @@ __global__ void __launch_bounds__(QueryGradTile(kDim).threads(), BlocksPerSm(kDi
   static_assert(kTile.warps_n == 1 && kTile.rows == 16 * kTiles * kTile.warps_m && kKeyTiles % 2 == 0);
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ VisibleKeys<kTile.rows> visible;
+  BeginInTurn();
 
   const AttentionShape& shape = args.shape;
   const BlockPlace place = args.grid.Place(blockIdx.x, shape.kv_heads, kTile.rows);

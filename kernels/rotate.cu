@@ -233,7 +233,7 @@ __device__ void StoreShare(const Arguments& a, int64_t first_row, int item, int 
 }
 
 template <Task kTask>
-__global__ void __launch_bounds__(kMaxThreads) RotateKernel(Arguments a) {
+__device__ __forceinline__ void RotateRows(const Arguments& a) {
   extern __shared__ float4 shared[];  // float2 (cos, sin) [rows_per_block, head_dim / 2]
   float2* angles = reinterpret_cast<float2*>(shared);
   const RotateParams& p = a.p;
@@ -282,9 +282,28 @@ __device__ Pair TurnBack(const float* dq, int half, int i, float2 angle) {
   return {d.low * angle.x + d.high * angle.y, d.high * angle.x - d.low * angle.y};
 }
 
+template <Task kTask>
+__global__ void __launch_bounds__(kMaxThreads) RotateKernel(const __grid_constant__ Arguments a) {
+  BeginInTurn();
+  RotateRows<kTask>(a);
+}
+
+// Few rows: both in one launch, blocks of the one beside blocks of the other. A block's threads are those of more heads.
+template <Task kTask>
+__global__ void __launch_bounds__(kMaxThreads)
+    RotateAndAppendKernel(const __grid_constant__ Arguments rotate, const __grid_constant__ Arguments append) {
+  BeginInTurn();
+  if (blockIdx.y == 0) {
+    RotateRows<Task::kRotate>(rotate);
+  } else {
+    RotateRows<kTask>(append);
+  }
+}
+
 // Any even head_dim and any alignment: a warp a head, which it reads twice.
 template <Task kTask>
-__global__ void __launch_bounds__(kScalarWarps* row::kWarp) RotateScalarKernel(Arguments a) {
+__global__ void __launch_bounds__(kScalarWarps* row::kWarp) RotateScalarKernel(const __grid_constant__ Arguments a) {
+  BeginInTurn();
   const RotateParams& p = a.p;
   const int half = p.head_dim / 2;
   const int lane = threadIdx.x % row::kWarp;
@@ -332,18 +351,26 @@ __global__ void __launch_bounds__(kScalarWarps* row::kWarp) RotateScalarKernel(A
   }
 }
 
+int64_t RowThreads(const RotateParams& p, int width) {
+  return row::CeilDiv(static_cast<int64_t>(p.heads) * width, row::kWarp) * row::kWarp;
+}
+
+bool Vectors(const RotateParams& p, bool aligned) {
+  return p.head_dim % 8 == 0 && p.head_dim <= kMaxVectorDim && aligned;
+}
+
 template <Task kTask>
 cudaError_t Run(Arguments a, bool aligned, cudaStream_t stream) {
   const RotateParams& p = a.p;
   if (p.rows < 0 || p.heads <= 0 || p.head_dim <= 0 || p.head_dim % 2 != 0) return cudaErrorInvalidValue;
   if (p.rows == 0) return cudaSuccess;
-  if (p.head_dim % 8 != 0 || p.head_dim > kMaxVectorDim || !aligned) {
+  if (!Vectors(p, aligned)) {
     if constexpr (kTask == Task::kAppendInt8) return cudaErrorInvalidValue;
     else return row::Launch(RotateScalarKernel<kTask>, row::CeilDiv(p.rows * p.heads, kScalarWarps),
                        kScalarWarps * row::kWarp, 0, stream, a);
   }
   a.width = row::GroupWidth(p.head_dim / 8);
-  const int64_t row_threads = row::CeilDiv(static_cast<int64_t>(p.heads) * a.width, row::kWarp) * row::kWarp;
+  const int64_t row_threads = RowThreads(p, a.width);
   int threads = static_cast<int>(row_threads < kMaxThreads ? row_threads : kMaxThreads);
   a.rows_per_block = 1;
   if (p.rows > kFewRows) {
@@ -355,12 +382,49 @@ cudaError_t Run(Arguments a, bool aligned, cudaStream_t stream) {
   return row::Launch(RotateKernel<kTask>, row::CeilDiv(p.rows, a.rows_per_block), threads, shared_bytes, stream, a);
 }
 
+Arguments RotateArguments(const RotateParams& params) {
+  Arguments a = {};
+  a.p = params;
+  return a;
+}
+
+Arguments AppendArguments(const AppendParams& params) {
+  Arguments a = RotateArguments(params.key);
+  a.append = params;
+  return a;
+}
+
+bool Aligned(const RotateParams& p) { return row::Aligned(p.raw, p.bias, p.norm, p.out); }
+
+bool Aligned(const AppendParams& params) {
+  const RotateParams& p = params.key;
+  if (params.int8 && (p.head_dim <= 0 || p.head_dim % 16 != 0 || params.head_stride % p.head_dim != 0)) return false;
+  return row::Aligned(p.raw, p.bias, p.norm, params.value, params.k, params.v) && params.head_stride % 8 == 0;
+}
+
 }  // namespace
 
 cudaError_t Rotate(const RotateParams& params, cudaStream_t stream) {
-  Arguments a = {};
-  a.p = params;
-  return Run<Task::kRotate>(a, row::Aligned(params.raw, params.bias, params.norm, params.out), stream);
+  return Run<Task::kRotate>(RotateArguments(params), Aligned(params), stream);
+}
+
+cudaError_t RotateAndAppend(const RotateParams& rotate, const AppendParams& append, cudaStream_t stream) {
+  const RotateParams& key = append.key;
+  const bool together = rotate.rows == key.rows && rotate.head_dim == key.head_dim && rotate.rows > 0 &&
+                        rotate.rows <= kFewRows && rotate.heads > 0 && key.heads > 0 && rotate.head_dim > 0 &&
+                        Vectors(rotate, Aligned(rotate)) && Vectors(key, Aligned(append));
+  if (!together) {
+    const cudaError_t error = Rotate(rotate, stream);
+    return error != cudaSuccess ? error : Append(append, stream);
+  }
+  Arguments queries = RotateArguments(rotate), keys = AppendArguments(append);
+  queries.width = keys.width = row::GroupWidth(rotate.head_dim / 8);
+  queries.rows_per_block = keys.rows_per_block = 1;
+  const int64_t threads = RowThreads(rotate.heads > key.heads ? rotate : key, queries.width);
+  const dim3 blocks(static_cast<unsigned>(rotate.rows), 2);
+  return LaunchOverlapping(append.int8 ? RotateAndAppendKernel<Task::kAppendInt8> : RotateAndAppendKernel<Task::kAppend>,
+                           blocks, static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads),
+                           sizeof(float2) * static_cast<size_t>(rotate.head_dim / 2), stream, queries, keys);
 }
 
 cudaError_t RotateGrad(const RotateGradParams& params, cudaStream_t stream) {
@@ -372,14 +436,8 @@ cudaError_t RotateGrad(const RotateGradParams& params, cudaStream_t stream) {
 }
 
 cudaError_t Append(const AppendParams& params, cudaStream_t stream) {
-  Arguments a = {};
-  a.p = params.key;
-  a.append = params;
-  const bool aligned = row::Aligned(a.p.raw, a.p.bias, a.p.norm, params.value, params.k, params.v) &&
-                       params.head_stride % 8 == 0;
-  if (!params.int8) return Run<Task::kAppend>(a, aligned, stream);
-  const bool whole = a.p.head_dim > 0 && a.p.head_dim % 16 == 0 && params.head_stride % a.p.head_dim == 0;
-  return Run<Task::kAppendInt8>(a, aligned && whole, stream);
+  const Arguments a = AppendArguments(params);
+  return params.int8 ? Run<Task::kAppendInt8>(a, Aligned(params), stream) : Run<Task::kAppend>(a, Aligned(params), stream);
 }
 
 }  // namespace refocus::kernels

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "kernels/overlap.cuh"
+
 namespace refocus::kernels::row {
 
 inline constexpr int kWarp = 32;
@@ -28,17 +30,13 @@ inline int GroupWidth(int64_t n) {
   return width;
 }
 
-// Returns this launch's own error, not what an earlier call left behind.
+// Kernels launched so obey kernels/overlap.cuh.
 template <typename... Expected, typename... Actual>
 cudaError_t Launch(void (*kernel)(Expected...), int64_t blocks, int threads, int64_t shared_bytes, cudaStream_t stream,
                    Actual&&... arguments) {
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Actual&&>(arguments)...);
+  return LaunchOverlapping(kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared_bytes), stream,
+                           static_cast<Actual&&>(arguments)...);
 }
 
 __device__ inline float Unpack(uint32_t pair, int which) {

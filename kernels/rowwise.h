@@ -95,6 +95,9 @@ struct AppendParams {
 };
 cudaError_t Append(const AppendParams& params, cudaStream_t stream);
 
+// Rotate and Append, one launch where rows are few: a decode step's queries and keys.
+cudaError_t RotateAndAppend(const RotateParams& rotate, const AppendParams& append, cudaStream_t stream);
+
 // act = silu(gate) * up, all bf16 with `count` elements; arithmetic in fp32.
 cudaError_t SiluMul(const void* gate, const void* up, int64_t count, void* act, cudaStream_t stream);
 // dgate = dact * up * silu'(gate), dup = dact * silu(gate); dgate may alias gate's or dact's memory, dup up's.

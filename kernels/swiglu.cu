@@ -43,6 +43,7 @@ __device__ GateUp SiluTimesGrad(float dact, float gate, float up) {
 // Vectors first, then the elements behind the last whole one; `vectors` is 0 when the pointers are not aligned.
 __global__ void __launch_bounds__(kThreads)
     SiluMulKernel(const Bf16* gate, const Bf16* up, int64_t vectors, int64_t count, Bf16* act) {
+  BeginInTurn();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = first; i < vectors; i += step) {
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(kThreads)
 // No __restrict__: the outputs may be the inputs' memory, and a thread reads its elements before it writes them.
 __global__ void __launch_bounds__(kThreads) SiluMulGradKernel(const Bf16* dact, const Bf16* gate, const Bf16* up,
                                                               int64_t vectors, int64_t count, Bf16* dgate, Bf16* dup) {
+  BeginInTurn();
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t i = first; i < vectors; i += step) {
@@ -93,6 +95,7 @@ int64_t BlocksFor(int64_t vectors, int64_t count) {
 template <bool kFour>
 __global__ void __launch_bounds__(kThreads)
     RowDotKernel(const Bf16* dout, const float* out, int64_t rows, int head_dim, int width, float* dot) {
+  BeginInTurn();
   const int groups = kThreads / width;
   const int lane = threadIdx.x % width;
   const int64_t step = static_cast<int64_t>(gridDim.x) * groups;

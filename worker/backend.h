@@ -48,8 +48,9 @@ struct KvView {
 };
 
 struct Partial {
-  at::Tensor out;  // [rows, heads, head_dim] fp32
-  at::Tensor lse;  // [rows, heads] fp32, natural log
+  at::Tensor out;      // [rows, heads, head_dim] fp32
+  at::Tensor lse;      // [rows, heads] fp32, natural log
+  at::Tensor rounded;  // out in dtype, where the backend made it along the way; else undefined
 };
 
 // What heads go through between their projection and the rotation; undefined: nothing.
@@ -62,6 +63,12 @@ struct KeyValueWeights {
   at::Tensor wk, wv;  // [kv_heads * head_dim, hidden] dtype
   HeadWeights k;
   at::Tensor v_bias;  // [kv_heads * head_dim] dtype, or undefined
+};
+
+// Of n rows, before bias, norm and rotation.
+struct KeyValueRows {
+  at::Tensor k;  // [n, kv_heads, head_dim] fp32
+  at::Tensor v;  // [n, kv_heads * head_dim] dtype, with its bias
 };
 
 // Rotary embedding at the positions of n rows: whatever the device keeps for it.
@@ -212,9 +219,17 @@ class Backend {
                       const at::Tensor& slots, const KvView& extent) = 0;
 
   // Decode passes. `tails` [n, kMaxTailExtents, kTailWords] int64; recorded passes read it anew in every run.
-  // As Append, with row i to slots[i] of the first extent of tails[i].
-  virtual void AppendRows(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
-                          const at::Tensor& slots, const at::Tensor& tails, int64_t layer) = 0;
+  // LinearSum of queries; with it the rows' keys and values, where that costs less than by themselves.
+  virtual at::Tensor ProjectRows(const at::Tensor& h, const at::Tensor& wq, const at::Tensor& delta,
+                                 const KeyValueWeights& /*weights*/, KeyValueRows* /*keys*/) {
+    return LinearSum(h, wq, delta);
+  }
+  // Rotate of the queries `raw`, and as Append, with row i to slots[i] of the first extent of tails[i]. `keys`: of these
+  // rows from ProjectRows, or undefined.
+  virtual at::Tensor RotateAndAppendRows(const at::Tensor& raw, const HeadWeights& queries, const at::Tensor& h,
+                                         const KeyValueWeights& weights, const KeyValueRows& keys,
+                                         const Rotation& rotation, const at::Tensor& slots, const at::Tensor& tails,
+                                         int64_t layer) = 0;
   // Attention of each row over the extents of its sweep and its own in `tails`, which `plan` cuts. The sweeps name every
   // row once, in order. Rows at position -1 see nothing.
   virtual Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,

@@ -34,11 +34,14 @@ KvView CpuRowwise::TailView(const int64_t* words, int64_t layer, const ShardPlan
   return view;
 }
 
-void CpuRowwise::AppendRows(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
-                            const at::Tensor& slots, const at::Tensor& tails, int64_t layer) {
+at::Tensor CpuRowwise::RotateAndAppendRows(const at::Tensor& raw, const HeadWeights& queries, const at::Tensor& h,
+                                           const KeyValueWeights& weights, const KeyValueRows& /*keys*/,
+                                           const Rotation& rotation, const at::Tensor& slots, const at::Tensor& tails,
+                                           int64_t layer) {
   const int64_t rows = h.size(0);
   const int64_t* const slot = slots.const_data_ptr<int64_t>();
-  if (std::all_of(slot, slot + rows, [](int64_t s) { return s < 0; })) return;  // others own them
+  at::Tensor rotated = Rotate(raw, queries, rotation);
+  if (std::all_of(slot, slot + rows, [](int64_t s) { return s < 0; })) return rotated;  // others own them
   const KeysValues made = MakeKeysValues(h, weights, rotation);
   for (int64_t row = 0; row < rows; ++row) {
     if (slot[row] < 0) continue;
@@ -46,6 +49,7 @@ void CpuRowwise::AppendRows(const at::Tensor& h, const KeyValueWeights& weights,
     REFOCUS_CHECK_LT(slot[row], own.length);
     Store(made, row, own, slot[row]);
   }
+  return rotated;
 }
 
 Partial CpuRowwise::AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,

@@ -49,8 +49,9 @@ class CpuRowwise : public Backend {
   void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
               const KvView& extent) override;
 
-  void AppendRows(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation,
-                  const at::Tensor& slots, const at::Tensor& tails, int64_t layer) override;
+  at::Tensor RotateAndAppendRows(const at::Tensor& raw, const HeadWeights& queries, const at::Tensor& h,
+                                 const KeyValueWeights& weights, const KeyValueRows& keys, const Rotation& rotation,
+                                 const at::Tensor& slots, const at::Tensor& tails, int64_t layer) override;
   Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
                      const at::Tensor& tails, int64_t layer, const ShardPlan& plan) override;
   int64_t PaddedRows(int64_t rows) const override { return rows; }

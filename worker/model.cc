@@ -83,7 +83,6 @@ void Model::Append(const ForwardInput& input, int64_t layer, const at::Tensor& h
 
 Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
                          const Rotation& rotation, at::Tensor* all, OwnKeys* own) {
-  if (input.tails.defined()) return DecodeAttention(input, layer, q, h, rotation);
   const RowPlan& rows = *input.rows;
   if (Travels(rows) && input.slots.defined()) {
     *all = RoomForAll(rows, q);
@@ -102,15 +101,17 @@ Partial Model::Attention(const ForwardInput& input, int64_t layer, const at::Ten
   return backend_.Combine(at::stack({cached.out, beside.out}), at::stack({cached.lse, beside.lse}));
 }
 
-Partial Model::DecodeAttention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
-                               const Rotation& rotation) {
-  backend_.AppendRows(h, KeyValues(weights_.layers[layer]), rotation, input.slots, input.tails, layer);
+Partial Model::DecodeAttention(const ForwardInput& input, int64_t layer, const at::Tensor& q_raw, const at::Tensor& h,
+                               const KeyValueRows& keys, const Rotation& rotation, at::Tensor* q) {
+  const LayerWeights& w = weights_.layers[layer];
+  *q = backend_.RotateAndAppendRows(q_raw, {w.q_bias, w.q_norm}, h, KeyValues(w), keys, rotation, input.slots,
+                                    input.tails, layer);
   std::vector<RowSweep> sweeps;
   for (const ForwardInput::Sweep& sweep : input.sweeps) {
     RowSweep& to = sweeps.emplace_back(RowSweep{sweep.first, sweep.rows, {}});
     for (const KvShare& share : sweep.extents) to.extents.push_back(share.View(layer));
   }
-  return Exchange(*input.rows, backend_.AttendRows(q, input.pos, sweeps, input.tails, layer, plan_));
+  return Exchange(*input.rows, backend_.AttendRows(*q, input.pos, sweeps, input.tails, layer, plan_));
 }
 
 at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
@@ -151,13 +152,21 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
       Append(input, layer, h, rotation);
       return at::Tensor();
     }
-    const at::Tensor q_raw = ProjectQueries(backend_, h, w.wq, input.adapters, layer).view({n, c.heads, c.head_dim});
+    const bool decodes = input.tails.defined();
+    const KeyValueWeights key_values = KeyValues(w);
+    KeyValueRows keys;
+    const at::Tensor q_raw =
+        ProjectQueries(backend_, h, w.wq, input.adapters, layer, decodes ? &key_values : nullptr, &keys)
+            .view({n, c.heads, c.head_dim});
     at::Tensor q_all;
     OwnKeys own;
     const Partial attention =
-        Attention(input, layer, backend_.Rotate(q_raw, {w.q_bias, w.q_norm}, rotation), h, rotation, &q_all, &own);
+        decodes
+            ? DecodeAttention(input, layer, q_raw, h, keys, rotation, &q_all)
+            : Attention(input, layer, backend_.Rotate(q_raw, {w.q_bias, w.q_norm}, rotation), h, rotation, &q_all, &own);
     if (input.observe && !input.observe(layer, q_all, GatherRows(rows, attention.lse))) return at::Tensor();
-    const at::Tensor mixed = backend_.Linear(backend_.Rounded(attention.out).view({n, c.q_dim()}), w.wo);
+    const at::Tensor rounded = attention.rounded.defined() ? attention.rounded : backend_.Rounded(attention.out);
+    const at::Tensor mixed = backend_.Linear(rounded.view({n, c.q_dim()}), w.wo);
     const Normed mid = backend_.AddNorm(x, mixed, w.mlp_norm);
     at::Tensor act;
     if (trace == nullptr) {

@@ -119,8 +119,8 @@ class Model {
   bool Travels(const RowPlan& rows) const { return rows.split() && collective_.size() > 1; }
   at::Tensor RoomForAll(const RowPlan& rows, const at::Tensor& own) const;
   at::Tensor GatherRows(const RowPlan& rows, const at::Tensor& own);
-  Partial DecodeAttention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
-                          const Rotation& rotation);
+  Partial DecodeAttention(const ForwardInput& input, int64_t layer, const at::Tensor& q_raw, const at::Tensor& h,
+                          const KeyValueRows& keys, const Rotation& rotation, at::Tensor* q);
   std::vector<KvView> Views(const ForwardInput& input, int64_t layer) const;
 
   const Weights& weights_;

@@ -35,11 +35,15 @@ QueryDelta DeltaOver(const ModelConfig& model, const DeltaConfig& config, const 
 }
 
 at::Tensor ProjectQueries(Backend& backend, const at::Tensor& h, const at::Tensor& wq,
-                          const std::vector<AdapterRows>& adapters, int64_t layer) {
+                          const std::vector<AdapterRows>& adapters, int64_t layer, const KeyValueWeights* beside,
+                          KeyValueRows* keys) {
+  const auto project = [&](const at::Tensor& delta) {
+    return beside == nullptr ? backend.LinearSum(h, wq, delta) : backend.ProjectRows(h, wq, delta, *beside, keys);
+  };
   if (adapters.size() == 1 && adapters[0].count == h.size(0) && adapters[0].delta.full.defined()) {
-    return backend.LinearSum(h, wq, adapters[0].delta.full.select(0, layer));
+    return project(adapters[0].delta.full.select(0, layer));
   }
-  const at::Tensor q = backend.LinearSum(h, wq, at::Tensor());
+  const at::Tensor q = project(at::Tensor());
   std::vector<AddedProduct> added;
   for (const AdapterRows& rows : adapters) {
     const QueryDelta& delta = rows.delta;

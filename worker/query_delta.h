@@ -51,9 +51,10 @@ struct AdapterRows {
 };
 
 // Queries of rows h [n, hidden] dtype with base weights wq [H * d, hidden] of this layer: -> [n, H * d] fp32. `adapters`
-// do not overlap; rows that none of them names get base queries.
+// do not overlap; rows that none of them names get base queries. With `beside`: Backend::ProjectRows, for a decode pass.
 at::Tensor ProjectQueries(Backend& backend, const at::Tensor& h, const at::Tensor& wq,
-                          const std::vector<AdapterRows>& adapters, int64_t layer);
+                          const std::vector<AdapterRows>& adapters, int64_t layer,
+                          const KeyValueWeights* beside = nullptr, KeyValueRows* keys = nullptr);
 
 // From dq [n, H * d] dtype: the gradient of this layer's part of the delta, overwritten or (`add`) added to.
 void DeltaGrad(Backend& backend, const at::Tensor& dq, const at::Tensor& h, const QueryDelta& delta, int64_t layer,

@@ -238,6 +238,57 @@ TEST_F(AttendTailsTest, RowsDoNotKnowEachOther) {
   EXPECT_TRUE(SameBits(last.lse, alone.Result(0).lse));
 }
 
+// A decode step: few rows over a shared context, beside the launch of their tails, whose parts are not combined yet.
+TEST_F(AttendTailsTest, AContextBesideTheTails) {
+  for (const bool int8 : {false, true}) {
+    const Shape shape{32, 8, 128, 1, int8};
+    const std::vector<Row> rows = MakeRows(shape);
+    const Launch tails(shape, rows, 0, sm_count_);
+    Case c{.rows = 3, .heads = 32, .kv_heads = 8, .head_dim = 128, .keys = 20000, .order = "random", .int8 = int8};
+    c.seed = 99;
+    const Inputs context = MakeInputs(c);
+    AttendParams params;
+    params.shape = context.shards[0].packed;
+    params.q = context.q.get();
+    const int64_t splits = AttendSplits(params.shape, sm_count_), row_heads = c.rows * c.heads;
+    ASSERT_GT(splits, kPartsInOrder);
+    DeviceBuffer<float> part_out(splits * row_heads * c.head_dim), part_lse(splits * row_heads);
+    params.partials = true;
+    params.out = part_out.get();
+    params.lse = part_lse.get();
+    ASSERT_CUDA(tails.Enqueue(nullptr));
+    ASSERT_CUDA(Attend(params, sm_count_, nullptr));
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    const PartialOut alone{part_out.Host(), part_lse.Host()}, last = tails.Result(9);
+    std::vector<PartialOut> parts;
+    for (int64_t i = 0; i < splits; ++i) {
+      const auto out = alone.out.begin() + i * row_heads * c.head_dim;
+      const auto lse = alone.lse.begin() + i * row_heads;
+      parts.push_back({{out, out + row_heads * c.head_dim}, {lse, lse + row_heads}});
+    }
+    Combined combined;
+    RunCombine(c, parts, &combined);
+    if (HasFatalFailure()) return;
+    const Worst worst = CompareAttend(combined.partial.out, combined.partial.lse,
+                                      ReferenceAttend(context.shards[0].shape, context.q), c.head_dim);
+    Print("context", worst);
+    EXPECT_LE(worst.share, 1.0) << worst.where;
+
+    params.beside_previous = true;
+    for (int run = 0; run < 20; ++run) {
+      part_out.Poison(0xff);
+      part_lse.Poison(0xff);
+      ASSERT_CUDA(AttendTails(tails.params(), sm_count_, nullptr));
+      ASSERT_CUDA(Attend(params, sm_count_, nullptr));
+      ASSERT_CUDA(cudaDeviceSynchronize());
+      ASSERT_TRUE(SameBits(part_out.Host(), alone.out) && SameBits(part_lse.Host(), alone.lse)) << "run " << run;
+    }
+    ASSERT_CUDA(tails.Enqueue(nullptr));
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    EXPECT_TRUE(SameBits(tails.Result(9).out, last.out));
+  }
+}
+
 TEST_F(AttendTailsTest, RefusesWhatItCannotDo) {
   const Shape shape{4, 4, 64, 1};
   std::vector<Row> rows = MakeRows(shape);

@@ -250,6 +250,18 @@ TEST_F(RotateTest, AppendWritesItsSlotsAndNothingElse) {
   }
 }
 
+// As a decode step calls it, beside queries of three heads for each of K: those as Rotate makes them.
+void CheckRotateAndAppend(const Case& c, const AppendParams& append) {
+  Case queries = c;
+  queries.heads = 3 * c.heads;
+  const Inputs in = MakeInputs(queries, 18);
+  Device device(in, queries, 0);
+  DeviceArray<Bits> alone(c.rows * queries.heads * c.head_dim), together(c.rows * queries.heads * c.head_dim);
+  REFOCUS_CUDA(Rotate(device.Params(alone.get()), nullptr));
+  REFOCUS_CUDA(RotateAndAppend(device.Params(together.get()), append, nullptr));
+  EXPECT_TRUE(SameBits(together.Download(), alone.Download())) << Name("queries beside keys", c);
+}
+
 // Every row to an extent of its own, in its second layer: the same bits as side by side in one.
 TEST_F(RotateTest, AppendToTailsEqualsAppend) {
   for (const Case& c : kCases) {
@@ -272,7 +284,7 @@ TEST_F(RotateTest, AppendToTailsEqualsAppend) {
     AppendParams params{device.Params(nullptr), value.get(), device_tail_slots.get()};
     params.tails = tails.get();
     params.layer = 1;
-    REFOCUS_CUDA(Append(params, nullptr));
+    CheckRotateAndAppend(c, params);
     const auto keys = std::pair(k.Download(), tail_k.Download()), values = std::pair(v.Download(), tail_v.Download());
     for (const auto& [plain, own] : {keys, values}) {
       std::vector<Bits> expected(own.size(), 0xffff);
@@ -345,7 +357,7 @@ TEST_F(RotateTest, AppendInEightBits) {
     to_tails.int8 = true;
     to_tails.tails = tails.get();
     to_tails.layer = 1;
-    REFOCUS_CUDA(Append(to_tails, nullptr));
+    CheckRotateAndAppend(c, to_tails);
     const auto k = extent.k.Download(), v = extent.v.Download(), tail_k = tail.k.Download(), tail_v = tail.v.Download();
     const auto k_scale = extent.k_scale.Download(), v_scale = extent.v_scale.Download();
     const auto tail_k_scale = tail.k_scale.Download(), tail_v_scale = tail.v_scale.Download();

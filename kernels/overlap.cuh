@@ -1,0 +1,45 @@
+// Programmatic dependent launch (CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization"): a
+// kernel may begin while the one enqueued before it still runs, once all of that one's blocks have called LetNextBegin
+// or ended. It hides what a launch and the first loads cost, which counts where passes are made of hundreds of small
+// kernels.
+//
+// Rules, so that a stream stays a sequence: every kernel launched by LaunchOverlapping calls AwaitPrevious in every block
+// that does anything, and before it reads nothing but what was complete when the kernel before began, and writes nothing. Since a kernel that
+// waits has already let the next one begin, several may be waiting at once; each ends after all before it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+
+namespace refocus::kernels {
+
+__device__ __forceinline__ void LetNextBegin() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+// Returns when all kernels enqueued before are complete and what they wrote is seen.
+__device__ __forceinline__ void AwaitPrevious() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+// For kernels that have nothing to do before.
+__device__ __forceinline__ void BeginInTurn() {
+  LetNextBegin();
+  AwaitPrevious();
+}
+
+// Returns this launch's own error, not what an earlier call left behind.
+template <typename... Expected, typename... Actual>
+cudaError_t LaunchOverlapping(void (*kernel)(Expected...), dim3 blocks, int threads, size_t shared_bytes,
+                              cudaStream_t stream, Actual&&... arguments) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = blocks;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Actual&&>(arguments)...);
+}
+
+}  // namespace refocus::kernels
