@@ -86,6 +86,7 @@ struct ProbeLoss {
   uint64_t adapter = 0;
   std::vector<Span> spans;
   bool keep_best = false;
+  double keep_below = 0.0;  // 0: no limit
 };
 struct EndAdapt {
   uint64_t adapter = 0;

@@ -311,7 +311,7 @@ class EngineState {
     if (!probe.spans.empty()) result.loss = SpanLoss(model_, context->All(), adapter->working_rounded(), probe.spans);
     if (probe.keep_best) {
       if (!adapter->may_keep()) return FieldError("keep_best", "true", "false: the adaptation was begun without it");
-      adapter->Keep(result.loss);
+      if (probe.keep_below == 0.0 || result.loss < probe.keep_below) adapter->Keep(result.loss);
     }
     result.agree = HashTensor(adapter->working());
     return {};

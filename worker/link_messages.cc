@@ -11,6 +11,8 @@
 namespace refocus {
 namespace {
 
+constexpr double kHuge = 1e30;  // no sensible value is larger
+
 namespace pb = internal::v1;
 using Ids = google::protobuf::RepeatedField<uint32_t>;
 using Spans = google::protobuf::RepeatedPtrField<pb::Span>;
@@ -145,7 +147,6 @@ DeltaConfig ReadDeltaConfig(const Message& in, Checker& check) {
 }
 
 BeginAdapt Read(const pb::BeginAdapt& in, Checker& check) {
-  constexpr double kHuge = 1e30;
   check.Uid("context", in.context());
   check.Uid("adapter", in.adapter());
   check.Real("weight_decay", in.weight_decay(), 0.0, kHuge, false);
@@ -197,7 +198,8 @@ AdaptStep Read(const pb::AdaptStep& in, Checker& check) {
 
 ProbeLoss Read(const pb::ProbeLoss& in, Checker& check) {
   check.Uid("adapter", in.adapter());
-  return {in.adapter(), check.ReadSpans(in.spans(), 0), in.keep_best()};
+  check.Real("keep_below", in.keep_below(), 0.0, kHuge, false);
+  return {in.adapter(), check.ReadSpans(in.spans(), 0), in.keep_best(), in.keep_below()};
 }
 
 EndAdapt Read(const pb::EndAdapt& in, Checker& check) {

@@ -13,6 +13,7 @@ namespace refocus {
 namespace {
 
 constexpr double kKnownLoss = 0.01;  // nats: what is held out is known as it is
+constexpr double kLeastGain = 0.02;  // automatic: a smaller share of the loss is no more than chance in so few rows
 constexpr double kMeasuringShare = 0.5;  // of max_seconds, for candidates
 constexpr int64_t kNearOf = 4;           // with `behind`, one of so many steps reads its spans where they stand
 constexpr int64_t kFewTrials = 4;        // a trial has that share of the trials' steps,
@@ -212,10 +213,14 @@ void AdaptJob::AddSpan(const SpanRange& range, std::optional<int64_t> draw, Comm
   }
 }
 
+// What rows held out must be below for a delta to be kept: behind the start's probe.
+double AdaptJob::KeepBelow() const { return (1 - kLeastGain) * adapter_.probe_loss_before(); }
+
 void AdaptJob::FillProbe(wire::ProbeLoss* probe) {
   probes_under_way_.push_back({steps_sent_, delta_steps_});
   probe->set_adapter(plan_.target.uid);
   probe->set_keep_best(plan_.effective.keep_best());
+  if (plan_.automatic && adapter_.has_probe_loss_before()) probe->set_keep_below(KeepBelow());
   for (const SpanRange& range : plan_.probes) AddSpan(range, 0, probe);
 }
 
@@ -295,7 +300,7 @@ void AdaptJob::BeginSteps() {
   search_.reset();
   delta_steps_ = 0;
   last_probe_ = steps_sent_;
-  probes_without_best_ = 0;
+  probes_without_gain_ = 0;
 }
 
 // The first one where the start's probe may say that there is none; with a limit of time a step is not sent ahead once
@@ -354,11 +359,13 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
     Changed();
     return;
   }
-  const bool best = first || result.loss() < best_.loss;
+  const bool lower = first || result.loss() < lowest_loss_;
+  if (lower) lowest_loss_ = result.loss();
+  const bool best = first || (result.loss() < best_.loss && (!plan_.automatic || result.loss() < KeepBelow()));
   if (best || !plan_.effective.keep_best()) best_ = {sent.delta_steps, result.loss(), result.agree()};
   // Steps on spans where they stand need not lower the loss of those behind the text yet.
   const bool near = plan_.effective.behind() != 0 && sent.delta_steps <= NearSteps(schedule_);
-  probes_without_best_ = best || near ? 0 : probes_without_best_ + 1;
+  probes_without_gain_ = lower || near ? 0 : probes_without_gain_ + 1;
   if (first) {
     adapter_.set_probe_loss_before(result.loss());
     events_.emplace_back().set_probe_loss_before(result.loss());
@@ -369,7 +376,7 @@ void AdaptJob::OnProbe(const wire::Result& result, double now) {
     probe->set_loss(result.loss());
     probe->set_best(best);
     const int64_t patience = plan_.effective.patience();
-    out_of_patience_ |= patience > 0 && probes_without_best_ >= patience && steps_sent_ < plan_.effective.steps();
+    out_of_patience_ |= patience > 0 && probes_without_gain_ >= patience && steps_sent_ < plan_.effective.steps();
   } else {
     OnLastProbe(result.loss(), now);
   }

@@ -87,6 +87,7 @@ class AdaptJob : public Job {
  private:
   enum class Phase { kBegin, kProbeBefore, kCandidates, kTrials, kSteps, kProbeAfter, kCommit, kAllSent };
   void FillBegin(wire::BeginAdapt* begin) const;
+  double KeepBelow() const;
   void FillProbe(wire::ProbeLoss* probe);
   void FillStep(double rate, wire::AdaptStep* step);
   bool NextCandidate(wire::Command* command);
@@ -144,7 +145,8 @@ class AdaptJob : public Job {
     uint64_t delta_hash = 0;
   };
   Probed best_;  // without keep_best the last one
-  int64_t probes_without_best_ = 0;
+  double lowest_loss_ = 0;
+  int64_t probes_without_gain_ = 0;
   bool out_of_patience_ = false;
   bool nothing_to_learn_ = false;
   double slowest_step_ = 0;     // seconds

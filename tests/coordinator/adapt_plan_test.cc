@@ -157,6 +157,31 @@ TEST(AdaptPlanTest, RecallRows) {
   EXPECT_EQ(ReasonOf(Plan(recall).status()), "NOTHING_RECURS");
 }
 
+// Rows to recall where a sixth of the text can be looked up; else uniform spans where they stand, more of them held out.
+TEST(AdaptPlanTest, AutomaticRows) {
+  const auto plan = [](int64_t pairs) {  // of 1,200 tokens, twice over
+    std::vector<int32_t> tokens;
+    for (int32_t i = 0; i < 1200 - 4 * pairs; ++i) tokens.push_back(1000 + i);
+    for (int32_t i = 0; i < 4 * pairs; ++i) tokens.push_back(i / 2 % 2 == 0 ? i % (2 * pairs) : 999 - i % (2 * pairs));
+    return Plan(
+        [](auto& r) {
+          r.mutable_automatic();
+          r.set_behind(64);
+          r.set_span_tokens(64);
+        },
+        nullptr, FakeModel(3000), tokens);
+  };
+  const auto many = plan(200), few = plan(0);
+  ASSERT_TRUE(many.ok() && few.ok()) << many.status() << few.status();
+  EXPECT_GT(many->effective.recall_rows(), 200);
+  EXPECT_EQ(many->effective.behind(), 64);
+  EXPECT_EQ(many->effective.probe_spans(), 1);
+  EXPECT_EQ(few->effective.recall_rows(), 0);
+  EXPECT_EQ(few->effective.behind(), 0);
+  EXPECT_EQ(few->effective.probe_spans(), 4);
+  ASSERT_EQ(few->probes.size(), 4u);
+}
+
 TEST(AdaptPlanTest, Behind) {
   ModelConfig model = FakeModel(1000);
   model.max_positions = 700;

@@ -249,6 +249,19 @@ TEST_F(AutomaticTest, HarmIsTakenBack) {
   EXPECT_TRUE(worse->events().back().out_of_patience());
 }
 
+// Held-out rows are few: a hundredth of their loss may be chance.
+TEST_F(AutomaticTest, SmallGainsAreNotKept) {
+  for (const double after : {1.97, 1.95}) {
+    Losses([=](int64_t steps, double) { return steps == 0 ? 2.0 : after; });
+    const auto job = Adapt();
+    ASSERT_NE(job, nullptr);
+    ASSERT_TRUE(job->status().ok()) << job->status();
+    const api::Adapter& adapter = job->events().back().adapter();
+    EXPECT_EQ(adapter.steps() > 0, after < 1.96) << after;
+    EXPECT_EQ(adapter.probe_loss_after(), adapter.steps() > 0 ? after : 2.0);
+  }
+}
+
 TEST_F(AutomaticTest, ContinuesFromWhatThereIs) {
   Losses([](int64_t steps, double) { return 2.0 - 0.01 * static_cast<double>(steps); });
   ASSERT_NE(Adapt([](auto& r) { r.clear_automatic(); }), nullptr);

@@ -298,7 +298,9 @@ void FakeRank::DoAdapt(const wire::Command& command, wire::Result* result) {
       result->set_loss(span_loss(command.probe_loss().spans(0).start()));
     }
     result->set_agree(0x1000 + static_cast<uint64_t>(*adapter.work));
-    if (command.probe_loss().keep_best() && (!adapter.kept || result->loss() < adapter.kept_loss)) {
+    const double below = command.probe_loss().keep_below();
+    if (command.probe_loss().keep_best() && (!adapter.kept || result->loss() < adapter.kept_loss) &&
+        (below == 0 || result->loss() < below)) {
       adapter.kept = *adapter.work;
       adapter.kept_loss = result->loss();
     }
