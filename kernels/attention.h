@@ -26,7 +26,7 @@ struct AttendParams {
   // out and lse are [AttendSplits(shape, sm_count), ...] instead, a partial for each split, and nothing else is needed.
   bool partials = false;
   // Runs beside the kernel enqueued before, which must be AttendTails and write nothing that this one reads or writes.
-  // Up to HopperSpares packed rows (kernels/attention_plan.h); with more it has no effect.
+  // The Hopper kernels, of more rows, ignore it.
   bool beside_previous = false;
 };
 
@@ -65,9 +65,9 @@ struct QueryGradParams {
 };
 cudaError_t QueryGrad(const QueryGradParams& params, int sm_count, cudaStream_t stream);
 
-// out [parts, rows, heads, head_dim], lse [parts, rows, heads] fp32, summed with weights exp(lse_i - lse) in an order that
-// depends on `parts` alone, up to kPartsInOrder of them one after the other. Parts with lse = -inf are the identity whatever finite `out` they carry; only such parts: out = 0,
-// lse = -inf.
+// out [parts, rows, heads, head_dim], lse [parts, rows, heads] fp32, summed with weights exp(lse_i - lse) in an order
+// that depends on `parts` alone, up to kPartsInOrder of them one after the other. Parts with lse = -inf are the identity
+// whatever finite `out` they carry; only such parts: out = 0, lse = -inf.
 inline constexpr int64_t kPartsInOrder = 8;
 struct CombineParams {
   int64_t parts = 0;

@@ -5,10 +5,10 @@
 // instruction has pairs (kernels/mma.cuh).
 //
 // What counts is that loads are always under way: each thread has a ring of them, and a launch begins to load weights
-// while the kernels before it still run (kernels/overlap.cuh), which hides what 250 launches a token cost. The ring lies in
-// shared memory. In registers it took as long as before where kernels overlap: a multiprocessor that is never idle keeps
-// the division between shared memory and first cache that attention asked for, and loads under way need room in the
-// first cache. Every thread reads back what it loaded itself, so that nobody waits for others.
+// while the kernels before it still run (kernels/overlap.cuh), which hides what launches cost. The ring lies in shared
+// memory: a multiprocessor that is never idle keeps the division between that and the first cache that attention asked
+// for, and loads to registers, for which the first cache must have room while they are under way, then take twice as
+// long. Every thread reads back what it loaded itself, so that nobody waits for others.
 #include "kernels/few_rows.h"
 
 #include <cuda_bf16.h>
@@ -144,7 +144,8 @@ __global__ void __launch_bounds__(kThreads, BlocksPerSm(kAllLoads))
   w[0] = TileRows(p.w, first + g, p.out, p.in);
   if (kMatrices == 2) w[kMatrices - 1] = TileRows(p.second, first + g, p.out, p.in);
   const row::Bf16* const x = g < p.rows ? static_cast<const row::Bf16*>(p.x) + g * p.in : nullptr;
-  Walk<kMatrices, kAllLoads / kMatrices, PiecesAhead(kAllLoads)>(w, x, static_cast<int>(p.in), SharedAddress(ring), sums);
+  Walk<kMatrices, kAllLoads / kMatrices, PiecesAhead(kAllLoads)>(w, x, static_cast<int>(p.in), SharedAddress(ring),
+                                                                 sums);
 
   auto& shared = *reinterpret_cast<float(*)[kWarps][kMatrices][kTile][kFewRows]>(ring);
   __syncthreads();  // the ring becomes the meeting place
@@ -192,9 +193,10 @@ cudaError_t Start(std::span<const FewRowsProduct> products, cudaStream_t stream)
     second = second || p.second != nullptr;
   }
   const dim3 blocks(static_cast<unsigned>(most_tiles), static_cast<unsigned>(products.size()));
+  constexpr int kDeep = kLoadsOfFewBlocks;
   const bool few = all_tiles <= kFewBlocks;
-  const int ring = RingBytes(few ? kLoadsOfFewBlocks : kLoads);
-  const auto kernel = few ? (second ? FewRowsKernel<2, kMost, kLoadsOfFewBlocks> : FewRowsKernel<1, kMost, kLoadsOfFewBlocks>)
+  const int ring = RingBytes(few ? kDeep : kLoads);
+  const auto kernel = few ? (second ? FewRowsKernel<2, kMost, kDeep> : FewRowsKernel<1, kMost, kDeep>)
                           : (second ? FewRowsKernel<2, kMost, kLoads> : FewRowsKernel<1, kMost, kLoads>);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ring);
   if (error != cudaSuccess) return error;

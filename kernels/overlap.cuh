@@ -3,8 +3,10 @@
 // or ended. It hides what a launch and the first loads cost, which counts where passes are made of hundreds of small
 // kernels.
 //
-// Rules, so that a stream stays a sequence: every kernel launched by LaunchOverlapping calls AwaitPrevious in every block
-// that does anything, and before it reads nothing but what was complete when the kernel before began, and writes nothing. Since a kernel that
+// Rules, so that a stream stays a sequence: every kernel launched by LaunchOverlapping calls AwaitPrevious in every
+// block that does anything, and before it reads nothing but what was complete when the kernel before began, and writes
+// nothing. Complete then is what stands before a graph's launch, a copy, or a kernel that has passed its wait; of a kernel
+// that does not call LetNextBegin the blocks have ended, but what they wrote need not be seen yet. Since a kernel that
 // waits has already let the next one begin, several may be waiting at once; each ends after all before it.
 #pragma once
 

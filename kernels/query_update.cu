@@ -128,6 +128,7 @@ __global__ void __launch_bounds__(kGramThreads) DotKernel(GramShape shape, const
 }
 
 __global__ void __launch_bounds__(kGramThreads) RootKernel(const double* parts, int64_t count, double* norm) {
+  BeginInTurn();
   __shared__ double scratch[kGramThreads / row::kWarp];
   double sum = 0.0;
   for (int64_t i = threadIdx.x; i < count; i += kGramThreads) sum += parts[i];
@@ -201,6 +202,7 @@ struct Update {
 
 __global__ void ScalarsKernel(const float* rate, const float* steps, const float* divisor, const float* skip,
                               double beta1, double beta2, double weight_decay, Scalars* to) {
+  BeginInTurn();
   const double r = *rate, t = *steps;
   *to = {*skip, static_cast<float>(1.0 / *divisor), static_cast<float>(1.0 - r * weight_decay),
          static_cast<float>(r / (1.0 - pow(beta1, t))), static_cast<float>(1.0 / sqrt(1.0 - pow(beta2, t)))};

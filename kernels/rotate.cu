@@ -288,7 +288,7 @@ __global__ void __launch_bounds__(kMaxThreads) RotateKernel(const __grid_constan
   RotateRows<kTask>(a);
 }
 
-// Few rows: both in one launch, blocks of the one beside blocks of the other. A block's threads are those of more heads.
+// Few rows: both in one launch, blocks of the one beside blocks of the other. The threads of a block suit more heads.
 template <Task kTask>
 __global__ void __launch_bounds__(kMaxThreads)
     RotateAndAppendKernel(const __grid_constant__ Arguments rotate, const __grid_constant__ Arguments append) {
@@ -422,8 +422,8 @@ cudaError_t RotateAndAppend(const RotateParams& rotate, const AppendParams& appe
   queries.rows_per_block = keys.rows_per_block = 1;
   const int64_t threads = RowThreads(rotate.heads > key.heads ? rotate : key, queries.width);
   const dim3 blocks(static_cast<unsigned>(rotate.rows), 2);
-  return LaunchOverlapping(append.int8 ? RotateAndAppendKernel<Task::kAppendInt8> : RotateAndAppendKernel<Task::kAppend>,
-                           blocks, static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads),
+  const auto kernel = append.int8 ? RotateAndAppendKernel<Task::kAppendInt8> : RotateAndAppendKernel<Task::kAppend>;
+  return LaunchOverlapping(kernel, blocks, static_cast<int>(threads < kMaxThreads ? threads : kMaxThreads),
                            sizeof(float2) * static_cast<size_t>(rotate.head_dim / 2), stream, queries, keys);
 }
 
@@ -437,7 +437,8 @@ cudaError_t RotateGrad(const RotateGradParams& params, cudaStream_t stream) {
 
 cudaError_t Append(const AppendParams& params, cudaStream_t stream) {
   const Arguments a = AppendArguments(params);
-  return params.int8 ? Run<Task::kAppendInt8>(a, Aligned(params), stream) : Run<Task::kAppend>(a, Aligned(params), stream);
+  const bool aligned = Aligned(params);
+  return params.int8 ? Run<Task::kAppendInt8>(a, aligned, stream) : Run<Task::kAppend>(a, aligned, stream);
 }
 
 }  // namespace refocus::kernels

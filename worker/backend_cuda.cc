@@ -26,6 +26,7 @@
 #include "worker/backend.h"
 #include "worker/backend_cuda_graph.h"
 #include "worker/backend_cuda_rowwise.h"
+
 namespace refocus {
 namespace {
 

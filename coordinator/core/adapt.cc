@@ -4,6 +4,7 @@
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 #include <numeric>
 #include <utility>
 
@@ -256,7 +257,8 @@ bool AdaptJob::NextTrial(wire::Command* command) {
   if (!probes_under_way_.empty()) return false;
   if (trial_probes_.empty()) {
     const size_t early = plan_.probes.size() / kEarlyOf;
-    trial_probes_.assign(plan_.probes.begin(), early < kFewestEarly ? plan_.probes.end() : plan_.probes.begin() + early);
+    const auto begin = plan_.probes.begin();
+    trial_probes_.assign(begin, early < kFewestEarly ? plan_.probes.end() : begin + early);
     trial_sent_ = early >= kFewestEarly;
   }
   if (trial_sent_) {
@@ -286,7 +288,7 @@ void AdaptJob::OnTrialProbe(int64_t trials, double loss) {
     if (!(loss >= kTellingShare * adapter_.probe_loss_before())) trial_probes_ = plan_.probes;
     return;
   }
-  search_->Measured(loss);
+  search_->Measured(std::exchange(trial_diverged_, false) ? std::numeric_limits<double>::infinity() : loss);
   if (!search_->Next()) BeginSteps();
 }
 
@@ -435,7 +437,13 @@ void AdaptJob::OnStep(const wire::AdaptStep& step, const wire::Result& result, d
   const double rate = rates_under_way_.front();
   rates_under_way_.pop_front();
   const int64_t number = steps_done_ + 1;
-  if (!std::isfinite(result.loss()) || !std::isfinite(result.grad_norm())) {
+  const bool finite = std::isfinite(result.loss()) && std::isfinite(result.grad_norm());
+  if (!finite && search_) {  // the ranks left the delta as it was, so that the trial's probe does not tell
+    trial_diverged_ = true;
+    steps_done_ = number;
+    return;
+  }
+  if (!finite) {
     RollBack("NON_FINITE_LOSS", "loss or gradient of step " + std::to_string(number) + " is not finite", number, now);
     return;
   }

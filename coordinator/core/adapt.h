@@ -145,6 +145,7 @@ class AdaptJob : public Job {
     uint64_t delta_hash = 0;
   };
   Probed best_;  // without keep_best the last one
+  bool trial_diverged_ = false;
   double lowest_loss_ = 0;
   int64_t probes_without_gain_ = 0;
   bool out_of_patience_ = false;

@@ -19,7 +19,8 @@ void RateSearch::Measured(double loss) {
   constexpr double kLowest = 1e-12, kHighest = 1.0;
   trials_.push_back({*next_, std::isfinite(loss) ? loss : std::numeric_limits<double>::infinity()});
   const bool better = &Best() == &trials_.back();
-  if (better || (factor_ > 1 && &Best() == &trials_.back() - 1)) {
+  const bool passable = better || (factor_ > 1 && &Best() == &trials_.back() - 1);
+  if (passable && *next_ * factor_ <= kHighest) {
     next_ = *next_ * factor_;
   } else if (factor_ > 1 && &Best() == trials_.data()) {  // upwards is worse: downwards from the first
     factor_ = 0.25;

@@ -47,7 +47,7 @@ TEST(RateSearchTest, EndsAtItsLimits) {
   EXPECT_EQ(best, 1e-3);
   EXPECT_EQ(Tried(1e-3, 1, 2, &best), (std::vector<double>{1e-3, 4e-3}));
   EXPECT_EQ(best, 4e-3);
-  EXPECT_EQ(Tried(0.5, 8, 9, &best), std::vector<double>{0.5}) << "a rate is at most 1";
+  EXPECT_EQ(Tried(0.5, 8, 9, &best), (std::vector<double>{0.5, 0.125})) << "a rate is at most 1";
   RateSearch search(1e-3, 3);
   search.Measured(std::numeric_limits<double>::quiet_NaN());
   EXPECT_EQ(search.best(), 1e-3);
@@ -56,6 +56,15 @@ TEST(RateSearchTest, EndsAtItsLimits) {
   search.Measured(2.5);
   EXPECT_EQ(search.best(), 4e-3);
   EXPECT_FALSE(search.Next());
+}
+
+TEST(RateSearchTest, TurnsDownWhereAHigherRateWouldPassOne) {
+  RateSearch search(0.1, 8);
+  search.Measured(2.0);
+  ASSERT_EQ(search.Next(), 0.4);
+  search.Measured(3.0);
+  ASSERT_TRUE(search.Next());
+  EXPECT_DOUBLE_EQ(*search.Next(), 0.025);
 }
 
 class AutomaticTest : public ::testing::Test {
@@ -247,6 +256,29 @@ TEST_F(AutomaticTest, HarmIsTakenBack) {
   ASSERT_TRUE(worse->status().ok()) << worse->status();
   EXPECT_EQ(worse->events().back().adapter().steps(), 0);
   EXPECT_TRUE(worse->events().back().out_of_patience());
+}
+
+// A rate at which the second step of a trial overflows is a bad one, and no more.
+TEST_F(AutomaticTest, ATrialThatDivergesIsNoEnd) {
+  Losses([](int64_t steps, double rate) { return 2.0 - std::min(0.5, rate * static_cast<double>(steps)); });
+  for (int32_t rank = 0; rank < 2; ++rank) {
+    simulation_.rank(rank).tamper = [](const wire::Command& command, wire::Result& result) {
+      if (command.has_adapt_step() && command.adapt_step().learning_rate() > 0.005f && command.adapt_step().step() > 1)
+        result.set_loss(std::numeric_limits<double>::quiet_NaN());
+    };
+  }
+  const auto job = Adapt([](auto& r) {
+    r.set_learning_rate(1e-3);
+    r.set_steps(40);
+  });
+  ASSERT_NE(job, nullptr);
+  ASSERT_TRUE(job->status().ok()) << job->status();
+  EXPECT_GT(job->events().back().adapter().steps(), 0);
+  double last = 0;
+  for (const api::AdaptEvent& event : job->events()) {
+    if (event.has_step()) last = event.step().learning_rate();
+  }
+  EXPECT_DOUBLE_EQ(last, 2e-3) << "half of the best, 4e-3";
 }
 
 // Held-out rows are few: a hundredth of their loss may be chance.

@@ -64,8 +64,8 @@ class Method:
 
     def cost(self, shape: flops.Shape, context: int, done: Adaptation | None = None) -> int:
         """Operations of its adaptation, held-out rows that it probes included: as planned, or of one that is done, with
-        the steps and probes that it made and the rows that it drew. Probes of trials count whole, where the server measures a part
-        of what is held out."""
+        the steps and probes that it made and the rows that it drew. Probes of trials count whole, where the server
+        measures a part of what is held out."""
         request = self.request
         span = min(request["span_tokens"], max(1, context - 1))
         rows = span * request["spans_per_step"]
@@ -73,6 +73,7 @@ class Method:
         steps, probes, keys = request["steps"], 2 + _probes_between(request), None
         trials = trial_probes = steps // 4 if "automatic" in request else 0
         candidates = self._candidates(context)
+        behind = bool(request.get("behind"))
         if done is not None:
             steps = len(done.steps)
             probes = len(done.probes) + (done.probe_loss_before is not None) + (done.probe_loss_after is not None)
@@ -80,15 +81,15 @@ class Method:
             trials = max((probe.step for probe in done.probes if probe.trial), default=0)
             if done.candidates is not None:
                 candidates = len(done.candidates.starts)
-            if self.quoted:
-                probe_rows = span * done.effective.probe_spans  # fewer where they meet explicit spans
+            if self.quoted or "automatic" in request:  # fewer where they meet explicit spans; as the service chose
+                probe_rows = span * done.effective.probe_spans
+            behind = bool(done.effective.behind)
             if done.effective.recall_rows:  # that may be fewer; an eighth of all, a seventh of these, is held out
                 rows = min(rows, done.effective.recall_rows)
                 probe_rows = min(probe_rows, max(1, done.effective.recall_rows // 7))
             starts = [start for step in done.steps for start in step.span_starts]
             if starts:  # of runs of rows, equally long on average
                 keys = sum(starts) / len(starts) + (rows * steps / len(starts) + 1) / 2
-        behind = bool(request.get("behind"))
         # Behind the text: all but trials and the first quarter of what is left.
         near = min(steps, trials + (request["steps"] - trials) // 4) if behind else steps
         return (flops.adapt(shape, context, near, rows, 1, self.lora_rank, keys)
