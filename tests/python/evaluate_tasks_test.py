@@ -494,11 +494,13 @@ class Methods(unittest.TestCase):
         self.assertEqual(8 * near + 24 * far + 2 * flops.probe(shape, 5000, 256, behind=True),
                          methods.parse("qttt:behind=200").cost(shape, 5000))
         probes = [event.Probe(step=step, trial=step < 4) for step in (0, 1, 2, 3, 7)]
-        done = Adaptation(event.Effective(), [event.Step(step=i + 1) for i in range(20)], 2.0, 1.0, context_pb2.Adapter(),
-                          context_pb2.PhaseUsage(), probes)
+        def cost(**effective):
+            done = Adaptation(event.Effective(**effective), [event.Step(step=i + 1) for i in range(20)], 2.0, 1.0,
+                              context_pb2.Adapter(), context_pb2.PhaseUsage(), probes)
+            return methods.parse("qttt:rows=auto,behind=200").cost(shape, 5000, done)
         self.assertEqual((3 + 7) * near + 10 * far + 4 * flops.probe(shape, 5000, 128)
-                         + 3 * flops.probe(shape, 5000, 128, behind=True),
-                         methods.parse("qttt:rows=auto,behind=200").cost(shape, 5000, done))
+                         + 3 * flops.probe(shape, 5000, 128, behind=True), cost(behind=200, probe_spans=1))
+        self.assertEqual(20 * near + 7 * flops.probe(shape, 5000, 4 * 128), cost(probe_spans=4), "uniform spans")
 
     def test_refused(self):
         for text, message in (("qttt:rows=some", "rows='some', allowed uniform or recall"),
