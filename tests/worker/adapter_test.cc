@@ -244,6 +244,28 @@ TEST_P(AdapterTest, KeepsTheBest) {
   ExpectRefused(EndAdapt{13, true, 1, true}, "COMMAND_OUT_OF_PLACE", "kept");
 }
 
+// A lower loss is kept if it is below the probe's limit as well.
+TEST_P(AdapterTest, KeepsWhatIsBelowALimit) {
+  group_.Prefill(kContext, Ids(0, 300));
+  for (const bool below : {false, true}) {
+    const uint64_t limited_adapter = below ? 51 : 50, plain = below ? 53 : 52;
+    const ProbeLoss probe{limited_adapter, {At(10, 20)}, true};
+    BeginAdapt begin{kContext, limited_adapter, 0};
+    begin.seed = 5;
+    begin.keep_best = true;
+    group_.Do(begin);
+    const double before = group_.Do(probe).result().loss;
+    group_.Do(AdaptStep{limited_adapter, 1, {At(20, 30)}, 3e-2f});
+    ProbeLoss limited = probe;
+    limited.keep_below = below ? before : before / 100;
+    const double after = group_.Do(limited).result().loss;
+    ASSERT_TRUE(before / 100 < after && after < before) << before << " " << after;
+    group_.Do(EndAdapt{limited_adapter, true, 1, true});
+    Adapt(group_, kContext, plain, {}, 0, below ? 1 : 0);
+    EXPECT_EQ(Bits(Ask(group_, kContext, limited_adapter)), Bits(Ask(group_, kContext, plain))) << below;
+  }
+}
+
 // A restart forgets the steps: the bits of an adaptation that never made them, from nothing, from a drawn LoRA and from
 // another adapter; what a probe kept before it stays kept.
 TEST_P(AdapterTest, RestartsFromWhereItBegan) {
