@@ -97,8 +97,9 @@ def rotate(x, cos, sin):
 
 
 class Model(nn.Module):
-    def __init__(self, c):
+    def __init__(self, c, softened=SOFTENED):
         super().__init__()
+        self.softened = softened
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
         self.layers = nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"]))
         self.norm = Norm(c["hidden_size"], c["rms_norm_eps"])
@@ -112,12 +113,12 @@ class Model(nn.Module):
                     weight.data.mul_(0.35)
 
     def forward(self, ids, positions, soft=None):
-        """Of the last layer, normed: [batch, tokens, hidden]. soft: for the first SOFTENED layers."""
+        """Of the last layer, normed: [batch, tokens, hidden]. soft: for the first `softened` layers."""
         angles = positions[:, None, :, None].float() * self.frequencies
         cos, sin = angles.cos(), angles.sin()
         x = self.embed_tokens(ids)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, soft if index < SOFTENED else None)
+            x = layer(x, cos, sin, soft if index < self.softened else None)
         return self.norm(x)
 
 
@@ -160,7 +161,7 @@ def draw_softness(batch, done, generator, device):
 def loss_of(model, hidden, ids, known):
     logits = F.linear(hidden[:, :-1], model.embed_tokens.weight).float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    weights = torch.where(known[:, 1:].flatten(), 1.0, REST_WEIGHT)
+    weights = torch.where(known[:, 1:].flatten() > 0, 1.0, REST_WEIGHT)
     return (losses * weights).sum() / weights.sum(), logits
 
 
@@ -181,7 +182,12 @@ def recall(model, tokens, contexts, later, generator, device):
     return 100.0 * right / total
 
 
-def train(model, options, device):
+def percent(found):
+    return round(100 * found.float().mean().item(), 2)
+
+
+def train(model, options, device, draw=draw_contexts, lengths=LENGTHS, look=None):
+    """draw: as draw_contexts. look(found, known), both [batch, tokens - 1]: more for the log, by kind of known token."""
     generator = torch.Generator(device).manual_seed(options.seed)
     matrices = [p for p in model.parameters() if p.dim() == 2]
     others = [p for p in model.parameters() if p.dim() != 2]
@@ -192,9 +198,9 @@ def train(model, options, device):
         done = step / options.steps
         optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = (
             options.rate * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + math.cos(math.pi * done)) / 2))
-        lengths = LENGTHS[done >= 0.2]
-        tokens = lengths[step % len(lengths)]
-        ids, known = draw_contexts(options.batch_tokens // tokens, tokens, generator, device)
+        turns = lengths[done >= 0.2]
+        tokens = turns[step % len(turns)]
+        ids, known = draw(options.batch_tokens // tokens, tokens, generator, device)
         positions = draw_positions(ids.shape[0], tokens, generator, device)
         soft = draw_softness(ids.shape[0], done, generator, device)
         with torch.autocast(device, torch.bfloat16):
@@ -206,39 +212,52 @@ def train(model, options, device):
         optimizer.step()
         tokens_seen += ids.numel()
         if step % 200 == 199 or step + 1 == options.steps:
-            at = known[:, 1:]
-            found = (logits.argmax(-1).view_as(at)[at] == ids[:, 1:][at]).float().mean().item()
-            log.append({"step": step + 1, "tokens": tokens, "loss": round(loss.item(), 4), "recall": round(100 * found, 2),
-                        "seconds": round(time.time() - started, 1)})
+            found = logits.argmax(-1) == ids[:, 1:]
+            log.append({"step": step + 1, "tokens": tokens, "loss": round(loss.item(), 4),
+                        "recall": percent(found[known[:, 1:] > 0]), "seconds": round(time.time() - started, 1)})
+            if look:
+                log[-1].update(look(found, known[:, 1:]))
             print(log[-1], flush=True)
     return {"steps": options.steps, "tokens": tokens_seen, "seconds": round(time.time() - started, 1), "log": log}
 
 
-def save(model, folder, facts):
+def save(model, folder, facts, config=CONFIG):
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"model." + name: weight.detach().to("cpu", torch.bfloat16).contiguous()
                for name, weight in model.state_dict().items()}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     ledger.write(folder)
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def arguments(description, **defaults):
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("folder", type=pathlib.Path)
-    parser.add_argument("--steps", type=int, default=6500)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--rate", type=float)
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--lengths", type=int, nargs="*", default=[64, 128, 256, 512, 1536, 3072, 6144, 12288, 24576])
-    options = parser.parse_args()
+    parser.add_argument("--lengths", type=int, nargs="*", help="of texts in which recall is measured in the end")
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def begin(config, options, softened=SOFTENED):
+    """The device, a model of random weights on it and the facts of this run."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(options.seed)
-    model = Model(CONFIG).to(device)
+    model = Model(config, softened).to(device)
     facts = {"parameters": sum(p.numel() for p in model.parameters()), "seed": options.seed, "rate": options.rate,
              "device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "torch": torch.__version__}
-    print(facts)
+    print(facts, flush=True)
+    return device, model, facts
+
+
+def main():
+    options = arguments(__doc__.split("\n\n")[0], steps=6500, rate=1.5e-3,
+                        lengths=[64, 128, 256, 512, 1536, 3072, 6144, 12288, 24576]).parse_args()
+    device, model, facts = begin(CONFIG, options)
     facts.update(train(model, options, device))
     model.to(torch.bfloat16).float()  # as it is stored
     generator = torch.Generator(device).manual_seed(options.seed + 1)
