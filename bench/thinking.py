@@ -312,11 +312,11 @@ def report(model, tokens, options, results, rates, budget):
 def main():
     parser = rivals.arguments(__doc__)
     parser.set_defaults(model=None)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1536, 3072, 6144, 12288])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1536, 3072, 6144])
     parser.add_argument("--hops", type=int, nargs="+", default=[1, 2, 3, 4], choices=range(1, chains.HOPS + 1))
     parser.add_argument("--questions", type=int, default=50, help="of each number of hops; as many share a budget")
     parser.add_argument("--kinds", nargs="*", default=["uniform", "recall"], choices=ROWS, help="of rows to train on")
-    parser.add_argument("--rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     options = parser.parse_args()
     if options.model is None:
         raise SystemExit("--model: got none; train one with bench/recall_model/train_chains.py OUT and give its folder")

@@ -2,14 +2,14 @@
 """Trains the chains model: as train.py does, on ledgers in which some accounts' values are other accounts, so that a
 question can take several look-ups; it answers at once or thinks. bench/thinking.py compares.
 
-    python3 bench/recall_model/train_chains.py OUT_FOLDER [--steps 8000]
+    python3 bench/recall_model/train_chains.py OUT_FOLDER [--steps 4000]
 
 A text is made of records, "; kamo nuve", and questions. Chains of four accounts end in a number: "; kamo nuve",
 "; nuve lito", "; lito deva", "; deva 42", in any order and about three times each. A question asks for the end of a
 chain from one of its accounts, over one to four look-ups: at once, "= kamo 42", or with thoughts, one look-up a token,
 "> kamo nuve lito deva 42". Both stand between records behind the first part of each training text, no account twice in
 the same mode. The loss counts what can be known, links stated before and ends whose links all were, and the rest a
-little. Lengths, positions and the softened first layer are train.py's.
+little. Lengths and positions are train.py's, and so is softening, here of two layers.
 """
 import random
 
@@ -21,6 +21,7 @@ import train as base
 
 HOPS = 4               # accounts of a chain
 LAYERS = 4
+SOFTENED = 2           # as train.py's; with one, questions at once learn two hops later
 LENGTHS = ((64, 128), (128, 256, 256))  # as train.py's
 RECORD, DIRECT, THOUGHT = (ledger.FIRST_BYTE + ord(mark) for mark in ";=>")
 MARKS = (RECORD, DIRECT, THOUGHT)
@@ -146,10 +147,10 @@ def answers(model, tokens, texts, seed, device):
 
 
 def main():
-    parser = base.arguments(__doc__.split("\n\n")[0], steps=8000, rate=1e-3,
+    parser = base.arguments(__doc__.split("\n\n")[0], steps=4000, rate=1.5e-3,
                             lengths=[128, 256, 512, 1536, 3072, 6144, 12288])
     parser.add_argument("--layers", type=int, default=LAYERS)
-    parser.add_argument("--softened", type=int, default=base.SOFTENED, help="first layers whose attention is softened")
+    parser.add_argument("--softened", type=int, default=SOFTENED, help="first layers whose attention is softened")
     options = parser.parse_args()
     config = base.CONFIG | {"num_hidden_layers": options.layers}
     device, model, facts = base.begin(config, options, options.softened)
