@@ -27,21 +27,32 @@ __device__ __forceinline__ void BeginInTurn() {
   AwaitPrevious();
 }
 
-// Returns this launch's own error, not what an earlier call left behind.
+// In clusters of so many blocks; 1: none. Returns this launch's own error, not what an earlier call left behind.
 template <typename... Expected, typename... Actual>
-cudaError_t LaunchOverlapping(void (*kernel)(Expected...), dim3 blocks, int threads, size_t shared_bytes,
-                              cudaStream_t stream, Actual&&... arguments) {
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+cudaError_t LaunchOverlappingClusters(void (*kernel)(Expected...), dim3 blocks, int cluster, int threads,
+                                      size_t shared_bytes, cudaStream_t stream, Actual&&... arguments) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = cluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, static_cast<Actual&&>(arguments)...);
+}
+
+template <typename... Expected, typename... Actual>
+cudaError_t LaunchOverlapping(void (*kernel)(Expected...), dim3 blocks, int threads, size_t shared_bytes,
+                              cudaStream_t stream, Actual&&... arguments) {
+  return LaunchOverlappingClusters(kernel, blocks, 1, threads, shared_bytes, stream,
+                                   static_cast<Actual&&>(arguments)...);
 }
 
 }  // namespace refocus::kernels

@@ -54,6 +54,12 @@ __device__ __forceinline__ uint64_t FactorByRows(uint32_t address, uint32_t pane
   return FactorStart(address) | (uint64_t{panel_bytes >> 4} << 16);
 }
 
+// As FactorByRows, of one panel of 32 columns: rows of 64 bytes with the 64-byte swizzle, groups of eight 512 bytes apart,
+// 512-byte aligned.
+__device__ __forceinline__ uint64_t NarrowFactorByRows(uint32_t address) {
+  return (uint64_t{2} << 62) | (uint64_t{512 >> 4} << 32) | (uint64_t{512 >> 4} << 16) | ((address & 0x3ffff) >> 4);
+}
+
 // One instruction: sums (64 x kN) += a (64 x 16) . b (16 x kN); `add` 0 overwrites the sums.
 template <int kN>
 struct WarpgroupMma;
@@ -67,6 +73,7 @@ struct WarpgroupMma;
 #define REFOCUS_L48 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define REFOCUS_L64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define REFOCUS_L80 ",%80,%81,%82,%83,%84,%85,%86,%87"
+#define REFOCUS_L88 ",%88,%89,%90,%91,%92,%93,%94,%95"
 
 // kN; its sums as text and as operands; the numbers of the operands behind them.
 #define REFOCUS_WARPGROUP_MMA(N, LIST, SUMS, I0, I1, I2, I3, I4, I5)                                               \
@@ -78,6 +85,15 @@ struct WarpgroupMma;
                    ", 0;\n"                                                                                        \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, %" #I0 ", %" #I1          \
                    ", p, 1, 1, 0, 0;\n}\n"                                                                         \
+                   : SUMS                                                                                          \
+                   : "l"(a), "l"(b), "r"(add));                                                                    \
+    }                                                                                                              \
+    /* Both in shared memory, the right one by rows. */                                                            \
+    static __device__ __forceinline__ void SharedByRows(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {      \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                                        \
+                   ", 0;\n"                                                                                        \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" LIST "}, %" #I0 ", %" #I1          \
+                   ", p, 1, 1, 0, 1;\n}\n"                                                                         \
                    : SUMS                                                                                          \
                    : "l"(a), "l"(b), "r"(add));                                                                    \
     }                                                                                                              \
@@ -93,22 +109,31 @@ struct WarpgroupMma;
     }                                                                                                              \
   };
 
+#define REFOCUS_S32 REFOCUS_F16(0)
 #define REFOCUS_S64 REFOCUS_F32(0)
 #define REFOCUS_S80 REFOCUS_F32(0), REFOCUS_F4(32), REFOCUS_F4(36)
 #define REFOCUS_S96 REFOCUS_F32(0), REFOCUS_F16(32)
 #define REFOCUS_S128 REFOCUS_F32(0), REFOCUS_F32(32)
+#define REFOCUS_S160 REFOCUS_S128, REFOCUS_F16(64)
 #define REFOCUS_S176 REFOCUS_F32(0), REFOCUS_F32(32), REFOCUS_F16(64), REFOCUS_F4(80), REFOCUS_F4(84)
+#define REFOCUS_S192 REFOCUS_S128, REFOCUS_F32(64)
+#define REFOCUS_T32 REFOCUS_L0
 #define REFOCUS_T64 REFOCUS_L0 REFOCUS_L16
 #define REFOCUS_T80 REFOCUS_T64 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define REFOCUS_T96 REFOCUS_T64 REFOCUS_L32
 #define REFOCUS_T128 REFOCUS_T96 REFOCUS_L48
-#define REFOCUS_T176 REFOCUS_T128 REFOCUS_L64 REFOCUS_L80
+#define REFOCUS_T160 REFOCUS_T128 REFOCUS_L64
+#define REFOCUS_T176 REFOCUS_T160 REFOCUS_L80
+#define REFOCUS_T192 REFOCUS_T176 REFOCUS_L88
 
+REFOCUS_WARPGROUP_MMA(32, REFOCUS_T32, REFOCUS_S32, 16, 17, 18, 19, 20, 21)
 REFOCUS_WARPGROUP_MMA(64, REFOCUS_T64, REFOCUS_S64, 32, 33, 34, 35, 36, 37)
 REFOCUS_WARPGROUP_MMA(80, REFOCUS_T80, REFOCUS_S80, 40, 41, 42, 43, 44, 45)
 REFOCUS_WARPGROUP_MMA(96, REFOCUS_T96, REFOCUS_S96, 48, 49, 50, 51, 52, 53)
 REFOCUS_WARPGROUP_MMA(128, REFOCUS_T128, REFOCUS_S128, 64, 65, 66, 67, 68, 69)
+REFOCUS_WARPGROUP_MMA(160, REFOCUS_T160, REFOCUS_S160, 80, 81, 82, 83, 84, 85)
 REFOCUS_WARPGROUP_MMA(176, REFOCUS_T176, REFOCUS_S176, 88, 89, 90, 91, 92, 93)
+REFOCUS_WARPGROUP_MMA(192, REFOCUS_T192, REFOCUS_S192, 96, 97, 98, 99, 100, 101)
 
 // sums (64 x kKeys) = rows (64 x kDim) . keys^T: both tiles in shared memory, panels row_panel and key_panel bytes
 // long.
