@@ -17,6 +17,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -179,12 +180,19 @@ class Backend {
 
   // y = x . w^T: x [rows, in], w [out, in], both dtype -> [rows, out] dtype.
   virtual at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) = 0;
+  // Both x . one^T and x . other^T, of equal sizes: together where that costs less than by themselves.
+  virtual std::array<at::Tensor, 2> LinearPair(const at::Tensor& x, const at::Tensor& one, const at::Tensor& other) {
+    return {Linear(x, one), Linear(x, other)};
+  }
   // x . w^T + x . delta^T, added in fp32 before any rounding; delta [out, in] dtype or undefined -> [rows, out] fp32.
   virtual at::Tensor LinearSum(const at::Tensor& x, const at::Tensor& w, const at::Tensor& delta) = 0;
   // Products whose y do not overlap; on a GPU those of few rows run together: many cost no more than their bytes.
   virtual void AddLinears(const std::vector<AddedProduct>& products) = 0;
   // dx = dy . w (+ dy . delta): dy [rows, out], w and delta [out, in] -> [rows, in] dtype.
   virtual at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) = 0;
+  // The gradient behind LinearPair: dx = dy . one + other_dy . other.
+  virtual at::Tensor LinearPairGrad(const at::Tensor& dy, const at::Tensor& one, const at::Tensor& other_dy,
+                                    const at::Tensor& other) = 0;
   // grad [out, in] fp32 = dy^T . x, or += when `add`: dy [rows, out], x [rows, in] dtype.
   virtual void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) = 0;
 

@@ -107,6 +107,11 @@ at::Tensor CpuRowwise::LinearGrad(const at::Tensor& dy, const at::Tensor& w, con
   return dx;
 }
 
+at::Tensor CpuRowwise::LinearPairGrad(const at::Tensor& dy, const at::Tensor& one, const at::Tensor& other_dy,
+                                      const at::Tensor& other) {
+  return at::mm(dy, one).addmm_(other_dy, other);
+}
+
 void CpuRowwise::WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) {
   grad.addmm_(dy.t(), x, /*beta=*/add ? 1 : 0);
 }

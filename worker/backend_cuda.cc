@@ -41,7 +41,11 @@ class CudaBackend : public CudaRowwise {
     c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool(/*isHighPriority=*/false, device_.index()));
     aside_ = c10::cuda::getStreamFromPool(/*isHighPriority=*/true, device_.index());
     at::globalContext().setAllowBF16ReductionCuBLAS(/*allow_reduced_precision=*/false);
-    sm_count_ = at::cuda::getDeviceProperties(device_.index())->multiProcessorCount;
+    const cudaDeviceProp& properties = *at::cuda::getDeviceProperties(device_.index());
+    sm_count_ = properties.multiProcessorCount;
+    if (properties.major == 9 && properties.minor == 0) {
+      CheckLaunch(kernels::MeasureSpanGpu(&span_gpu_), "MeasureSpanGpu");
+    }
     inverse_frequencies_ = at::tensor(InverseFrequencies(config_.rope_theta, config_.head_dim, config_.rope)).to(device_);
     // Passes run one after the other and keep nothing between two runs but what was allocated outside or is still held,
     // so their graphs share one pool of memory: a pool of its own for each would stay reserved behind it. This graph,

@@ -23,6 +23,7 @@
 #include "kernels/few_rows.h"
 #include "kernels/query_update.h"
 #include "kernels/rowwise.h"
+#include "kernels/span_product.h"
 #include "worker/backend.h"
 
 namespace refocus {
@@ -41,14 +42,34 @@ class CudaRowwise : public Backend {
   at::ScalarType kv_dtype() const override { return kv_ == KvType::kInt8 ? at::kByte : at::kBFloat16; }
 
   at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) override {
-    if (!Few(x)) return at::linear(x, w);
+    const bool few = Few(x);
+    if (!few && !Spans(x, w)) return at::linear(x, w);
     at::Tensor y = Empty({x.size(0), w.size(0)}, dtype());
-    RunFew(std::array{FewOf(FewKind::kBf16, x, w, y)});
+    if (few) {
+      RunFew(std::array{FewOf(FewKind::kBf16, x, w, y)});
+    } else {
+      RunSpan(std::array{SpanOf(x, w, y)});
+    }
+    return y;
+  }
+
+  std::array<at::Tensor, 2> LinearPair(const at::Tensor& x, const at::Tensor& one, const at::Tensor& other) override {
+    const bool few = Few(x);
+    if ((!few && !Spans(x, one)) || one.sizes() != other.sizes()) return {Linear(x, one), Linear(x, other)};
+    std::array y = {Empty({x.size(0), one.size(0)}, dtype()), Empty({x.size(0), other.size(0)}, dtype())};
+    if (few) {
+      RunFew(std::array{FewOf(FewKind::kBf16, x, one, y[0]), FewOf(FewKind::kBf16, x, other, y[1])});
+    } else {
+      RunSpan(std::array{SpanOf(x, one, y[0]), SpanOf(x, other, y[1])});
+    }
     return y;
   }
 
   at::Tensor GatedLinear(const at::Tensor& x, const at::Tensor& gate, const at::Tensor& up) override {
-    if (!Few(x)) return SiluMul(Linear(x, gate), Linear(x, up));
+    if (!Few(x)) {
+      const auto [one, other] = LinearPair(x, gate, up);
+      return SiluMul(one, other);
+    }
     at::Tensor y = Empty({x.size(0), gate.size(0)}, dtype());
     RunFew(std::array{FewOf(FewKind::kGated, x, gate, y, up)});
     return y;
@@ -59,6 +80,12 @@ class CudaRowwise : public Backend {
     if (x.size(0) == 0) return y;
     if (Few(x)) {
       RunFew(std::array{FewOf(FewKind::kFloat, x, w, y, delta)});
+      return y;
+    }
+    if (Spans(x, w)) {
+      kernels::SpanProduct product = SpanOf(x, w, y);
+      if (delta.defined()) AddTerm(x, delta, &product);
+      RunSpan(std::array{product});
       return y;
     }
     at::mm_out(y, x, w.t(), at::kFloat);
@@ -76,7 +103,7 @@ class CudaRowwise : public Backend {
         factors.push_back(Empty({p.x.size(0), p.inner.size(0)}, dtype()));
         inner.push_back(FewOf(FewKind::kBf16, p.x, p.inner, factors.back()));
       } else {
-        factors.push_back(at::linear(p.x, p.inner));
+        factors.push_back(Linear(p.x, p.inner));
       }
     }
     RunFew(inner);
@@ -95,8 +122,20 @@ class CudaRowwise : public Backend {
   }
 
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override {
-    at::Tensor dx = at::mm(dy, w);
-    if (delta.defined()) dx.addmm_(dy, delta);
+    if (delta.defined()) return LinearPairGrad(dy, w, dy, delta);
+    if (!Spans(dy, w)) return at::mm(dy, w);
+    at::Tensor dx = Empty({dy.size(0), w.size(1)}, dtype());
+    RunSpan(std::array{SpanOf(dy, w, dx, /*backward=*/true)});
+    return dx;
+  }
+
+  at::Tensor LinearPairGrad(const at::Tensor& dy, const at::Tensor& one, const at::Tensor& other_dy,
+                            const at::Tensor& other) override {
+    if (!Spans(dy, one)) return at::mm(dy, one).addmm_(other_dy, other);
+    at::Tensor dx = Empty({dy.size(0), one.size(1)}, dtype());
+    kernels::SpanProduct product = SpanOf(dy, one, dx, /*backward=*/true);
+    AddTerm(other_dy, other, &product);
+    RunSpan(std::array{product});
     return dx;
   }
 
@@ -308,6 +347,32 @@ class CudaRowwise : public Backend {
     CheckLaunch(kernels::FewRows(products, Stream()), "FewRows");
   }
 
+  // Up to 128 rows are bound by it as well.
+  bool Spans(const at::Tensor& x, const at::Tensor& w) const {
+    return span_gpu_.multiprocessors > 0 && kernels::SpanFits(x.size(0), w.size(1), w.size(0));
+  }
+  static kernels::SpanProduct SpanOf(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
+                                     bool backward = false) {
+    REFOCUS_CHECK_EQ(x.size(1), w.size(backward ? 0 : 1));
+    kernels::SpanProduct product;
+    product.backward = backward;
+    product.rows = x.size(0);
+    product.in = w.size(1);
+    product.out = w.size(0);
+    product.term[0] = {Data(x), Data(w)};
+    product.wide = y.scalar_type() == at::kFloat;
+    product.y = Data(y);
+    return product;
+  }
+  static void AddTerm(const at::Tensor& x, const at::Tensor& w, kernels::SpanProduct* product) {
+    REFOCUS_CHECK(x.size(0) == product->rows && x.size(1) == (product->backward ? product->out : product->in));
+    REFOCUS_CHECK(w.size(0) == product->out && w.size(1) == product->in);
+    product->term[product->terms++] = {Data(x), Data(w)};
+  }
+  void RunSpan(std::span<const kernels::SpanProduct> products) const {
+    CheckLaunch(kernels::SpanProducts(products, span_gpu_, Stream()), "SpanProducts");
+  }
+
   KeyValueRows MakeKeyValueRows(int64_t rows) const {
     return {Empty({rows, config_.kv_heads, config_.head_dim}, at::kFloat), Empty({rows, config_.kv_dim()}, dtype())};
   }
@@ -323,6 +388,10 @@ class CudaRowwise : public Backend {
     KeyValueRows keys = MakeKeyValueRows(h.size(0));
     if (Few(h)) {
       RunFew(FewKeysAndValues(h, weights, keys));
+      return keys;
+    }
+    if (Spans(h, weights.wk) && !weights.v_bias.defined()) {
+      RunSpan(std::array{SpanOf(h, weights.wk, keys.k), SpanOf(h, weights.wv, keys.v)});
       return keys;
     }
     at::Tensor flat = keys.k.view({h.size(0), config_.kv_dim()});
@@ -354,6 +423,7 @@ class CudaRowwise : public Backend {
   const KvType kv_;
   const at::Device device_;
   at::Tensor inverse_frequencies_;  // [head_dim / 2] fp32; set by Bind
+  kernels::SpanGpu span_gpu_;       // set by Bind; without multiprocessors: kernels/span_product.h is not for this GPU
 
  private:
   // `params` holds no longer than this.

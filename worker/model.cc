@@ -172,8 +172,7 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     if (trace == nullptr) {
       act = backend_.GatedLinear(mid.h, w.gate, w.up);
     } else {
-      const at::Tensor gate = backend_.Linear(mid.h, w.gate);
-      const at::Tensor up = backend_.Linear(mid.h, w.up);
+      const auto [gate, up] = backend_.LinearPair(mid.h, w.gate, w.up);
       trace->push_back({x, h, q_raw, q_all, attention.out, attention.lse, mid.sum, gate, up, own});
       act = backend_.SiluMul(gate, up);
     }
@@ -223,8 +222,7 @@ void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& t
     const LayerTrace& t = trace[layer];
     // MLP: x_out = x_mid + down(silu(gate) * up)
     const Backend::SiluGrads mlp = backend_.SiluMulGrad(backend_.LinearGrad(dx.rounded, w.down, {}), t.gate, t.up);
-    at::Tensor dh_mid = backend_.LinearGrad(mlp.gate, w.gate, {});
-    dh_mid.addmm_(mlp.up, w.up);
+    const at::Tensor dh_mid = backend_.LinearPairGrad(mlp.gate, w.gate, mlp.up, w.up);
     const Gradient dx_mid = backend_.NormGrad(t.x_mid, w.mlp_norm, dh_mid, dx.sum);
     // Attention, with K and V frozen: only dQ.
     const at::Tensor dout = backend_.LinearGrad(dx_mid.rounded, w.wo, {}).view({n, c.heads, c.head_dim});

@@ -580,6 +580,24 @@ TEST_P(BackendTest, Linear) {
   }
 }
 
+TEST_P(BackendTest, LinearPairs) {
+  std::mt19937_64 random(6);
+  for (const int64_t rows : {0, 1, 8, 17}) {
+    const at::Tensor x = Random({rows, 72}, random);
+    const at::Tensor dy = Random({rows, 40}, random), other_dy = Random({rows, 40}, random);
+    const at::Tensor one = Random({40, 72}, random), other = Random({40, 72}, random);
+    const auto [y, z] = backend_->LinearPair(x, one, other);
+    EXPECT_TRUE(at::equal(y, backend_->Linear(x, one)));
+    EXPECT_TRUE(at::equal(z, backend_->Linear(x, other)));
+    const at::Tensor exact = dy.to(at::kDouble).matmul(one.to(at::kDouble)) +
+                             other_dy.to(at::kDouble).matmul(other.to(at::kDouble));
+    if (rows > 0) {
+      EXPECT_LT(MaxError(backend_->LinearPairGrad(dy, one, other_dy, other), exact), 1e-4);
+    }
+    EXPECT_EQ(backend_->LinearPairGrad(dy, one, other_dy, other).sizes(), x.sizes());
+  }
+}
+
 TEST_P(BackendTest, StridesBeyond31Bits) {
   // Two heads 2^31 + 64 elements apart in memory that is never touched between them.
   constexpr int64_t kStride = (int64_t{1} << 31) + 64, kBytes = 2 * kStride * 4;
