@@ -50,6 +50,7 @@ struct Options {
   int64_t span = 128;
   int64_t spans_per_step = 1;
   double at = -1.0;
+  bool peer_memory = true;
   int64_t decode = 32;
   std::vector<int64_t> batch;
   std::vector<int64_t> adapters = {0};
@@ -390,7 +391,7 @@ Status RunRank(const Options& options, const Launch& launch) {
     std::string id;
     if (launch.size > 1 && launch.rank == 0) id = MakeGpuGroupId();
     if (launch.size > 1) ShareFromRankZero(&id);
-    collective = MakeGpuCollective(id, launch.rank, launch.size, 600.0);
+    collective = MakeGpuCollective(id, launch.rank, launch.size, 600.0, options.peer_memory);
     backend = MakeGpuBackend(config, gpu, options.kv());
   } else {
     collective = MakeMpiCollective(600.0);
@@ -478,6 +479,8 @@ int Main(int argc, char** argv) {
       ->check(CLI::Range(int64_t{0}, kMaxLoraRank))
       ->capture_default_str();
   app.add_option("--learning-rate", options.learning_rate, "AdamW's")->capture_default_str();
+  app.add_option("--peer-memory", options.peer_memory, "Exchange through each other's memory, where GPUs can")
+      ->capture_default_str();
   app.add_option("--threads", options.threads, "Threads of each CPU rank")->capture_default_str();
   app.add_option("--jsonl", options.jsonl, "Append one line per row to this file");
   app.add_option("--results", options.results, "Write losses, gradient norms and decoded tokens to this file");

@@ -1,8 +1,8 @@
 // Combination of partials and the ordered sum of partial gradients.
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include "kernels/attention.h"
+#include "kernels/in_order.cuh"
 #include "kernels/overlap.cuh"
 #include "kernels/sum_parts.cuh"
 
@@ -10,34 +10,6 @@ namespace refocus::kernels {
 namespace {
 
 constexpr int kThreads = 128;
-
-// A row and head, four columns, while parts are added up.
-struct Sum {
-  float weight = 0.0f;
-  float4 out = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-
-  __device__ __forceinline__ void Add(float w, float part_weight, const float4& part) {
-    weight = fmaf(w, part_weight, weight);
-    out.x = fmaf(w, part.x, out.x);
-    out.y = fmaf(w, part.y, out.y);
-    out.z = fmaf(w, part.z, out.z);
-    out.w = fmaf(w, part.w, out.w);
-  }
-
-  // `high`: what the weights' exponents are relative to.
-  __device__ __forceinline__ void Store(const CombineParams& p, int64_t row_head, int piece, int pieces, float high) {
-    const float inverse = weight == 0.0f ? 0.0f : 1.0f / weight;
-    const float4 y = make_float4(out.x * inverse, out.y * inverse, out.z * inverse, out.w * inverse);
-    const int64_t at = row_head * pieces + piece;
-    reinterpret_cast<float4*>(p.out)[at] = y;
-    if (p.out_bf16 != nullptr) {
-      __nv_bfloat162* rounded = reinterpret_cast<__nv_bfloat162*>(p.out_bf16) + at * 2;
-      rounded[0] = __floats2bfloat162_rn(y.x, y.y);
-      rounded[1] = __floats2bfloat162_rn(y.z, y.w);
-    }
-    if (piece == 0) p.lse[row_head] = weight == 0.0f ? -INFINITY : high + logf(weight);
-  }
-};
 
 // Few parts: a thread for four columns, all its loads under way at once.
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ CombineParams p) {
@@ -57,17 +29,7 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
     lse[i] = i < parts ? p.part_lse[part * row_heads + row_head] : -INFINITY;
     x[i] = parts > 0 ? reinterpret_cast<const float4*>(p.part_out)[part * row_heads * pieces + thread] : float4{};
   }
-  float high = -INFINITY;
-#pragma unroll
-  for (int i = 0; i < kPartsInOrder; ++i) high = fmaxf(high, lse[i]);
-  const float base = high == -INFINITY ? 0.0f : high;
-  Sum sum;
-#pragma unroll
-  for (int i = 0; i < kPartsInOrder; ++i) {
-    if (lse[i] == -INFINITY) continue;  // left out whatever it holds; a NaN is kept
-    sum.Add(expf(lse[i] - base), 1.0f, x[i]);
-  }
-  sum.Store(p, row_head, static_cast<int>(thread - row_head * pieces), pieces, high);
+  CombineInOrder(lse, x, p, row_head, static_cast<int>(thread - row_head * pieces), pieces);
 }
 
 // Many parts: a block for a row and head and up to 128 columns. Warps take parts in turn, lanes four columns each, so
@@ -110,7 +72,7 @@ __global__ void __launch_bounds__(kManyThreads) CombineManyKernel(const __grid_c
   for (int i = 0; i < kManyWarps; ++i) high = fmaxf(high, highs[i]);
   const float base = high == -INFINITY ? 0.0f : high;
 
-  Sum sum;
+  WeightedSum sum;
   for (int part = warp; part < parts; part += kAhead * kManyWarps) {
     if (part != warp) load(part);
 #pragma unroll
@@ -134,11 +96,7 @@ __global__ void __launch_bounds__(kThreads) SumKernel(const float4* parts, int c
   float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll 8
   for (int part = 0; part < count; ++part) {
-    const float4 x = parts[part * pieces + i];
-    total.x += x.x;
-    total.y += x.y;
-    total.z += x.z;
-    total.w += x.w;
+    AddTo(total, parts[part * pieces + i]);
   }
   sum[i] = total;
 }

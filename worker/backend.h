@@ -23,12 +23,17 @@
 #include <memory>
 #include <vector>
 
+#include "base/check.h"
 #include "base/memory_plan.h"
 #include "base/model_config.h"
 #include "base/shard_plan.h"
 #include "worker/command.h"
 
 namespace refocus {
+
+namespace kernels {
+struct PeerMemory;
+}  // namespace kernels
 
 // One extent's K and V of one layer. Slot i holds the token with local index first_index + i of `plan`; slots hold
 // rising positions, so the keys that a query at position p may see (key_pos <= p) are the first VisibleSlots(p) ones.
@@ -177,6 +182,17 @@ class Backend {
 
   // out [parts, rows, heads, head_dim], lse [parts, rows, heads], added up in fp32 in the order of parts.
   virtual Partial Combine(const at::Tensor& out, const at::Tensor& lse) = 0;
+
+  // Where the group's GPUs reach each other's memory (Collective::NextPeerExchange), of rows that all ranks compute, in
+  // rank order: the combination of all ranks' partials, and the sum of their x, fp32. All ranks call it alike.
+  virtual Partial CombineOverPeers(const Partial& /*own*/, const kernels::PeerMemory& /*peers*/) {
+    REFOCUS_CHECK(false);
+    return {};
+  }
+  virtual at::Tensor SumOverPeers(const at::Tensor& /*x*/, const kernels::PeerMemory& /*peers*/) {
+    REFOCUS_CHECK(false);
+    return {};
+  }
 
   // y = x . w^T: x [rows, in], w [out, in], both dtype -> [rows, out] dtype.
   virtual at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) = 0;

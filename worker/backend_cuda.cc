@@ -22,6 +22,7 @@
 #include "base/limits.h"
 #include "base/rope.h"
 #include "kernels/attention.h"
+#include "kernels/exchange.h"
 #include "kernels/rowwise.h"
 #include "worker/backend.h"
 #include "worker/backend_cuda_graph.h"
@@ -114,20 +115,22 @@ class CudaBackend : public CudaRowwise {
 
   Partial Combine(const at::Tensor& out, const at::Tensor& lse) override {
     REFOCUS_CHECK_EQ(out.dim(), 4);
-    Partial whole{Empty(out.sizes().slice(1), at::kFloat), Empty(lse.sizes().slice(1), at::kFloat),
-                  Empty(out.sizes().slice(1), dtype())};
-    kernels::CombineParams params;
-    params.parts = out.size(0);
-    params.rows = out.size(1);
-    params.heads = static_cast<int>(out.size(2));
-    params.head_dim = static_cast<int>(out.size(3));
-    params.part_out = Data<float>(out);
-    params.part_lse = Data<float>(lse);
-    params.out = Data<float>(whole.out);
-    params.lse = Data<float>(whole.lse);
-    params.out_bf16 = Data(whole.rounded);
-    CheckLaunch(kernels::Combine(params, Stream()), "Combine");
+    Partial whole;
+    CheckLaunch(kernels::Combine(CombineOf(out, lse, &whole), Stream()), "Combine");
     return whole;
+  }
+
+  Partial CombineOverPeers(const Partial& own, const kernels::PeerMemory& peers) override {
+    Partial whole;
+    const kernels::CombineParams params = CombineOf(own.out.unsqueeze(0), own.lse.unsqueeze(0), &whole);
+    CheckLaunch(kernels::ExchangeCombine(params, peers, Stream()), "ExchangeCombine");
+    return whole;
+  }
+
+  at::Tensor SumOverPeers(const at::Tensor& x, const kernels::PeerMemory& peers) override {
+    at::Tensor sum = Empty(x.sizes(), at::kFloat);
+    CheckLaunch(kernels::ExchangeSum(Data<float>(x), x.numel(), Data<float>(sum), peers, Stream()), "ExchangeSum");
+    return sum;
   }
 
   void Append(const at::Tensor& h, const KeyValueWeights& weights, const Rotation& rotation, const at::Tensor& slots,
@@ -214,6 +217,23 @@ class CudaBackend : public CudaRowwise {
   }
 
  private:
+  // out [parts, rows, heads, head_dim], lse [parts, rows, heads]; `whole` gets room for the result.
+  kernels::CombineParams CombineOf(const at::Tensor& out, const at::Tensor& lse, Partial* whole) const {
+    *whole = {Empty(out.sizes().slice(1), at::kFloat), Empty(lse.sizes().slice(1), at::kFloat),
+              Empty(out.sizes().slice(1), dtype())};
+    kernels::CombineParams params;
+    params.parts = out.size(0);
+    params.rows = out.size(1);
+    params.heads = static_cast<int>(out.size(2));
+    params.head_dim = static_cast<int>(out.size(3));
+    params.part_out = Data<float>(out);
+    params.part_lse = Data<float>(lse);
+    params.out = Data<float>(whole->out);
+    params.lse = Data<float>(whole->lse);
+    params.out_bf16 = Data(whole->rounded);
+    return params;
+  }
+
   // All of `params` but where to.
   void FillAppend(const KeyValueRows& keys, const KeyValueWeights& weights, const Rotation& rotation,
                   const at::Tensor& slots, kernels::AppendParams* params) const {

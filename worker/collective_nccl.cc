@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <string>
 #include <thread>
 
@@ -17,6 +19,7 @@
 #include "worker/collective.h"
 #include "worker/collective_failpoint.h"
 #include "worker/collective_nccl_communicator.h"
+#include "worker/collective_nccl_peers.h"
 #include "worker/collective_rows.h"
 
 namespace refocus {
@@ -29,7 +32,7 @@ constexpr int kOldestVersion = 21800;  // communicators that do not block as the
 
 class NcclCollective : public Collective {
  public:
-  NcclCollective(const std::string& id, int rank, int size, double deadline_seconds)
+  NcclCollective(const std::string& id, int rank, int size, double deadline_seconds, bool peer_memory)
       : rank_(rank),
         size_(size),
         owner_(std::this_thread::get_id()),
@@ -50,12 +53,16 @@ class NcclCollective : public Collective {
     communicator_->Create(id, rank, size);
     if (rank == 0) LogInfo("NCCL " + std::to_string(version) + " connects " + std::to_string(size) + " ranks");
     watchdog_ = std::thread([shared = communicator_] { Communicator::Watch(shared); });
+    if (size > 1) ConnectPeers(deadline_seconds, peer_memory);
+    calls_ = 0;
   }
 
   ~NcclCollective() override {
+    LeavePeers();
     const bool planned = communicator_->Close();
     if (!watchdog_.joinable()) return;
     planned ? watchdog_.join() : watchdog_.detach();
+    if (!planned) static_cast<void>(peers_.release());  // kernels and the watchdog may still use it
   }
 
   int rank() const override { return rank_; }
@@ -174,6 +181,12 @@ class NcclCollective : public Collective {
 
   void BeforeReplay() override { Begin("collectives of a graph"); }
 
+  const kernels::PeerMemory* NextPeerExchange(const char* what) override {
+    if (peers_ == nullptr || peers_->memory() == nullptr) return nullptr;
+    Begin(what);
+    return peers_->memory();
+  }
+
   // Nobody else is told: the other ranks learn it from the coordinator, or wait until the deadline.
   void Abort(const std::string& reason) override { communicator_->Lose("aborted: " + reason); }
 
@@ -195,8 +208,50 @@ class NcclCollective : public Collective {
     REFOCUS_CHECK_EQ(static_cast<int>(rows.size()), size_);
   }
 
+  // ---- The memory of the other GPUs.
+
+  // Equal bytes of every rank, in rank order; not a call that anybody counts.
+  std::string Gather(const std::string& mine) {
+    const int64_t bytes = static_cast<int64_t>(mine.size());
+    const at::Tensor in = at::empty({bytes}, at::kByte);
+    at::Tensor out = at::empty({bytes * size_}, at::kByte);
+    std::memcpy(in.data_ptr(), mine.data(), mine.size());
+    AllGatherRows(in, std::vector<int64_t>(size_, bytes), out);
+    return std::string(Bytes(out), out.nbytes());
+  }
+
+  void ConnectPeers(double deadline_seconds, bool wanted) {
+    connecting_ = true;
+    peers_ = std::make_unique<nccl::Peers>(rank_, size_, deadline_seconds, wanted, Stream(),
+                                           [this](const std::string& mine) { return Gather(mine); });
+    connecting_ = false;
+    communicator_->Guard(peers_->given_up());
+    if (rank_ != 0) return;
+    LogInfo(peers_->memory() != nullptr ? "GPUs exchange rows that all compute through each other's memory"
+                                        : "GPUs exchange through NCCL alone: " + peers_->why_not());
+  }
+
+  // A planned end: nobody frees memory that another one still has open. A rank that does not come loses the group.
+  void LeavePeers() {
+    if (peers_ == nullptr || peers_->memory() == nullptr) return;
+    try {
+      communicator_->Begin("the end of the group", calls_);
+      WaitForStream(nccl::kFinalizeSeconds);
+      peers_->Close();
+      at::Tensor words = Space(at::empty({size_}, at::kByte));
+      communicator_->Run([&](ncclComm_t comm) {
+        return ncclAllGather(Bytes(words) + rank_, Bytes(words), 1, ncclInt8, comm, Stream());
+      });
+      WaitForStream(nccl::kFinalizeSeconds);
+    } catch (const std::exception& error) {
+      communicator_->Lose(std::string("the end of the group: ") + error.what());
+      communicator_->Idle();
+    }
+  }
+
   void Begin(const char* op) {
     REFOCUS_CHECK(std::this_thread::get_id() == owner_);
+    if (connecting_) return communicator_->Begin("a start through peer memory", 0);
     failpoint_.Pass(++calls_);
     communicator_->Begin(op, calls_);
   }
@@ -205,13 +260,16 @@ class NcclCollective : public Collective {
     if (error != cudaSuccess) communicator_->Fail(std::string(what) + ": " + cudaGetErrorString(error));
   }
 
-  void WaitForStream() {
+  // Longer than that: CollectiveError, and nobody is lost. Without it the watchdog's deadline counts.
+  void WaitForStream(double seconds = std::numeric_limits<double>::infinity()) {
     const cudaStream_t stream = Stream();
+    const int64_t begin = nccl::NowNs();
     for (Pause pause;; pause.Once()) {
       const cudaError_t state = cudaStreamQuery(stream);
       communicator_->ThrowIfLost();  // a kernel that was told to give up ends as if all were well
       if (state == cudaSuccess) break;
       if (state != cudaErrorNotReady) Require(state, "the stream of the collectives");
+      if (static_cast<double>(nccl::NowNs() - begin) * 1e-9 > seconds) throw CollectiveError("the others did not come");
     }
     communicator_->Idle();
   }
@@ -296,6 +354,8 @@ class NcclCollective : public Collective {
   const std::shared_ptr<Communicator> communicator_;
   int device_ = 0;
   bool talks_ = false;  // there is an NCCL communicator
+  bool connecting_ = false;
+  std::unique_ptr<nccl::Peers> peers_;  // of several ranks
   int64_t calls_ = 0;
   std::thread watchdog_;
 };
@@ -309,8 +369,9 @@ std::string MakeNcclId() {
   return std::string(id.internal, sizeof(id.internal));
 }
 
-std::shared_ptr<Collective> MakeNcclCollective(const std::string& id, int rank, int size, double deadline_seconds) {
-  return std::make_shared<NcclCollective>(id, rank, size, deadline_seconds);
+std::shared_ptr<Collective> MakeNcclCollective(const std::string& id, int rank, int size, double deadline_seconds,
+                                               bool peer_memory) {
+  return std::make_shared<NcclCollective>(id, rank, size, deadline_seconds, peer_memory);
 }
 
 }  // namespace refocus

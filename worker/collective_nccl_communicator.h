@@ -43,6 +43,7 @@ inline constexpr std::chrono::milliseconds kLook{50};
 inline constexpr std::chrono::seconds kLockPatience{5};
 inline constexpr std::chrono::milliseconds kPatience{2};  // of spinning, before a wait sleeps between its polls
 inline constexpr std::chrono::microseconds kNap{20};
+inline constexpr uint32_t kGiveUp = 1;  // kernels take any number but 0
 
 inline int64_t NowNs() { return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count(); }
 
@@ -96,9 +97,13 @@ class Communicator {
     throw CollectiveError("NCCL communicator of " + where_ + ": " + why + "; NCCL_DEBUG=INFO tells more");
   }
 
+  // The word through which kernels are told to give up, and tell that they did (kernels/exchange.h). Outlives this.
+  void Guard(uint32_t* given_up) { given_up_ = given_up; }
+
   // ---- The owner's thread.
 
   void ThrowIfLost() {
+    LoseIfGivenUp();
     if (!lost_) return;
     told_ = true;
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -205,7 +210,14 @@ class Communicator {
     return call();
   }
 
+  void LoseIfGivenUp() {
+    uint32_t* const word = given_up_;
+    if (word == nullptr || std::atomic_ref<uint32_t>(*word) == 0 || lost_) return;
+    Lose(Doing() + ": waited beyond the deadline of " + Text(deadline_seconds_) + " on the GPU");
+  }
+
   void Look() {
+    LoseIfGivenUp();
     const int64_t since = busy_since_ns_;
     if (since != 0 && static_cast<double>(NowNs() - since) * 1e-9 > deadline_seconds_) {
       return Lose(Doing() + ": waited beyond the deadline of " + Text(deadline_seconds_));
@@ -220,6 +232,8 @@ class Communicator {
   }
 
   void GiveUp() {
+    uint32_t* const word = given_up_;
+    if (word != nullptr) std::atomic_ref<uint32_t>(*word).store(kGiveUp);
     // Only if NCCL broke its word and blocks inside a call is the lock not to be had.
     const bool locked = nccl_mutex_.try_lock_for(kLockPatience);
     ncclComm_t comm = std::exchange(comm_, nullptr);
@@ -245,6 +259,7 @@ class Communicator {
   std::timed_mutex nccl_mutex_;
   ncclComm_t comm_ = nullptr;  // nccl_mutex_
 
+  std::atomic<uint32_t*> given_up_{nullptr};
   std::atomic<const char*> op_{"nothing"};
   std::atomic<int64_t> call_{0};
   std::atomic<int64_t> busy_since_ns_{0};  // 0: nothing is under way

@@ -34,6 +34,7 @@ void GpuReleaseCached();
 // For ranks whose UseGpu succeeded.
 std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig& config, const Gpu& gpu, KvType kv = KvType::kDevice);
 std::string MakeGpuGroupId();  // MakeNcclId
-std::shared_ptr<Collective> MakeGpuCollective(const std::string& id, int rank, int size, double deadline_seconds);
+std::shared_ptr<Collective> MakeGpuCollective(const std::string& id, int rank, int size, double deadline_seconds,
+                                              bool peer_memory = true);
 
 }  // namespace refocus

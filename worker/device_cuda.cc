@@ -98,8 +98,9 @@ std::unique_ptr<Backend> MakeGpuBackend(const ModelConfig& config, const Gpu& gp
 
 std::string MakeGpuGroupId() { return MakeNcclId(); }
 
-std::shared_ptr<Collective> MakeGpuCollective(const std::string& id, int rank, int size, double deadline_seconds) {
-  return MakeNcclCollective(id, rank, size, deadline_seconds);
+std::shared_ptr<Collective> MakeGpuCollective(const std::string& id, int rank, int size, double deadline_seconds,
+                                              bool peer_memory) {
+  return MakeNcclCollective(id, rank, size, deadline_seconds, peer_memory);
 }
 
 }  // namespace refocus

@@ -21,7 +21,7 @@ std::string MakeGpuGroupId() {
   REFOCUS_CHECK(false);
   return "";
 }
-std::shared_ptr<Collective> MakeGpuCollective(const std::string&, int, int, double) {
+std::shared_ptr<Collective> MakeGpuCollective(const std::string&, int, int, double, bool) {
   REFOCUS_CHECK(false);
   return nullptr;
 }

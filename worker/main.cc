@@ -273,14 +273,15 @@ std::shared_ptr<Collective> MakeCollective(const Rank& rank) {
     if (launch.rank == 0) id = MakeGpuGroupId();
     ShareFromRankZero(&id);
   }
-  return MakeGpuCollective(id, launch.rank, launch.size, deadline);
+  return MakeGpuCollective(id, launch.rank, launch.size, deadline, rank.options.peer_memory);
 }
 
 // The others are ranks that the coordinator has brought together.
 StatusOr<std::shared_ptr<Collective>> MakeCollective(const Rank& rank, const ShareBytes& share) {
   const std::string own = rank.launch.rank == 0 ? MakeGpuGroupId() : "";
   REFOCUS_ASSIGN_OR_RETURN(const std::string id, share(own));
-  return MakeGpuCollective(id, rank.launch.rank, rank.launch.size, rank.options.deadline_seconds);
+  return MakeGpuCollective(id, rank.launch.rank, rank.launch.size, rank.options.deadline_seconds,
+                           rank.options.peer_memory);
 }
 
 // `make` returns a collective or a StatusOr of one.

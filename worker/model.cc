@@ -61,6 +61,8 @@ at::Tensor Model::GatherRows(const RowPlan& rows, const at::Tensor& own) {
 Partial Model::Exchange(const RowPlan& rows, const Partial& partial) {
   const int64_t ranks = collective_.size();
   if (ranks == 1) return partial;
+  const kernels::PeerMemory* peers = rows.split() ? nullptr : collective_.NextPeerExchange("exchange of partials");
+  if (peers != nullptr) return backend_.CombineOverPeers(partial, *peers);
   const ModelConfig& c = config();
   const int64_t n = rows.own_rows();
   const std::vector<int64_t> own(ranks, n);
@@ -124,10 +126,15 @@ at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
     collective_.ReduceScatterRows(dq, rows.counts(), own);
     return own;
   }
+  const kernels::PeerMemory* peers = collective_.NextPeerExchange("sum of dq");
+  if (peers != nullptr) return backend_.SumOverPeers(dq, *peers);
   shape[0] *= ranks;
   at::Tensor parts = at::empty(shape, dq.options());
   collective_.AllGatherRows(dq, std::vector<int64_t>(ranks, dq.size(0)), parts);
-  return parts.view({ranks, dq.size(0), dq.size(1), dq.size(2)}).sum(0);
+  const auto part = [&](int64_t rank) { return parts.narrow(0, rank * dq.size(0), dq.size(0)); };
+  at::Tensor sum = part(0) + part(1);
+  for (int64_t rank = 2; rank < ranks; ++rank) sum.add_(part(rank));
+  return sum;
 }
 
 std::vector<KvView> Model::Views(const ForwardInput& input, int64_t layer) const {

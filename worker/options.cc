@@ -93,6 +93,10 @@ void AddGroupOptions(CLI::App& app, WorkerOptions& options) {
                  "Longest wait for the other ranks in one exchange; beyond it the group is lost (exit 5)")
       ->envname("REFOCUS_COLLECTIVE_DEADLINE")->check(CLI::Range(0.1, 86400.0))->capture_default_str()
       ->type_name("SECONDS")->group("Group");
+  app.add_option("--peer-memory", options.peer_memory,
+                 "Let GPUs of one host exchange through each other's memory where all of the group can; false: through "
+                 "NCCL alone")
+      ->envname("REFOCUS_PEER_MEMORY")->capture_default_str()->type_name("BOOLEAN")->group("Group");
 }
 
 [[noreturn]] void End(int code, bool print, const std::string& text, std::ostream& out) {

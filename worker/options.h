@@ -22,6 +22,7 @@ struct WorkerOptions {
   int64_t kv_bytes = 0;        // 0: chosen from the free memory
   KvType kv = KvType::kDevice;
   double deadline_seconds = 120.0;
+  bool peer_memory = true;     // of GPUs, where it works
   bool check_finite = false;
   std::string rope_scaling;              // as in ParseRopeScaling
   std::optional<uint64_t> random_seed;  // weights made from it instead of read

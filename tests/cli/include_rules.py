@@ -58,8 +58,10 @@ def direct_violations(path, name):
         yield "base includes nothing of " + into
     if folder == "kernels" and into in FOLDERS and into != "kernels" and name not in KERNELS_BASE:
         yield "kernels include nothing of " + into + " but " + " and ".join(KERNELS_BASE)
-    if into == "kernels" and folder != "kernels" and not path.startswith("worker/backend_cuda"):
-        yield "only worker/backend_cuda includes kernels"
+    may_use_kernels = path.startswith("worker/backend_cuda") or (  # what it lays out is what kernels read
+        path.startswith("worker/collective_nccl_peers") and name == "kernels/exchange.h")
+    if into == "kernels" and folder != "kernels" and not may_use_kernels:
+        yield "only worker/backend_cuda includes kernels, and worker/collective_nccl_peers their exchange.h"
     if TORCH.search(name) and (folder != "worker" or is_link):
         yield "only the worker, without its link, sees LibTorch"
     if WHOLE_TORCH.search(name):

@@ -28,7 +28,9 @@ class IncludeRules(unittest.TestCase):
             "worker/model.cc": '#include <ATen/ops/mm.h>\n#include "worker/command.h"\n',
             "worker/collective_mpi.cc": "#include <mpi.h>\n",
             "worker/backend_cuda.cc": '#include <cuda_runtime.h>\n#include "kernels/combine.h"\n',
+            "worker/collective_nccl_peers.h": '#include "kernels/exchange.h"\n',
             "kernels/combine.h": "#include <cuda_runtime.h>\n",
+            "kernels/exchange.h": "#include <cuda_runtime.h>\n",
             "cli/main.cc": '#include "refocus/v1/context.grpc.pb.h"\n',
         }))
 
@@ -45,6 +47,8 @@ class IncludeRules(unittest.TestCase):
             "worker/g.cc": "ATen/ATen.h",
             "worker/h.cc": "torch/torch.h",
             "worker/i.cc": "kernels/combine.h",
+            "worker/collective_nccl.cc": "kernels/exchange.h",
+            "worker/collective_nccl_peers.cc": "kernels/combine.h",
             "worker/link.h": "c10/core/Device.h",
             "base/a.h": "torch/csrc/autograd.h",
             "base/b.h": "cuda.h",
