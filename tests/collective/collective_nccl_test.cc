@@ -2,10 +2,17 @@
 // calls before one look at the results. World: world_nccl.cc.
 #include <cuda_runtime_api.h>
 
+#include <chrono>
+#include <cstdio>
 #include <cstring>
+#include <limits>
+#include <memory>
 #include <string>
+#include <vector>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/cuda/CUDAGraph.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
@@ -14,6 +21,8 @@
 #include <gtest/gtest.h>
 
 #include "tests/collective/world.h"
+#include "worker/backend.h"
+#include "worker/device.h"
 
 namespace refocus {
 namespace {
@@ -158,6 +167,173 @@ TEST_P(NcclTest, AReplayThatNobodyJoinsEndsWithTheDeadline) {
     };
     EXPECT_THROW(replay(), CollectiveError);
     EXPECT_THROW(c.BeforeReplay(), CollectiveError);
+  });
+}
+
+// ---- Through the memory of the other GPUs, where they can; else these say so and test that all agree.
+
+class PeerTest : public NcclTest {
+ protected:
+  void SetUp() override {
+    int device = 0;
+    ASSERT_EQ(cudaGetDevice(&device), cudaSuccess);
+    config_.heads = 8;
+    config_.head_dim = 128;
+    Gpu gpu;
+    gpu.index = device;
+    backend_ = MakeGpuBackend(config_, gpu);
+    backend_->Bind();
+  }
+
+  // Whether `c` exchanges through peer memory, which all ranks answer alike.
+  static bool Used(Collective& c) {
+    const bool used = c.NextPeerExchange("question") != nullptr;
+    at::Tensor answers = at::full({1}, used ? 1.0 : 0.0, at::kFloat);
+    c.AllReduceSum(answers);
+    const float sum = answers.data_ptr<float>()[0];
+    EXPECT_TRUE(sum == 0.0f || sum == static_cast<float>(c.size()));
+    if (c.rank() == 0) std::printf("peer memory: %s\n", used ? "used" : "not used");
+    return used;
+  }
+
+  // This rank's partials: other numbers on every rank and in every round, some slices empty.
+  Partial Own(const Collective& c, int64_t rows, int round) const {
+    const at::Tensor ramp = at::arange(rows * 8 * 128, kOnGpu).view({rows, 8, 128});
+    at::Tensor out = (ramp * (0.37 + c.rank()) + round).sin();
+    at::Tensor lse = (at::arange(rows * 8, kOnGpu).view({rows, 8}) * (1.1 + c.rank()) + round).cos() * 5.0;
+    lse.view({-1}).narrow(0, (c.rank() + round) % (rows * 8), 1).fill_(-std::numeric_limits<float>::infinity());
+    return {out, lse, at::Tensor()};
+  }
+
+  Partial Gathered(Collective& c, const Partial& own) const {
+    const int64_t n = own.lse.size(0);
+    at::Tensor out = at::empty({c.size() * n, 8, 128}, kOnGpu), lse = at::empty({c.size() * n, 8}, kOnGpu);
+    c.AllGatherRows(own.out, std::vector<int64_t>(c.size(), n), out);
+    c.AllGatherRows(own.lse, std::vector<int64_t>(c.size(), n), lse);
+    return backend_->Combine(out.view({c.size(), n, 8, 128}), lse.view({c.size(), n, 8}));
+  }
+
+  static bool Same(const at::Tensor& a, const at::Tensor& b) {
+    const at::Tensor x = a.to(at::kCPU), y = b.to(at::kCPU);
+    return x.nbytes() == y.nbytes() && std::memcmp(x.data_ptr(), y.data_ptr(), x.nbytes()) == 0;
+  }
+  static void ExpectSame(const Partial& a, const Partial& b, const std::string& what) {
+    EXPECT_TRUE(Same(a.out, b.out)) << what << ": out";
+    EXPECT_TRUE(Same(a.lse, b.lse)) << what << ": lse";
+    EXPECT_TRUE(Same(a.rounded, b.rounded)) << what << ": rounded";
+  }
+
+  ModelConfig config_;
+  std::unique_ptr<Backend> backend_;
+};
+INSTANTIATE_TEST_SUITE_P(Ranks, PeerTest, testing::ValuesIn(WorldSizes()), testing::PrintToStringParamName());
+
+TEST_P(PeerTest, SameBitsAsThroughNccl) {
+  OnEveryRank(size(), kAmple, [this](Collective& c) {
+    if (!Used(c)) return;
+    for (const int64_t rows : {1, 2, 63, 128, 700}) {
+      std::vector<Partial> own, ours;
+      std::vector<at::Tensor> sums;
+      constexpr int kRounds = 20;
+      for (int round = 0; round < kRounds; ++round) own.push_back(Own(c, rows, round));
+      for (int round = 0; round < kRounds; ++round) {  // many, and no look in between
+        ours.push_back(backend_->CombineOverPeers(own[round], *c.NextPeerExchange("exchange")));
+        sums.push_back(backend_->SumOverPeers(own[round].out, *c.NextPeerExchange("sum")));
+      }
+      for (int round = 0; round < kRounds; ++round) {
+        const std::string what = std::to_string(rows) + " rows, round " + std::to_string(round) + ", rank " +
+                                 std::to_string(c.rank());
+        const Partial theirs = Gathered(c, own[round]);
+        at::Tensor parts = at::empty({c.size() * rows, 8, 128}, kOnGpu);
+        c.AllGatherRows(own[round].out, std::vector<int64_t>(c.size(), rows), parts);
+        at::Tensor sum = parts.narrow(0, 0, rows) + parts.narrow(0, rows, rows);
+        for (int r = 2; r < c.size(); ++r) sum.add_(parts.narrow(0, r * rows, rows));
+        c.Check();
+        ExpectSame(ours[round], theirs, what);
+        EXPECT_TRUE(Same(sums[round], sum)) << what << ": sum";
+      }
+    }
+  });
+}
+
+TEST_P(PeerTest, GraphsReplayBesideNccl) {
+  OnEveryRank(size(), kAmple, [this](Collective& c) {
+    if (!Used(c)) return;
+    const Partial own = Own(c, 5, 0);
+    Partial ours, theirs;
+    const auto pass = [&] {
+      ours = backend_->CombineOverPeers(own, *c.NextPeerExchange("exchange"));
+      theirs = Gathered(c, own);
+      ours = backend_->CombineOverPeers(own, *c.NextPeerExchange("exchange"));
+    };
+    pass();
+    c.Check();
+    at::cuda::CUDAGraph graph;
+    graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    pass();
+    graph.capture_end();
+    for (int round = 1; round < 30; ++round) {
+      const Partial next = Own(c, 5, round);
+      own.out.copy_(next.out);
+      own.lse.copy_(next.lse);
+      c.BeforeReplay();
+      graph.replay();
+      c.Check();
+      ExpectSame(ours, theirs, "replay " + std::to_string(round));
+      ExpectSame(ours, Gathered(c, own), "outside " + std::to_string(round));
+    }
+  });
+}
+
+TEST_P(PeerTest, OneRankThatMayNotIsEnoughForNone) {
+  if (size() == 1) GTEST_SKIP() << "one rank has no peers";
+  OnEveryRank(size(), kAmple, [](Collective& c) {
+    at::Tensor key = at::zeros({128}, at::kByte);
+    if (c.rank() == 0) {
+      const std::string id = MakeNcclId();
+      ASSERT_EQ(id.size(), 128u);
+      std::memcpy(key.data_ptr(), id.data(), id.size());
+    }
+    c.Broadcast(key, 0);
+    const std::string id(static_cast<const char*>(key.data_ptr()), 128);
+    const auto other = MakeNcclCollective(id, c.rank(), c.size(), kAmple, /*peer_memory=*/c.rank() != c.size() - 1);
+    EXPECT_EQ(other->NextPeerExchange("exchange"), nullptr);
+    at::Tensor word = at::full({1}, 1.0, at::kFloat);
+    other->AllReduceSum(word);
+    EXPECT_EQ(word.data_ptr<float>()[0], static_cast<float>(c.size()));
+  });
+}
+
+// Eager or replayed, a kernel whose peer stays away lets go of the host with the deadline.
+TEST_P(PeerTest, AnExchangeThatNobodyJoinsEndsWithTheDeadline) {
+  if (size() == 1) GTEST_SKIP() << "one rank waits for nobody";
+  OnEveryRank(size(), WorldShortDeadline(), [this](Collective& c) {
+    if (!Used(c)) return;
+    const Partial own = Own(c, 128, 0);
+    const auto pass = [&] {
+      for (int i = 0; i < 3; ++i) backend_->CombineOverPeers(own, *c.NextPeerExchange("exchange"));
+    };
+    auto& graph = *new at::cuda::CUDAGraph;  // as in a process that ends: nothing is taken apart
+    pass();
+    c.Check();
+    graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
+    pass();
+    graph.capture_end();
+    const at::Tensor here = at::full({1}, 1.0f, at::kFloat);
+    at::Tensor all = at::empty({c.size()}, at::kFloat);
+    c.AllGatherRows(here, std::vector<int64_t>(c.size(), 1), all);  // nobody leaves while another one captures
+    if (c.rank() == c.size() - 1) return c.Abort("stays away");
+    const auto begin = std::chrono::steady_clock::now();
+    const auto replay = [&] {
+      c.BeforeReplay();
+      graph.replay();
+      c.Check();
+    };
+    EXPECT_THROW(replay(), CollectiveError);
+    EXPECT_THROW(c.NextPeerExchange("exchange"), CollectiveError);
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    EXPECT_GT(seconds, 0.5 * WorldShortDeadline());
+    EXPECT_LT(seconds, WorldShortDeadline() + 2.0);
   });
 }
 

@@ -1,19 +1,23 @@
 // mpirun -np P collective_speed_nccl: of collectives of 8 KiB to 1 GiB a rank, microseconds from the call to the seen
 // end (alone), and one of many in a row (eager: the host enqueues each; graph: replayed), with bus bandwidth: bytes
-// that pass the busiest link of an ideal ring, per second.
+// that pass the busiest link of an ideal ring, per second. Then what a layer exchanges of replicated rows, through NCCL
+// and through the memory of the other GPUs.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include <ATen/TensorOperators.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/full.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include "worker/backend.h"
 #include "worker/device.h"
 #include "worker/launch.h"
 
@@ -107,6 +111,33 @@ void Measure(Collective& c) {
   if (c.rank() == 0) std::printf("control word from rank 0's CPU to all: %.1f us\n", Median(times));
 }
 
+// What a layer exchanges of rows that all ranks compute, in the shape of a model of 4B: partials combined, dq added up.
+void MeasureExchange(Collective& c, Backend& backend) {
+  const auto gpu = at::TensorOptions(at::kCUDA).dtype(at::kFloat);
+  constexpr int64_t kHeads = 32, kHeadDim = 128;
+  const int64_t n = c.size();
+  const double part = static_cast<double>(n - 1);
+  for (const int64_t rows : {1, 16, 128}) {
+    const Partial own{at::full({rows, kHeads, kHeadDim}, 1e-3f, gpu), at::full({rows, kHeads}, 1.0f, gpu), at::Tensor()};
+    at::Tensor out = at::empty({n * rows, kHeads, kHeadDim}, gpu), lse = at::empty({n * rows, kHeads}, gpu);
+    const std::vector<int64_t> counts(n, rows);
+    const int64_t bytes = rows * kHeads * kHeadDim * 4;
+    Report(c, "combine, NCCL", bytes, part, [&] {
+      c.AllGatherRows(own.out, counts, out);
+      c.AllGatherRows(own.lse, counts, lse);
+      backend.Combine(out.view({n, rows, kHeads, kHeadDim}), lse.view({n, rows, kHeads}));
+    });
+    Report(c, "sum, NCCL", bytes, part, [&] {
+      c.AllGatherRows(own.out, counts, out);
+      for (int64_t r = 1; r < n; ++r) own.out + out.narrow(0, r * rows, rows);
+    });
+    if (c.NextPeerExchange("question") == nullptr) continue;
+    Report(c, "combine, peers", bytes, part,
+           [&] { backend.CombineOverPeers(own, *c.NextPeerExchange("exchange of partials")); });
+    Report(c, "sum, peers", bytes, part, [&] { backend.SumOverPeers(own.out, *c.NextPeerExchange("sum of dq")); });
+  }
+}
+
 int Main() {
   const Launch launch = StartLaunch();
   const auto gpu = UseGpu(launch.local_rank, launch.ranks_on_host);
@@ -118,7 +149,13 @@ int Main() {
   ShareFromRankZero(&id);
   {
     const auto collective = MakeNcclCollective(id, launch.rank, launch.size, 60.0);
+    ModelConfig config;
+    config.heads = 32;
+    config.head_dim = 128;
+    const std::unique_ptr<Backend> backend = MakeGpuBackend(config, *gpu);
+    backend->Bind();
     Measure(*collective);
+    MeasureExchange(*collective, *backend);
   }
   FinishLaunch(launch);
   std::fflush(stdout);

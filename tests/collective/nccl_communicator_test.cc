@@ -63,6 +63,7 @@ namespace {
 
 using nccl::Clock;
 using nccl::Communicator;
+using nccl::kGiveUp;
 
 double SecondsSince(Clock::time_point begin) { return std::chrono::duration<double>(Clock::now() - begin).count(); }
 
@@ -199,6 +200,36 @@ TEST_F(CommunicatorTest, AnAbortThatHangsHoldsNobody) {
   EXPECT_FALSE(c->Close());
   EXPECT_LT(SecondsSince(begin), 1.0);
   fake->abort_hangs = false;
+}
+
+// The word that kernels look at while they wait for other GPUs: set when the group is lost, and heeded when they set it.
+TEST_F(CommunicatorTest, KernelsAreToldAndHeard) {
+  uint32_t told = 0;
+  const auto c = Make(60);
+  c->Guard(&told);
+  c->Begin("exchange", 7);
+  EXPECT_EQ(ThrownWithin(*c, 0.2), "nothing was thrown");
+  EXPECT_EQ(std::atomic_ref<uint32_t>(told).load(), 0u);
+  c->Lose("aborted: told so");
+  EXPECT_TRUE(Aborted());
+  EXPECT_EQ(std::atomic_ref<uint32_t>(told).load(), kGiveUp);
+  EXPECT_EQ(Thrown([&] { c->ThrowIfLost(); }), "aborted: told so");
+
+  fake = new Fake;
+  uint32_t late = 0;
+  for (const bool by_watchdog : {false, true}) {
+    fake->aborts = 0;
+    late = 0;
+    const auto d = Make(60);
+    d->Guard(&late);
+    d->Begin("exchange", 8);
+    std::atomic_ref<uint32_t>{late}.store(2);
+    EXPECT_TRUE(!by_watchdog || Aborted());
+    const std::string what = Thrown([&] { d->ThrowIfLost(); });
+    EXPECT_NE(what.find("exchange (collective 8) of rank 1 of 2: waited beyond the deadline"), std::string::npos) << what;
+    EXPECT_TRUE(Aborted());
+    EXPECT_EQ(Thrown([&] { d->Begin("exchange", 9); }), what);
+  }
 }
 
 // A host thread inside the driver, on a device that does not come back.

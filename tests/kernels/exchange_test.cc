@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <memory>
 #include <thread>
 
@@ -13,6 +14,9 @@
 
 namespace refocus::kernels {
 namespace {
+
+// A queue of its own for each stream: in one that they share, a rank's kernel would stand behind what waits for it.
+[[maybe_unused]] const int kQueues = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
 
 constexpr ExchangeWay kWays[] = {ExchangeWay::kPacked, ExchangeWay::kFlagged, ExchangeWay::kBySize};
 const char* const kWayNames[] = {"packed", "flagged", "by size"};

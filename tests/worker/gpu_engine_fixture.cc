@@ -73,18 +73,19 @@ std::shared_ptr<const Weights> RandomWeights(const ModelConfig& config, at::Devi
   return std::make_shared<const Weights>(std::move(weights).value());
 }
 
-std::unique_ptr<Group> GpuGroup(const ModelConfig& config, int ranks, KvType kv) {
+std::unique_ptr<Group> GpuGroup(const ModelConfig& config, int ranks, KvType kv, bool peer_memory) {
   const std::string id = ranks > 1 ? MakeGpuGroupId() : std::string();
   return std::make_unique<Group>(
       ranks,
-      [config, ranks, id, kv](int rank) {
+      [config, ranks, id, kv, peer_memory](int rank) {
         StatusOr<Gpu> gpu = UseGpu(rank, ranks);
         if (!gpu.ok()) {
           std::fprintf(stderr, "%s\n", gpu.status().ToString().c_str());
           std::abort();
         }
         return RankParts{RandomWeights(config, at::Device(at::kCUDA, static_cast<int8_t>(rank))),
-                         MakeGpuBackend(config, *gpu, kv), MakeGpuCollective(id, rank, ranks, 60.0)};
+                         MakeGpuBackend(config, *gpu, kv),
+                         MakeGpuCollective(id, rank, ranks, 60.0, peer_memory)};
       },
       int64_t{16} << 30);
 }

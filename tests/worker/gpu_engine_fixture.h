@@ -30,7 +30,8 @@ std::vector<GpuCase> GpuCases();
 
 // The same weights on every call.
 std::shared_ptr<const Weights> RandomWeights(const ModelConfig& config, at::Device device);
-std::unique_ptr<Group> GpuGroup(const ModelConfig& config, int ranks, KvType kv = KvType::kDevice);
+std::unique_ptr<Group> GpuGroup(const ModelConfig& config, int ranks, KvType kv = KvType::kDevice,
+                                bool peer_memory = true);
 
 std::vector<int32_t> RandomIds(int64_t count, int64_t vocab, uint64_t seed);
 Span SpanAt(const std::vector<int32_t>& ids, int64_t start, int64_t rows);

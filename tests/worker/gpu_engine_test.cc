@@ -314,10 +314,11 @@ TEST_P(GpuEngineTest, AttentionMass) {
   }
 }
 
-TEST_P(GpuEngineTest, TheSameBitsTwice) {
+// Also when partials and dq travel another way: the third run exchanges through NCCL alone.
+TEST_P(GpuEngineTest, TheSameBitsTwiceAndThroughNccl) {
   std::vector<std::vector<double>> runs;
-  for (int run = 0; run < 2; ++run) {
-    const std::unique_ptr<Group> group = GpuGroup(config_, ranks_);
+  for (int run = 0; run < (ranks_ == 1 ? 2 : 3); ++run) {
+    const std::unique_ptr<Group> group = GpuGroup(config_, ranks_, KvType::kDevice, /*peer_memory=*/run < 2);
     group->Prefill(kContext, ids_, 400);
     group->Do(BeginAdapt{kContext, kAdapter});
     std::vector<double> seen;
@@ -334,7 +335,7 @@ TEST_P(GpuEngineTest, TheSameBitsTwice) {
     }
     runs.push_back(std::move(seen));
   }
-  EXPECT_EQ(runs[0], runs[1]);
+  for (size_t run = 1; run < runs.size(); ++run) EXPECT_EQ(runs[0], runs[run]) << "run " << run;
 }
 
 INSTANTIATE_TEST_SUITE_P(Shapes, GpuEngineTest,
