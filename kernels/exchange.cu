@@ -17,12 +17,17 @@ constexpr int kPackedThreads = 128;
 constexpr int kPackedItems = 256;  // of a block's round
 constexpr int kPackedGroups = 128;
 constexpr int kPackedBytes = (2 * kPackedItems + kPackedGroups) * 16;
-constexpr int kFlaggedThreads = 512;
-constexpr int kFlaggedItems = 1056;  // of 2 MB and their lse, what a block has
+constexpr int kSenders = 512;
+constexpr int kFlaggedThreads = kSenders + 32;
+constexpr int kStages = 4;  // a thread has an item in each
+constexpr int kFlaggedItems = kStages * kSenders;
 constexpr int kFlaggedGroups = kFlaggedItems / 2;
-constexpr int kFlagBytes = 128;
-constexpr int kFlaggedBytes = (kFlagBytes + kFlaggedItems * 16 + kFlaggedGroups * 4 + 127) / 128 * 128;
-constexpr int64_t kRegionBytes = kPackedBytes + kFlaggedBytes;
+constexpr int kFlagStride = 32;
+constexpr int kFlagsAt = kPackedBytes;  // in a region
+constexpr int kItemsAt = kFlagsAt + kStages * kFlagStride;
+constexpr int kLseAt = kItemsAt + kFlaggedItems * 16;
+constexpr int64_t kRegionBytes = kLseAt + kFlaggedGroups * 4;
+static_assert(kRegionBytes % 128 == 0 && kItemsAt % 128 == 0);
 constexpr int64_t kPackedMostBytes = 256 << 10;  // of a message: from there on twice the bytes cost more than a flag
 constexpr int kLooks = 64;  // between two looks at what may end a wait
 
@@ -204,79 +209,111 @@ __global__ void __launch_bounds__(kPackedThreads) PackedKernel(const __grid_cons
   if (threadIdx.x == 0) *Rounds(peers) = round;
 }
 
+// A block's items go out in stages with a flag each, so that what has arrived is combined while the rest travels. The
+// senders wait for nobody before they receive: a warp of its own waits until a stage has left the GPU, and flags it.
+__device__ __forceinline__ void StageIsSent(int stage) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(1 + stage), "n"(kFlaggedThreads) : "memory");
+}
+__device__ __forceinline__ void AwaitStageSent(int stage) {
+  asm volatile("barrier.cta.sync %0, %1;" ::"r"(1 + stage), "n"(kFlaggedThreads) : "memory");
+}
+
+template <bool kWeighted, int kMost>
+__device__ __forceinline__ void SendStages(const Job& job, int64_t first, int groups, int stages, uint64_t round,
+                                           const float4 (&own)[kStages]) {
+  const PeerMemory& peers = job.peers;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int items = groups * job.pieces;
+  if constexpr (kWeighted) {
+    for (int g = thread; g < groups; g += kSenders) {
+      const float lse = job.own.part_lse[first + g];
+      for (int r = 0; r < peers.ranks; ++r) {
+        if (r == peers.rank) continue;
+        reinterpret_cast<float*>(Region(peers, r, peers.rank, round) + kLseAt)[g] = lse;
+      }
+    }
+  }
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) {
+    if (s >= stages) break;
+    const int i = s * kSenders + thread;
+#pragma unroll
+    for (int r = 0; r < kMost; ++r) {
+      if (r >= peers.ranks || r == peers.rank || i >= items) continue;
+      reinterpret_cast<float4*>(Region(peers, r, peers.rank, round) + kItemsAt)[i] = own[s];
+    }
+    StageIsSent(s);
+  }
+}
+
+template <bool kWeighted, int kMost>
+__device__ __forceinline__ void ReceiveStages(const Job& job, int64_t first, int groups, int stages, uint64_t round,
+                                              const float4 (&own)[kStages]) {
+  const PeerMemory& peers = job.peers;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
+  const int items = groups * job.pieces;
+  Patience patience(peers);
+#pragma unroll
+  for (int s = 0; s < kStages; ++s) {
+    if (s >= stages) break;
+    if (lane < peers.ranks && lane != peers.rank) {
+      const char* const flag = Region(peers, peers.rank, lane, round) + kFlagsAt + s * kFlagStride;
+      while (AcquireFlag(flag) != round && !patience.Over()) {
+      }
+    }
+    __syncwarp();
+    const int i = s * kSenders + thread;
+    if (i >= items) continue;
+    const int group = i / job.pieces;
+    float lse[kMost];
+    float4 x[kMost];
+#pragma unroll
+    for (int r = 0; r < kMost; ++r) {
+      lse[r] = -INFINITY;
+      x[r] = own[s];
+      if (r >= peers.ranks) continue;
+      const char* const from = Region(peers, peers.rank, r, round);
+      if (r != peers.rank) x[r] = LoadItem(from + kItemsAt + i * 16);
+      if constexpr (kWeighted) {
+        lse[r] = r == peers.rank ? job.own.part_lse[first + group] : LoadLse(from + kLseAt + group * 4);
+      }
+    }
+    Finish<kWeighted>(job, first, i, lse, x);
+  }
+}
+
 template <bool kWeighted, int kMost>
 __global__ void __launch_bounds__(kFlaggedThreads) FlaggedKernel(const __grid_constant__ Job job) {
-  constexpr int kAtOnce = kMost <= 4 ? 2 : 1;  // items of a thread whose loads are under way together
-  constexpr int kStride = kFlaggedThreads * kAtOnce;
-  constexpr int kLseAt = kFlagBytes + kFlaggedItems * 16;
   BeginInTurn();
   const PeerMemory& peers = job.peers;
-  const int rank = peers.rank, ranks = peers.ranks, thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x);
   uint64_t round = *Rounds(peers);
   for (int64_t first = int64_t{blockIdx.x} * job.chunk; first < job.groups; first += int64_t{gridDim.x} * job.chunk) {
     ++round;
     const int groups = static_cast<int>(min(int64_t{job.chunk}, job.groups - first));
     const int items = groups * job.pieces;
-    const float4* const in = reinterpret_cast<const float4*>(job.own.part_out) + first * job.pieces;
-    for (int begin = thread; begin < items; begin += kStride) {
-      float4 x[kAtOnce];
+    const int stages = (items + kSenders - 1) / kSenders;
+    if (thread < kSenders) {
+      const float4* const in = reinterpret_cast<const float4*>(job.own.part_out) + first * job.pieces;
+      float4 own[kStages];
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) x[j] = in[min(begin + j * kFlaggedThreads, items - 1)];
+      for (int s = 0; s < kStages; ++s) {
+        own[s] = s * kSenders + thread < items ? in[s * kSenders + thread] : float4{};
+      }
+      SendStages<kWeighted, kMost>(job, first, groups, stages, round, own);
+      ReceiveStages<kWeighted, kMost>(job, first, groups, stages, round, own);
+    } else {
+      const int to = thread - kSenders;
 #pragma unroll
-      for (int r = 0; r < kMost; ++r) {
-        if (r >= ranks || r == rank) continue;
-        float4* const to = reinterpret_cast<float4*>(Region(peers, r, rank, round) + kPackedBytes + kFlagBytes);
-#pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-          if (begin + j * kFlaggedThreads < items) to[begin + j * kFlaggedThreads] = x[j];
-        }
+      for (int s = 0; s < kStages; ++s) {
+        if (s >= stages) break;
+        AwaitStageSent(s);
+        if (to >= peers.ranks || to == peers.rank) continue;
+        ReleaseFlag(Region(peers, to, peers.rank, round) + kFlagsAt + s * kFlagStride, round);
       }
     }
-    if constexpr (kWeighted) {
-      for (int g = thread; g < groups; g += kFlaggedThreads) {
-        const float lse = job.own.part_lse[first + g];
-        for (int r = 0; r < ranks; ++r) {
-          if (r == rank) continue;
-          reinterpret_cast<float*>(Region(peers, r, rank, round) + kPackedBytes + kLseAt)[g] = lse;
-        }
-      }
-    }
-    __syncthreads();
-    if (thread < ranks && thread != rank) {  // one thread a peer
-      ReleaseFlag(Region(peers, thread, rank, round) + kPackedBytes, round);
-      const char* const flag = Region(peers, rank, thread, round) + kPackedBytes;
-      Patience patience(peers);
-      while (AcquireFlag(flag) != round && !patience.Over()) {
-      }
-    }
-    __syncthreads();
-    for (int begin = thread; begin < items; begin += kStride) {
-      float lse[kAtOnce][kMost];
-      float4 x[kAtOnce][kMost];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        // Behind the last item: that item again.
-        const int i = min(begin + j * kFlaggedThreads, items - 1);
-        const int group = i / job.pieces;
-#pragma unroll
-        for (int r = 0; r < kMost; ++r) {
-          lse[j][r] = -INFINITY;
-          x[j][r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          if (r >= ranks) continue;
-          const char* const from = Region(peers, rank, r, round) + kPackedBytes;
-          x[j][r] = r == rank ? in[i] : LoadItem(from + kFlagBytes + i * 16);
-          if constexpr (kWeighted) lse[j][r] = r == rank ? job.own.part_lse[first + group] : LoadLse(from + kLseAt + group * 4);
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (begin + j * kFlaggedThreads < items) {
-          Finish<kWeighted>(job, first, begin + j * kFlaggedThreads, lse[j], x[j]);
-        }
-      }
-    }
+    __syncthreads();  // a stage's barrier is used again, and all have read the count
   }
-  // All threads have read the count: a barrier stands before.
   if (thread == 0) *Rounds(peers) = round;
 }
 

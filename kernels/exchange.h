@@ -20,7 +20,8 @@
 // How a receiver knows that a region is filled:
 //   packed   for short messages: every 16 bytes hold two floats and the round's number and are written and read in one
 //            piece (PTX ISA, ld and st of .b128). Twice the bytes, one trip.
-//   flagged  for long ones: data, then a flag with the round's number, released and acquired at system scope.
+//   flagged  for long ones: data in a few stages, a flag with the round's number behind each, released and acquired at
+//            system scope.
 // Both share the count of rounds, so they may follow each other in any order; each has regions of its own, since data of
 // one could pass for a round's number of the other.
 //
