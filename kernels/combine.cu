@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Few parts: a thread for four columns, all its loads under way at once.
+// Few parts: a thread for four columns.
 __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant__ CombineParams p) {
   BeginInTurn();
   const int pieces = p.head_dim / 4;
@@ -19,74 +19,20 @@ __global__ void __launch_bounds__(kThreads) CombineKernel(const __grid_constant_
   const int64_t row_heads = p.rows * p.heads;
   const int64_t row_head = thread / pieces;
   if (row_head >= row_heads) return;
-  const int parts = static_cast<int>(p.parts);
-  float lse[kPartsInOrder];
-  float4 x[kPartsInOrder];
-#pragma unroll
-  for (int i = 0; i < kPartsInOrder; ++i) {
-    // Behind the last part: that part again, as an empty one.
-    const int part = i < parts ? i : parts - 1;
-    lse[i] = i < parts ? p.part_lse[part * row_heads + row_head] : -INFINITY;
-    x[i] = parts > 0 ? reinterpret_cast<const float4*>(p.part_out)[part * row_heads * pieces + thread] : float4{};
-  }
-  CombineInOrder(lse, x, p, row_head, static_cast<int>(thread - row_head * pieces), pieces);
+  const int piece = static_cast<int>(thread - row_head * pieces);
+  WeightedSum sum;
+  const float high = CombineFew(p, row_head, piece, &sum);
+  sum.Store(p, row_head, piece, pieces, high);
 }
-
-// Many parts: a block for a row and head and up to 128 columns. Warps take parts in turn, lanes four columns each, so
-// that the loads of all parts are under way together; then warps are added up in order.
-constexpr int kManyThreads = 512;
-constexpr int kManyWarps = kManyThreads / 32;
-constexpr int kAhead = 4;  // parts of a warp
 
 __global__ void __launch_bounds__(kManyThreads) CombineManyKernel(const __grid_constant__ CombineParams p) {
   BeginInTurn();
-  __shared__ float highs[kManyWarps];
-  __shared__ float weights[kManyWarps];
-  __shared__ float4 outs[kManyWarps][32];
+  __shared__ ManyScratch scratch;
   const int pieces = p.head_dim / 4;
-  const int parts = static_cast<int>(p.parts);
-  const int64_t row_heads = p.rows * p.heads;
-  const int64_t row_head = blockIdx.x;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int piece = blockIdx.y * 32 + lane;
-  const float* const lse_from = p.part_lse + row_head;
-  const float4* const from = reinterpret_cast<const float4*>(p.part_out) + row_head * pieces + piece;
-  float lse[kAhead];
-  float4 x[kAhead];
-  const auto load = [&](int first) {
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int part = first + i * kManyWarps;
-      lse[i] = part < parts ? lse_from[part * row_heads] : -INFINITY;
-      x[i] = part < parts && piece < pieces ? from[part * row_heads * pieces] : float4{};
-    }
-  };
-  load(warp);
-  float high = -INFINITY;
-  for (int i = threadIdx.x; i < parts; i += kManyThreads) high = fmaxf(high, lse_from[i * row_heads]);
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, mask));
-  if (lane == 0) highs[warp] = high;
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kManyWarps; ++i) high = fmaxf(high, highs[i]);
-  const float base = high == -INFINITY ? 0.0f : high;
-
+  const int piece = blockIdx.y * 32 + threadIdx.x % 32;
   WeightedSum sum;
-  for (int part = warp; part < parts; part += kAhead * kManyWarps) {
-    if (part != warp) load(part);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (lse[i] != -INFINITY) sum.Add(expf(lse[i] - base), 1.0f, x[i]);  // as above
-    }
-  }
-  if (lane == 0) weights[warp] = sum.weight;
-  outs[warp][lane] = sum.out;
-  __syncthreads();
-  if (warp != 0 || piece >= pieces) return;
-#pragma unroll
-  for (int i = 1; i < kManyWarps; ++i) sum.Add(1.0f, weights[i], outs[i][lane]);
-  sum.Store(p, row_head, piece, pieces, high);
+  const float high = CombineMany(p, blockIdx.x, piece, scratch, &sum);
+  if (threadIdx.x < 32 && piece < pieces) sum.Store(p, blockIdx.x, piece, pieces, high);
 }
 
 __global__ void __launch_bounds__(kThreads) SumKernel(const float4* parts, int count, int64_t pieces, float4* sum) {

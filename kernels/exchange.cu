@@ -13,6 +13,7 @@ namespace refocus::kernels {
 namespace {
 
 // An item is four floats, a group what shares an lse: the items of a row and head. A sum's groups are single items.
+constexpr int kBlocksPerSm = 2;  // no fewer: kExchangeBlocks are resident at once on the smallest Hopper GPU, of 78
 constexpr int kPackedThreads = 128;
 constexpr int kPackedItems = 256;  // of a block's round
 constexpr int kPackedGroups = 128;
@@ -131,7 +132,9 @@ __device__ __forceinline__ void Finish(const Job& job, int64_t first, int item, 
                                        const float4 (&x)[kMost]) {
   if constexpr (kWeighted) {
     const int group = item / job.pieces;
-    CombineInOrder(lse, x, job.own, first + group, item - group * job.pieces, job.pieces);
+    WeightedSum sum;
+    const float high = AddInOrder(lse, x, &sum);
+    sum.Store(job.own, first + group, item - group * job.pieces, job.pieces, high);
   } else {
     float4 total = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 #pragma unroll
@@ -142,72 +145,121 @@ __device__ __forceinline__ void Finish(const Job& job, int64_t first, int item, 
   }
 }
 
-// `kMost`: no fewer than the ranks, so that all loads of an item are under way together.
+// ---- Packed. A region has two words an item, then one a group.
+
+template <int kMost>
+__device__ __forceinline__ void SendItem(const PeerMemory& peers, uint64_t round, int item, const float4& x) {
+#pragma unroll
+  for (int r = 0; r < kMost; ++r) {
+    if (r >= peers.ranks || r == peers.rank) continue;
+    char* const to = Region(peers, r, peers.rank, round) + item * 32;
+    StoreWord(to, x.x, x.y, round);
+    StoreWord(to + 16, x.z, x.w, round);
+  }
+}
+
+__device__ __forceinline__ void SendLse(const PeerMemory& peers, uint64_t round, int group, float lse) {
+  for (int r = 0; r < peers.ranks; ++r) {
+    if (r != peers.rank) StoreWord(Region(peers, r, peers.rank, round) + (2 * kPackedItems + group) * 16, lse, 0, round);
+  }
+}
+
+// The parts of all ranks, in rank order, with this rank's own; waits for the others. `kMost`: no fewer than the ranks, so
+// that all loads are under way together.
+template <bool kWeighted, int kMost>
+__device__ __forceinline__ void ReceiveItem(const PeerMemory& peers, uint64_t round, int item, int group, float own_lse,
+                                            const float4& own, Patience& patience, float (&lse)[kMost],
+                                            float4 (&x)[kMost]) {
+#pragma unroll
+  for (int r = 0; r < kMost; ++r) {
+    lse[r] = r == peers.rank ? own_lse : -INFINITY;
+    x[r] = own;
+  }
+  bool here;
+  do {
+    here = true;
+#pragma unroll
+    for (int r = 0; r < kMost; ++r) {
+      if (r >= peers.ranks || r == peers.rank) continue;
+      const char* const from = Region(peers, peers.rank, r, round);
+      const Word low = LoadWord(from + item * 32), high = LoadWord(from + item * 32 + 16);
+      x[r] = make_float4(low.a, low.b, high.a, high.b);
+      here = here && low.round == round && high.round == round;
+      if constexpr (kWeighted) {
+        const Word weight = LoadWord(from + (2 * kPackedItems + group) * 16);
+        lse[r] = weight.a;
+        here = here && weight.round == round;
+      }
+    }
+  } while (!here && !patience.Over());
+}
+
 template <bool kWeighted, int kMost>
 __global__ void __launch_bounds__(kPackedThreads) PackedKernel(const __grid_constant__ Job job) {
   BeginInTurn();
   const PeerMemory& peers = job.peers;
-  const int rank = peers.rank, ranks = peers.ranks;
-  const float4* const in = reinterpret_cast<const float4*>(job.own.part_out);
   uint64_t round = *Rounds(peers);
   for (int64_t first = int64_t{blockIdx.x} * job.chunk; first < job.groups; first += int64_t{gridDim.x} * job.chunk) {
     ++round;
     const int groups = static_cast<int>(min(int64_t{job.chunk}, job.groups - first));
     const int items = groups * job.pieces;
-    for (int i = threadIdx.x; i < items; i += kPackedThreads) {
-      const float4 x = in[first * job.pieces + i];
-#pragma unroll
-      for (int r = 0; r < kMost; ++r) {
-        if (r >= ranks || r == rank) continue;
-        char* const to = Region(peers, r, rank, round) + i * 32;
-        StoreWord(to, x.x, x.y, round);
-        StoreWord(to + 16, x.z, x.w, round);
-      }
-    }
+    const float4* const in = reinterpret_cast<const float4*>(job.own.part_out) + first * job.pieces;
+    for (int i = threadIdx.x; i < items; i += kPackedThreads) SendItem<kMost>(peers, round, i, in[i]);
     if constexpr (kWeighted) {
-      for (int g = threadIdx.x; g < groups; g += kPackedThreads) {
-        const float lse = job.own.part_lse[first + g];
-        for (int r = 0; r < ranks; ++r) {
-          if (r != rank) StoreWord(Region(peers, r, rank, round) + (2 * kPackedItems + g) * 16, lse, 0.0f, round);
-        }
-      }
+      for (int g = threadIdx.x; g < groups; g += kPackedThreads) SendLse(peers, round, g, job.own.part_lse[first + g]);
     }
     Patience patience(peers);
     for (int i = threadIdx.x; i < items; i += kPackedThreads) {
       const int group = i / job.pieces;
       float lse[kMost];
       float4 x[kMost];
-#pragma unroll
-      for (int r = 0; r < kMost; ++r) {
-        lse[r] = -INFINITY;
-        x[r] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (r != rank) continue;
-        x[r] = in[first * job.pieces + i];
-        if constexpr (kWeighted) lse[r] = job.own.part_lse[first + group];
-      }
-      bool here;
-      do {
-        here = true;
-#pragma unroll
-        for (int r = 0; r < kMost; ++r) {
-          if (r >= ranks || r == rank) continue;
-          const char* const from = Region(peers, rank, r, round);
-          const Word low = LoadWord(from + i * 32), high = LoadWord(from + i * 32 + 16);
-          x[r] = make_float4(low.a, low.b, high.a, high.b);
-          here = here && low.round == round && high.round == round;
-          if constexpr (kWeighted) {
-            const Word weight = LoadWord(from + (2 * kPackedItems + group) * 16);
-            lse[r] = weight.a;
-            here = here && weight.round == round;
-          }
-        }
-      } while (!here && !patience.Over());
+      ReceiveItem<kWeighted>(peers, round, i, group, kWeighted ? job.own.part_lse[first + group] : 0.0f, in[i], patience,
+                             lse, x);
       Finish<kWeighted>(job, first, i, lse, x);
     }
     __syncthreads();  // nothing is sent in the next round before all threads have read this one
   }
   if (threadIdx.x == 0) *Rounds(peers) = round;
 }
+
+// A rank's own parts are combined on the way: a block for a row and head and up to 128 columns. How many parts there are,
+// and so how they are combined, may differ from rank to rank.
+template <int kMost>
+__global__ void __launch_bounds__(kManyThreads, kBlocksPerSm) PartsKernel(const __grid_constant__ Job job) {
+  BeginInTurn();
+  __shared__ ManyScratch scratch;
+  const PeerMemory& peers = job.peers;
+  const int lane = threadIdx.x % 32;
+  const int width = (job.pieces + 31) / 32;
+  const uint64_t round = *Rounds(peers) + 1;
+  const int64_t row_head = blockIdx.x / width;
+  const int piece = static_cast<int>(blockIdx.x % width) * 32 + lane;
+  const bool many = job.own.parts > kPartsInOrder;
+  if (!many && threadIdx.x >= 32) return;
+  WeightedSum sum;
+  float high = -INFINITY;
+  if (many) {
+    high = CombineMany(job.own, row_head, piece, scratch, &sum);
+  } else if (piece < job.pieces) {
+    high = CombineFew(job.own, row_head, piece, &sum);
+  }
+  if (threadIdx.x >= 32) return;
+  const float4 own = sum.Out();
+  const float own_lse = sum.Lse(high);
+  if (lane == 0) SendLse(peers, round, 0, own_lse);
+  if (piece < job.pieces) {
+    SendItem<kMost>(peers, round, lane, own);
+    Patience patience(peers);
+    float lse[kMost];
+    float4 x[kMost];
+    ReceiveItem<true>(peers, round, lane, 0, own_lse, own, patience, lse, x);
+    Finish<true>(job, row_head, piece, lse, x);
+  }
+  __syncwarp();  // all have read the count
+  if (lane == 0) *Rounds(peers) = round;
+}
+
+// ---- Flagged.
 
 // A block's items go out in stages with a flag each, so that what has arrived is combined while the rest travels. The
 // senders wait for nobody before they receive: a warp of its own waits until a stage has left the GPU, and flags it.
@@ -283,7 +335,7 @@ __device__ __forceinline__ void ReceiveStages(const Job& job, int64_t first, int
 }
 
 template <bool kWeighted, int kMost>
-__global__ void __launch_bounds__(kFlaggedThreads) FlaggedKernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(kFlaggedThreads, kBlocksPerSm) FlaggedKernel(const __grid_constant__ Job job) {
   BeginInTurn();
   const PeerMemory& peers = job.peers;
   const int thread = static_cast<int>(threadIdx.x);
@@ -323,14 +375,19 @@ cudaError_t Launch(const Job& job, bool packed, uint32_t blocks, cudaStream_t st
                 : LaunchOverlapping(FlaggedKernel<kWeighted, kMost>, dim3(blocks), kFlaggedThreads, 0, stream, job);
 }
 
-// `own` without `pieces` and what follows from them.
+bool IsShape(const CombineParams& p) {
+  return p.rows >= 0 && p.heads > 0 && p.head_dim > 0 && p.head_dim % 8 == 0 && p.head_dim <= kMaxHeadDim;
+}
+
+bool ArePeers(const PeerMemory& p) {
+  return p.ranks >= 2 && p.ranks <= kMostPeers && p.rank >= 0 && p.rank < p.ranks && p.blocks >= 1 &&
+         p.blocks <= kExchangeBlocks && p.given_up != nullptr;
+}
+
 template <bool kWeighted>
 cudaError_t Exchange(const PeerMemory& peers, const CombineParams& own, int64_t groups, int pieces, ExchangeWay way,
                      cudaStream_t stream) {
-  if (peers.ranks < 2 || peers.ranks > kMostPeers || peers.rank < 0 || peers.rank >= peers.ranks) {
-    return cudaErrorInvalidValue;
-  }
-  if (peers.blocks < 1 || peers.blocks > kExchangeBlocks || peers.given_up == nullptr) return cudaErrorInvalidValue;
+  if (!ArePeers(peers)) return cudaErrorInvalidValue;
   if (groups == 0) return cudaSuccess;
   const int64_t bytes = groups * pieces * 16;
   const bool packed = way == ExchangeWay::kPacked || (way == ExchangeWay::kBySize && bytes <= kPackedMostBytes);
@@ -338,12 +395,7 @@ cudaError_t Exchange(const PeerMemory& peers, const CombineParams& own, int64_t 
   const int64_t least = packed ? std::max(1, kPackedThreads / pieces) : 1;
   const int64_t most = (packed ? kPackedItems : kFlaggedItems) / pieces;
   const int64_t chunk = std::clamp((groups + peers.blocks - 1) / peers.blocks, std::min(least, most), most);
-  Job job;
-  job.peers = peers;
-  job.own = own;
-  job.groups = groups;
-  job.pieces = pieces;
-  job.chunk = static_cast<int>(chunk);
+  const Job job{peers, own, groups, pieces, static_cast<int>(chunk)};
   const auto blocks = static_cast<uint32_t>(std::min<int64_t>(peers.blocks, (groups + chunk - 1) / chunk));
   if (peers.ranks == 2) return Launch<kWeighted, 2>(job, packed, blocks, stream);
   if (peers.ranks <= 4) return Launch<kWeighted, 4>(job, packed, blocks, stream);
@@ -354,9 +406,23 @@ cudaError_t Exchange(const PeerMemory& peers, const CombineParams& own, int64_t 
 
 int64_t PeerMemoryBytes(int ranks) { return 2 * ranks * kExchangeBlocks * kRegionBytes + kExchangeBlocks * 8; }
 
+bool ExchangePartsFits(int64_t rows, int heads, int head_dim, const PeerMemory& peers) {
+  return rows * heads * ((head_dim / 4 + 31) / 32) <= peers.blocks;
+}
+
+cudaError_t ExchangeParts(const CombineParams& own, const PeerMemory& peers, cudaStream_t stream) {
+  if (own.parts < 0 || !IsShape(own) || !ArePeers(peers)) return cudaErrorInvalidValue;
+  if (!ExchangePartsFits(own.rows, own.heads, own.head_dim, peers)) return cudaErrorInvalidValue;
+  if (own.rows == 0) return cudaSuccess;
+  const Job job{peers, own, own.rows * own.heads, own.head_dim / 4};
+  const dim3 blocks(static_cast<uint32_t>(job.groups * ((job.pieces + 31) / 32)));
+  if (peers.ranks == 2) return LaunchOverlapping(PartsKernel<2>, blocks, kManyThreads, 0, stream, job);
+  if (peers.ranks <= 4) return LaunchOverlapping(PartsKernel<4>, blocks, kManyThreads, 0, stream, job);
+  return LaunchOverlapping(PartsKernel<kMostPeers>, blocks, kManyThreads, 0, stream, job);
+}
+
 cudaError_t ExchangeCombine(const CombineParams& own, const PeerMemory& peers, cudaStream_t stream, ExchangeWay way) {
-  if (own.parts != 1 || own.rows < 0 || own.heads <= 0) return cudaErrorInvalidValue;
-  if (own.head_dim <= 0 || own.head_dim % 8 != 0 || own.head_dim > kMaxHeadDim) return cudaErrorInvalidValue;
+  if (own.parts != 1 || !IsShape(own)) return cudaErrorInvalidValue;
   return Exchange<true>(peers, own, own.rows * own.heads, own.head_dim / 4, way, stream);
 }
 

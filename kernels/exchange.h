@@ -25,6 +25,9 @@
 // Both share the count of rounds, so they may follow each other in any order; each has regions of its own, since data of
 // one could pass for a round's number of the other.
 //
+// A block waits for its like on the other ranks, which therefore must get to run: grids are no larger than what is resident
+// at once, and a kernel that begins early beside this one does so when all blocks of this one are there.
+//
 // A rank that does not come must not hold the others: a wait ends when `given_up` is not 0 or after `deadline_ns`, which
 // then sets it. Results are undefined from then on, and so are later ones.
 #pragma once
@@ -38,7 +41,7 @@
 namespace refocus::kernels {
 
 inline constexpr int kMostPeers = 8;  // ranks of one host
-inline constexpr int kExchangeBlocks = 128;  // one wave of any Hopper GPU
+inline constexpr int kExchangeBlocks = 128;  // all of them resident at once, on any Hopper GPU
 
 struct PeerMemory {
   int rank = 0;
@@ -61,6 +64,11 @@ enum class ExchangeWay { kBySize, kPacked, kFlagged };
 // lse and out_bf16 are those of the combination over all ranks.
 cudaError_t ExchangeCombine(const CombineParams& own, const PeerMemory& peers, cudaStream_t stream,
                             ExchangeWay way = ExchangeWay::kBySize);
+
+// The same of this rank's parts, any number of them and on each rank another one, which are combined in the same kernel.
+// The bits are those of Combine and then ExchangeCombine. For few rows: ExchangePartsFits, which all ranks answer alike.
+bool ExchangePartsFits(int64_t rows, int heads, int head_dim, const PeerMemory& peers);
+cudaError_t ExchangeParts(const CombineParams& own, const PeerMemory& peers, cudaStream_t stream);
 
 // sum[i] = rank 0's x[i] + rank 1's x[i] + ...; elements a multiple of 4.
 cudaError_t ExchangeSum(const float* x, int64_t elements, float* sum, const PeerMemory& peers, cudaStream_t stream,

@@ -255,9 +255,10 @@ class Backend {
                                          const Rotation& rotation, const at::Tensor& slots, const at::Tensor& tails,
                                          int64_t layer) = 0;
   // Attention of each row over the extents of its sweep and its own in `tails`, which `plan` cuts. The sweeps name every
-  // row once, in order. Rows at position -1 see nothing.
+  // row once, in order. Rows at position -1 see nothing. With `peers` as CombineOverPeers of it.
   virtual Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
-                             const at::Tensor& tails, int64_t layer, const ShardPlan& plan) = 0;
+                             const at::Tensor& tails, int64_t layer, const ShardPlan& plan,
+                             const kernels::PeerMemory* peers) = 0;
   // Rows of a group of a decode pass, at least `rows`: few different numbers where a pass is recorded.
   virtual int64_t PaddedRows(int64_t rows) const = 0;
 

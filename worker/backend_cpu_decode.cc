@@ -53,7 +53,9 @@ at::Tensor CpuRowwise::RotateAndAppendRows(const at::Tensor& raw, const HeadWeig
 }
 
 Partial CpuRowwise::AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
-                               const at::Tensor& tails, int64_t layer, const ShardPlan& plan) {
+                               const at::Tensor& tails, int64_t layer, const ShardPlan& plan,
+                               const kernels::PeerMemory* peers) {
+  REFOCUS_CHECK(peers == nullptr);
   const int64_t rows = q.size(0);
   std::vector<int64_t> shape = q.sizes().vec();
   shape.insert(shape.begin(), 2);

@@ -55,7 +55,8 @@ class CpuRowwise : public Backend {
                                  const KeyValueWeights& weights, const KeyValueRows& keys, const Rotation& rotation,
                                  const at::Tensor& slots, const at::Tensor& tails, int64_t layer) override;
   Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
-                     const at::Tensor& tails, int64_t layer, const ShardPlan& plan) override;
+                     const at::Tensor& tails, int64_t layer, const ShardPlan& plan,
+                     const kernels::PeerMemory* peers) override;
   int64_t PaddedRows(int64_t rows) const override { return rows; }
 
   at::Tensor SiluMul(const at::Tensor& gate, const at::Tensor& up) override;

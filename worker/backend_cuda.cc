@@ -164,7 +164,8 @@ class CudaBackend : public CudaRowwise {
   }
 
   Partial AttendRows(const at::Tensor& q, const at::Tensor& pos, const std::vector<RowSweep>& sweeps,
-                     const at::Tensor& tails, int64_t layer, const ShardPlan& plan) override {
+                     const at::Tensor& tails, int64_t layer, const ShardPlan& plan,
+                     const kernels::PeerMemory* peers) override {
     const int64_t rows = q.size(0);
     kernels::AttendTailsParams params;
     params.rows = rows;
@@ -208,7 +209,13 @@ class CudaBackend : public CudaRowwise {
         CheckLaunch(kernels::Attend(shared[i], sm_count_, Stream()), "Attend");
       }
     }
-    return Combine(parts.out, parts.lse);
+    if (peers == nullptr) return Combine(parts.out, parts.lse);
+    if (!kernels::ExchangePartsFits(rows, params.heads, params.head_dim, *peers)) {
+      return CombineOverPeers(Combine(parts.out, parts.lse), *peers);
+    }
+    Partial whole;
+    CheckLaunch(kernels::ExchangeParts(CombineOf(parts.out, parts.lse, &whole), *peers, Stream()), "ExchangeParts");
+    return whole;
   }
 
   // A recording for each power of two.

@@ -58,10 +58,14 @@ at::Tensor Model::GatherRows(const RowPlan& rows, const at::Tensor& own) {
   return all;
 }
 
+const kernels::PeerMemory* Model::PeersFor(const RowPlan& rows, const char* what) {
+  return rows.split() || collective_.size() == 1 ? nullptr : collective_.NextPeerExchange(what);
+}
+
 Partial Model::Exchange(const RowPlan& rows, const Partial& partial) {
   const int64_t ranks = collective_.size();
   if (ranks == 1) return partial;
-  const kernels::PeerMemory* peers = rows.split() ? nullptr : collective_.NextPeerExchange("exchange of partials");
+  const kernels::PeerMemory* peers = PeersFor(rows, "exchange of partials");
   if (peers != nullptr) return backend_.CombineOverPeers(partial, *peers);
   const ModelConfig& c = config();
   const int64_t n = rows.own_rows();
@@ -113,7 +117,10 @@ Partial Model::DecodeAttention(const ForwardInput& input, int64_t layer, const a
     RowSweep& to = sweeps.emplace_back(RowSweep{sweep.first, sweep.rows, {}});
     for (const KvShare& share : sweep.extents) to.extents.push_back(share.View(layer));
   }
-  return Exchange(*input.rows, backend_.AttendRows(*q, input.pos, sweeps, input.tails, layer, plan_));
+  const RowPlan& rows = *input.rows;
+  const kernels::PeerMemory* peers = PeersFor(rows, "exchange of partials");
+  const Partial attention = backend_.AttendRows(*q, input.pos, sweeps, input.tails, layer, plan_, peers);
+  return peers != nullptr ? attention : Exchange(rows, attention);
 }
 
 at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
@@ -126,7 +133,7 @@ at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
     collective_.ReduceScatterRows(dq, rows.counts(), own);
     return own;
   }
-  const kernels::PeerMemory* peers = collective_.NextPeerExchange("sum of dq");
+  const kernels::PeerMemory* peers = PeersFor(rows, "sum of dq");
   if (peers != nullptr) return backend_.SumOverPeers(dq, *peers);
   shape[0] *= ranks;
   at::Tensor parts = at::empty(shape, dq.options());

@@ -111,6 +111,8 @@ class Model {
   Partial Attention(const ForwardInput& input, int64_t layer, const at::Tensor& q, const at::Tensor& h,
                     const Rotation& rotation, at::Tensor* all, OwnKeys* own);
   void Append(const ForwardInput& input, int64_t layer, const at::Tensor& h, const Rotation& rotation);
+  // For one exchange of rows that every rank computes, where GPUs reach each other's memory; else nullptr.
+  const kernels::PeerMemory* PeersFor(const RowPlan& rows, const char* what);
   // The partials of this rank's keys for all rows -> combined attention of own rows.
   Partial Exchange(const RowPlan& rows, const Partial& partial);
   // dq of this rank's keys for all rows -> summed over ranks, own rows.

@@ -270,6 +270,56 @@ TEST_F(ExchangeTest, AThousandInARowDoNotMix) {
   }
 }
 
+// A rank's own splits in the same kernel, another number of them on each rank, few and many.
+TEST_F(ExchangeTest, CombinesPartsOnTheWay) {
+  for (const int count : {2, 4, 8}) {
+    Ranks ranks(count, count == 8 ? 16 : 32);
+    uint64_t seed = 7000 * count;
+    for (const int head_dim : {64, 80, 128, 256}) {
+      for (const int64_t rows : {1, 2}) {
+        for (const int64_t base : {0, 1, 6, 40}) {
+          const int heads = head_dim == 256 ? 4 : 8;
+          const std::string what = std::to_string(count) + " ranks, " + std::to_string(base) + " parts and more, " +
+                                   std::to_string(rows) + " rows, head " + std::to_string(head_dim);
+          ASSERT_EQ(ExchangePartsFits(rows, heads, head_dim, ranks.peers(0)), rows * heads * (head_dim == 256 ? 2 : 1) <=
+                                                                                  ranks.peers(0).blocks);
+          std::vector<std::unique_ptr<Partials>> in;
+          std::vector<std::unique_ptr<Combined>> got;
+          // What one GPU does: combine each rank's parts, then the ranks'.
+          Partials whole(count, rows, heads, head_dim, ++seed);
+          for (int r = 0; r < count; ++r) {
+            in.push_back(std::make_unique<Partials>(static_cast<int>(base) + 1 + 2 * r, rows, heads, head_dim, ++seed));
+            got.push_back(std::make_unique<Combined>(*in[r]));
+            CombineParams own = in[r]->params;
+            own.part_out = in[r]->out->get();
+            own.part_lse = in[r]->lse->get();
+            own.out = whole.out->get() + r * whole.elements();
+            own.lse = whole.lse->get() + r * whole.row_heads();
+            REFOCUS_CUDA(Combine(own, nullptr));
+          }
+          Combined want(whole);
+          CombineParams all = want.Into(whole.params);
+          all.part_out = whole.out->get();
+          all.part_lse = whole.lse->get();
+          REFOCUS_CUDA(Combine(all, nullptr));
+          REFOCUS_CUDA(cudaDeviceSynchronize());
+          for (int repeat = 0; repeat < 2; ++repeat) {  // both parities
+            for (int r = 0; r < count; ++r) {
+              CombineParams own = got[r]->Into(in[r]->params);
+              own.part_out = in[r]->out->get();
+              own.part_lse = in[r]->lse->get();
+              REFOCUS_CUDA(ExchangeParts(own, ranks.peers(r), ranks.stream(r)));
+            }
+          }
+          REFOCUS_CUDA(cudaDeviceSynchronize());
+          ASSERT_FALSE(ranks.GivenUp()) << what;
+          for (int r = 0; r < count; ++r) ExpectSame(*got[r], want, what + ", rank " + std::to_string(r));
+        }
+      }
+    }
+  }
+}
+
 // A replayed graph needs nothing from the host: it counts on where the last run stopped.
 TEST_F(ExchangeTest, GraphsReplay) {
   constexpr int kRanks = 2;
@@ -339,6 +389,10 @@ TEST_F(ExchangeTest, RefusesWhatItCannotDo) {
   CombineParams params = got.Into(in.Of(0));
   params.parts = 2;
   EXPECT_EQ(ExchangeCombine(params, ranks.peers(0), nullptr), cudaErrorInvalidValue);
+  EXPECT_FALSE(ExchangePartsFits(3, 4, 64, ranks.peers(0)));
+  params.rows = 3;
+  EXPECT_EQ(ExchangeParts(params, ranks.peers(0), nullptr), cudaErrorInvalidValue);
+  params.rows = 1;
   params.parts = 1;
   params.head_dim = 12;
   EXPECT_EQ(ExchangeCombine(params, ranks.peers(0), nullptr), cudaErrorInvalidValue);
