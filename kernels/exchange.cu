@@ -160,12 +160,13 @@ __device__ __forceinline__ void SendItem(const PeerMemory& peers, uint64_t round
 
 __device__ __forceinline__ void SendLse(const PeerMemory& peers, uint64_t round, int group, float lse) {
   for (int r = 0; r < peers.ranks; ++r) {
-    if (r != peers.rank) StoreWord(Region(peers, r, peers.rank, round) + (2 * kPackedItems + group) * 16, lse, 0, round);
+    if (r == peers.rank) continue;
+    StoreWord(Region(peers, r, peers.rank, round) + (2 * kPackedItems + group) * 16, lse, 0.0f, round);
   }
 }
 
-// The parts of all ranks, in rank order, with this rank's own; waits for the others. `kMost`: no fewer than the ranks, so
-// that all loads are under way together.
+// The parts of all ranks, in rank order, with this rank's own; waits for the others. `kMost`: no fewer than the ranks,
+// so that all loads are under way together.
 template <bool kWeighted, int kMost>
 __device__ __forceinline__ void ReceiveItem(const PeerMemory& peers, uint64_t round, int item, int group, float own_lse,
                                             const float4& own, Patience& patience, float (&lse)[kMost],
@@ -208,13 +209,14 @@ __global__ void __launch_bounds__(kPackedThreads) PackedKernel(const __grid_cons
     if constexpr (kWeighted) {
       for (int g = threadIdx.x; g < groups; g += kPackedThreads) SendLse(peers, round, g, job.own.part_lse[first + g]);
     }
+    __syncwarp();  // a warp has sent all before a lane waits
     Patience patience(peers);
     for (int i = threadIdx.x; i < items; i += kPackedThreads) {
       const int group = i / job.pieces;
       float lse[kMost];
       float4 x[kMost];
-      ReceiveItem<kWeighted>(peers, round, i, group, kWeighted ? job.own.part_lse[first + group] : 0.0f, in[i], patience,
-                             lse, x);
+      const float own_lse = kWeighted ? job.own.part_lse[first + group] : 0.0f;
+      ReceiveItem<kWeighted>(peers, round, i, group, own_lse, in[i], patience, lse, x);
       Finish<kWeighted>(job, first, i, lse, x);
     }
     __syncthreads();  // nothing is sent in the next round before all threads have read this one
@@ -222,8 +224,8 @@ __global__ void __launch_bounds__(kPackedThreads) PackedKernel(const __grid_cons
   if (threadIdx.x == 0) *Rounds(peers) = round;
 }
 
-// A rank's own parts are combined on the way: a block for a row and head and up to 128 columns. How many parts there are,
-// and so how they are combined, may differ from rank to rank.
+// A rank's own parts are combined on the way: a block for a row and head and up to 128 columns. How many parts there
+// are, and so how they are combined, may differ from rank to rank.
 template <int kMost>
 __global__ void __launch_bounds__(kManyThreads, kBlocksPerSm) PartsKernel(const __grid_constant__ Job job) {
   BeginInTurn();
@@ -247,8 +249,9 @@ __global__ void __launch_bounds__(kManyThreads, kBlocksPerSm) PartsKernel(const 
   const float4 own = sum.Out();
   const float own_lse = sum.Lse(high);
   if (lane == 0) SendLse(peers, round, 0, own_lse);
+  if (piece < job.pieces) SendItem<kMost>(peers, round, lane, own);
+  __syncwarp();  // the warp has sent all before a lane waits
   if (piece < job.pieces) {
-    SendItem<kMost>(peers, round, lane, own);
     Patience patience(peers);
     float lse[kMost];
     float4 x[kMost];

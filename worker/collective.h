@@ -62,8 +62,8 @@ class Collective {
   virtual void BeforeReplay() { Check(); }
 
   // Where GPUs exchange through each other's memory, on all ranks of the group or on none (nullptr): what one exchange
-  // needs (kernels/exchange.h), which the caller enqueues on the current stream before its next call. It counts as a call
-  // of this class.
+  // needs (kernels/exchange.h), which the caller enqueues on the current stream before its next call. It counts as a
+  // call of this class.
   virtual const kernels::PeerMemory* NextPeerExchange(const char* /*what*/) { return nullptr; }
 
   // From any thread: running and later calls throw on all ranks that can still be told.
@@ -82,8 +82,8 @@ std::string MakeNcclId();
 
 // Ranks are processes with a GPU each; the calling thread's current device is this rank's, and the same thread makes
 // all calls. Waits for the other ranks, a minute or the deadline, whichever is longer. One rank with an empty id needs
-// no NCCL. With `peer_memory` on all ranks, and GPUs of one host that reach each other, NextPeerExchange has something to
-// give. After a failure the process must end without destroying captured graphs (std::_Exit): NCCL was told to give
+// no NCCL. With `peer_memory` on all ranks, and GPUs of one host that reach each other, NextPeerExchange has something
+// to give. After a failure the process must end without destroying captured graphs (std::_Exit): NCCL was told to give
 // up, and graphs with its kernels cannot be taken apart any more.
 std::shared_ptr<Collective> MakeNcclCollective(const std::string& id, int rank, int size, double deadline_seconds,
                                                bool peer_memory = true);

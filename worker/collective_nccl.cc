@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <string>
 #include <thread>
@@ -58,11 +57,10 @@ class NcclCollective : public Collective {
   }
 
   ~NcclCollective() override {
-    LeavePeers();
     const bool planned = communicator_->Close();
     if (!watchdog_.joinable()) return;
     planned ? watchdog_.join() : watchdog_.detach();
-    if (!planned) static_cast<void>(peers_.release());  // kernels and the watchdog may still use it
+    if (!planned) static_cast<void>(peers_.release());  // kernels and the watchdog may still use what it has
   }
 
   int rank() const override { return rank_; }
@@ -231,24 +229,6 @@ class NcclCollective : public Collective {
                                         : "GPUs exchange through NCCL alone: " + peers_->why_not());
   }
 
-  // A planned end: nobody frees memory that another one still has open. A rank that does not come loses the group.
-  void LeavePeers() {
-    if (peers_ == nullptr || peers_->memory() == nullptr) return;
-    try {
-      communicator_->Begin("the end of the group", calls_);
-      WaitForStream(nccl::kFinalizeSeconds);
-      peers_->Close();
-      at::Tensor words = Space(at::empty({size_}, at::kByte));
-      communicator_->Run([&](ncclComm_t comm) {
-        return ncclAllGather(Bytes(words) + rank_, Bytes(words), 1, ncclInt8, comm, Stream());
-      });
-      WaitForStream(nccl::kFinalizeSeconds);
-    } catch (const std::exception& error) {
-      communicator_->Lose(std::string("the end of the group: ") + error.what());
-      communicator_->Idle();
-    }
-  }
-
   void Begin(const char* op) {
     REFOCUS_CHECK(std::this_thread::get_id() == owner_);
     if (connecting_) return communicator_->Begin("a start through peer memory", 0);
@@ -260,16 +240,13 @@ class NcclCollective : public Collective {
     if (error != cudaSuccess) communicator_->Fail(std::string(what) + ": " + cudaGetErrorString(error));
   }
 
-  // Longer than that: CollectiveError, and nobody is lost. Without it the watchdog's deadline counts.
-  void WaitForStream(double seconds = std::numeric_limits<double>::infinity()) {
+  void WaitForStream() {
     const cudaStream_t stream = Stream();
-    const int64_t begin = nccl::NowNs();
     for (Pause pause;; pause.Once()) {
       const cudaError_t state = cudaStreamQuery(stream);
       communicator_->ThrowIfLost();  // a kernel that was told to give up ends as if all were well
       if (state == cudaSuccess) break;
       if (state != cudaErrorNotReady) Require(state, "the stream of the collectives");
-      if (static_cast<double>(nccl::NowNs() - begin) * 1e-9 > seconds) throw CollectiveError("the others did not come");
     }
     communicator_->Idle();
   }

@@ -1,13 +1,13 @@
 #include "worker/collective_nccl_peers.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <mutex>
 #include <random>
-#include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "base/check.h"
@@ -40,6 +40,30 @@ void SetText(char (&to)[kSize], const std::string& text) {
   std::snprintf(to, kSize, "%s", text.c_str());
 }
 
+// Memory of this process between two groups.
+struct Block {
+  int device;
+  int ranks;
+  void* memory;        // nullptr: none
+  uint32_t* given_up;
+};
+std::mutex idle_mutex;
+std::vector<Block>& Idle() {
+  static auto* blocks = new std::vector<Block>;
+  return *blocks;
+}
+
+Block TakeIdle(int device, int ranks) {
+  const std::lock_guard<std::mutex> lock(idle_mutex);
+  std::vector<Block>& blocks = Idle();
+  const auto at = std::find_if(blocks.begin(), blocks.end(),
+                               [&](const Block& b) { return b.device == device && b.ranks == ranks; });
+  if (at == blocks.end()) return {};
+  const Block block = *at;
+  blocks.erase(at);
+  return block;
+}
+
 // Empty when all is well. An error is not left behind for others to find.
 std::string Failed(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return "";
@@ -68,54 +92,53 @@ Peers::Peers(int rank, int size, double deadline_seconds, bool wanted, cudaStrea
   Offer offer = {};
   SetText(offer.trouble, size > kernels::kMostPeers
                              ? "more than " + std::to_string(kernels::kMostPeers) + " ranks"
-                             : Allocate(wanted, &offer));
+                             : Take(wanted, &offer));
   const std::string offers = gather({reinterpret_cast<const char*>(&offer), sizeof(offer)});
   // A handle that opens is no proof that what is written there arrives.
   memory_.deadline_ns = static_cast<int64_t>(kTrialSeconds * 1e9);
   used_ = Agreed(Open(offers), gather) && Agreed(Try(stream), gather);
   memory_.deadline_ns = static_cast<int64_t>((deadline_seconds + kSlackSeconds) * 1e9);
-  if (used_) return;
-  Close();
-  gather(" ");  // all have
-  Free();
+  if (!used_) GiveBack();
 }
 
-Peers::~Peers() {
-  Close();
-  Free();
-}
-
-void Peers::Free() {
-  void*& own = memory_.memory[memory_.rank];
-  if (own != nullptr) cudaFree(own);
-  if (given_up_ != nullptr) cudaFreeHost(given_up_);
-  own = nullptr;
-  given_up_ = nullptr;
-}
-
-void Peers::Close() {
+void Peers::GiveBack() {
   used_ = false;
+  int current = 0;
+  cudaGetDevice(&current);
+  cudaSetDevice(device_);
   for (int r = 0; r < std::min(memory_.ranks, kernels::kMostPeers); ++r) {
-    if (r == memory_.rank) continue;
     if (opened_[r]) cudaIpcCloseMemHandle(memory_.memory[r]);
     opened_[r] = false;
-    memory_.memory[r] = nullptr;
+    if (r != memory_.rank) memory_.memory[r] = nullptr;
   }
+  cudaSetDevice(current);
+  if (given_up_ == nullptr) return;
+  const std::lock_guard<std::mutex> lock(idle_mutex);
+  Idle().push_back({device_, memory_.ranks, std::exchange(memory_.memory[memory_.rank], nullptr),
+                    std::exchange(given_up_, nullptr)});
 }
 
-std::string Peers::Allocate(bool wanted, Offer* offer) {
+std::string Peers::Take(bool wanted, Offer* offer) {
+  std::string trouble = Failed("cudaGetDevice", cudaGetDevice(&device_));
   if (!wanted) return "switched off";
-  int device = 0;
-  std::string trouble = Failed("cudaGetDevice", cudaGetDevice(&device));
   if (!trouble.empty()) return trouble;
-  const auto bytes = static_cast<size_t>(kernels::PeerMemoryBytes(memory_.ranks));
+  const auto bytes =
+      static_cast<size_t>(kernels::PeerMemoryBytes(memory_.ranks)) + 2 * kTrialFloats * sizeof(float);
   void*& own = memory_.memory[memory_.rank];
-  for (const auto& [what, error] :
-       {std::pair{"cudaMalloc", cudaMalloc(&own, bytes)},
-        std::pair{"cudaHostAlloc", cudaHostAlloc(reinterpret_cast<void**>(&given_up_), sizeof(uint32_t),
-                                                 cudaHostAllocMapped | cudaHostAllocPortable)}}) {
-    trouble = Failed(what, error);
+  if (const Block block = TakeIdle(device_, memory_.ranks); block.memory != nullptr) {
+    own = block.memory;
+    given_up_ = block.given_up;
+  } else {
+    trouble = Failed("cudaMalloc", cudaMalloc(&own, bytes));
     if (!trouble.empty()) return trouble;
+    void* word = nullptr;
+    trouble = Failed("cudaHostAlloc",
+                     cudaHostAlloc(&word, sizeof(uint32_t), cudaHostAllocMapped | cudaHostAllocPortable));
+    given_up_ = static_cast<uint32_t*>(word);
+    if (!trouble.empty()) {
+      cudaFree(std::exchange(own, nullptr));
+      return trouble;
+    }
   }
   *given_up_ = 0;
   trouble = Failed("cudaHostGetDevicePointer",
@@ -124,12 +147,12 @@ std::string Peers::Allocate(bool wanted, Offer* offer) {
   if (trouble.empty()) trouble = Failed("cudaDeviceSynchronize", cudaDeviceSynchronize());  // before others write
   if (trouble.empty()) trouble = Failed("cudaIpcGetMemHandle", cudaIpcGetMemHandle(&offer->handle, own));
   if (trouble.empty()) {
-    trouble = Failed("cudaDeviceGetPCIBusId", cudaDeviceGetPCIBusId(offer->bus, sizeof(offer->bus), device));
+    trouble = Failed("cudaDeviceGetPCIBusId", cudaDeviceGetPCIBusId(offer->bus, sizeof(offer->bus), device_));
   }
   SetText(offer->boot, BootId());
   offer->process = ThisProcess();
   offer->memory = own;
-  offer->device = device;
+  offer->device = device_;
   return trouble;
 }
 
@@ -167,11 +190,12 @@ std::string Peers::Open(const std::string& offers) {
 
 std::string Peers::Try(cudaStream_t stream) {
   const size_t bytes = kTrialFloats * sizeof(float);
+  // Nothing is allocated here: that could wait for a GPU on which a trial waits for this one.
+  float* const device = reinterpret_cast<float*>(static_cast<char*>(memory_.memory[memory_.rank]) +
+                                                 kernels::PeerMemoryBytes(memory_.ranks));
+  std::string trouble;
   std::vector<float> mine(kTrialFloats), sum(kTrialFloats);
   const auto value = [](int rank, int64_t i) { return static_cast<float>((i * 7 + 13) % 1009 * (rank + 1)); };
-  void* room = nullptr;
-  std::string trouble = Failed("cudaMalloc", cudaMalloc(&room, 2 * bytes));
-  float* const device = static_cast<float*>(room);
   for (const kernels::ExchangeWay way : {kernels::ExchangeWay::kPacked, kernels::ExchangeWay::kFlagged}) {
     for (int64_t i = 0; i < kTrialFloats; ++i) mine[i] = value(memory_.rank, i);
     const auto run = [&] {
@@ -190,7 +214,6 @@ std::string Peers::Try(cudaStream_t stream) {
       if (sum[i] != expected) trouble = "what other GPUs write arrives wrong";
     }
   }
-  if (room != nullptr) cudaFree(room);
   return trouble;
 }
 

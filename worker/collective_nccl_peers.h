@@ -18,10 +18,12 @@ class Peers {
   // `mine` of all ranks, one after the other; equal sizes. Every rank calls it in its turn; throws CollectiveError.
   using Gather = std::function<std::string(const std::string& mine)>;
 
-  // All ranks call it, with the GPU of this one current. `wanted`: whether this rank may use such memory.
+  // All ranks call it, with the GPU of this one current, and then end their group in any order: own memory is not
+  // freed, since others may still have it open, but kept for this process' next group. `wanted`: whether this rank may
+  // use it.
   Peers(int rank, int size, double deadline_seconds, bool wanted, cudaStream_t stream, const Gather& gather);
-  // Only once no rank's exchange is under way and all ranks have called Close. Never waits for other ranks.
-  ~Peers();
+  // No exchange of this rank is under way: what others wrote for it has arrived, and they write no more.
+  ~Peers() { GiveBack(); }
   Peers(const Peers&) = delete;
   Peers& operator=(const Peers&) = delete;
 
@@ -32,18 +34,16 @@ class Peers {
   // The host's side of PeerMemory::given_up; nullptr where memory() is.
   uint32_t* given_up() const { return used_ ? given_up_ : nullptr; }
 
-  // Lets go of the other ranks' memory. No exchange of this rank is under way.
-  void Close();
-
  private:
   struct Offer;
-  std::string Allocate(bool wanted, Offer* offer);
+  std::string Take(bool wanted, Offer* offer);
   std::string Open(const std::string& offers);
   std::string Try(cudaStream_t stream);
   bool Agreed(const std::string& trouble, const Gather& gather);
-  void Free();
+  void GiveBack();
 
   kernels::PeerMemory memory_;
+  int device_ = 0;
   uint32_t* given_up_ = nullptr;  // page-locked
   bool opened_[kernels::kMostPeers] = {};  // through a handle
   bool used_ = false;

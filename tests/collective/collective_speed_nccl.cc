@@ -118,7 +118,8 @@ void MeasureExchange(Collective& c, Backend& backend) {
   const int64_t n = c.size();
   const double part = static_cast<double>(n - 1);
   for (const int64_t rows : {1, 16, 128}) {
-    const Partial own{at::full({rows, kHeads, kHeadDim}, 1e-3f, gpu), at::full({rows, kHeads}, 1.0f, gpu), at::Tensor()};
+    const at::Tensor ones = at::full({rows, kHeads}, 1.0f, gpu);
+    const Partial own{at::full({rows, kHeads, kHeadDim}, 1e-3f, gpu), ones, at::Tensor()};
     at::Tensor out = at::empty({n * rows, kHeads, kHeadDim}, gpu), lse = at::empty({n * rows, kHeads}, gpu);
     const std::vector<int64_t> counts(n, rows);
     const int64_t bytes = rows * kHeads * kHeadDim * 4;

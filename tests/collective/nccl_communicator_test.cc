@@ -226,7 +226,8 @@ TEST_F(CommunicatorTest, KernelsAreToldAndHeard) {
     std::atomic_ref<uint32_t>{late}.store(2);
     EXPECT_TRUE(!by_watchdog || Aborted());
     const std::string what = Thrown([&] { d->ThrowIfLost(); });
-    EXPECT_NE(what.find("exchange (collective 8) of rank 1 of 2: waited beyond the deadline"), std::string::npos) << what;
+    EXPECT_NE(what.find("exchange (collective 8) of rank 1 of 2: waited beyond the deadline"), std::string::npos)
+        << what;
     EXPECT_TRUE(Aborted());
     EXPECT_EQ(Thrown([&] { d->Begin("exchange", 9); }), what);
   }
