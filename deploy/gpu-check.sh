@@ -54,6 +54,7 @@ each() { mpirun -np "$gpus" --bind-to none "$@"; }
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
 check rowwise_kernels "$bin/rowwise_kernels_test"
 check attention_kernels "$bin/attention_kernels_test"
+check exchange_kernels "$bin/exchange_kernels_test"
 # Small shapes of every kernel under the sanitizer's tools, which cost ten to a hundred times the time.
 sanitizer=$(command -v compute-sanitizer || echo /usr/local/cuda/bin/compute-sanitizer)
 sanitize() { timeout 300 "$sanitizer" --tool "$1" --error-exitcode 9 "$bin/$2" --gtest_filter="$3"; }

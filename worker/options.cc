@@ -96,7 +96,7 @@ void AddGroupOptions(CLI::App& app, WorkerOptions& options) {
   app.add_option("--peer-memory", options.peer_memory,
                  "Let GPUs of one host exchange through each other's memory where all of the group can; false: through "
                  "NCCL alone")
-      ->envname("REFOCUS_PEER_MEMORY")->capture_default_str()->type_name("BOOLEAN")->group("Group");
+      ->envname("REFOCUS_PEER_MEMORY")->default_str("true")->type_name("BOOLEAN")->group("Group");
 }
 
 [[noreturn]] void End(int code, bool print, const std::string& text, std::ostream& out) {
