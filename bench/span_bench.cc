@@ -96,8 +96,8 @@ class Bench {
 
   void Table(int64_t rows) {
     std::printf(
-        "\n| %lld rows | tiles | us | TB/s | next known, us | TB/s | cuBLAS us | TB/s |\n"
-        "|---|---|---:|---:|---:|---:|---:|---:|\n",
+        "\n| %lld rows | tiles | us | TB/s | cuBLAS us | TB/s |\n"
+        "|---|---|---:|---:|---:|---:|\n",
         static_cast<long long>(rows));
     const Room room(rows);
     for (const auto* products : {&kLayer, &kHead}) {
@@ -114,12 +114,7 @@ class Bench {
       for (const Product& p : *products) {
         const Weights weights(p);
         for (const int columns : {64, 128, 160, 192}) {
-          for (const int splits : {1, 2, 4, 8}) {
-            for (const int sharing : {1, 2}) {
-              const SpanPlan plan{columns, splits, sharing};
-              if (plan.cluster() <= kMostSpanCluster) TimePlan(p, rows, plan, weights, room);
-            }
-          }
+          for (const int splits : {1, 2, 4, 8}) TimePlan(p, rows, {columns, splits}, weights, room);
         }
       }
     }
@@ -161,11 +156,10 @@ class Bench {
     return products;
   }
 
-  void Ours(const Product& p, int64_t rows, const uint16_t* w, const Room& room, const SpanPlan* plan = nullptr,
-            const std::vector<SpanProduct>& next = {}) {
+  void Ours(const Product& p, int64_t rows, const uint16_t* w, const Room& room, const SpanPlan* plan = nullptr) {
     const std::vector<SpanProduct> products = Of(p, rows, w, room);
     const SpanPlan cut = plan == nullptr ? PlanSpan(SpanSizeOf(products), gpu_) : *plan;
-    RequireCuda(SpanProducts(products, cut, next, gpu_, stream_), p.name);
+    RequireCuda(SpanProducts(products, cut, gpu_, stream_), p.name);
   }
 
   void Theirs(const Product& p, int64_t rows, const uint16_t* w, const Room& room) {
@@ -199,17 +193,15 @@ class Bench {
   }
 
   static std::string Name(const SpanPlan& plan) {
-    return std::to_string(plan.columns) + " / " + std::to_string(plan.splits) + (plan.sharing > 1 ? " shared" : "");
+    return std::to_string(plan.columns) + " / " + std::to_string(plan.splits);
   }
 
   void Compare(const Product& p, int64_t rows, const Room& room) {
     const Weights weights(p);
     const SpanPlan plan = PlanSpan(SpanSizeOf(Of(p, rows, weights.At(0), room)), gpu_);
     const double us = Run([&](int i) { Ours(p, rows, weights.At(i), room); });
-    const double known =
-        Run([&](int i) { Ours(p, rows, weights.At(i), room, nullptr, Of(p, rows, weights.At(i + 1), room)); });
     const double theirs = Run([&](int i) { Theirs(p, rows, weights.At(i), room); });
-    Print(p.name, Name(plan), p.bytes(), {us, known, theirs});
+    Print(p.name, Name(plan), p.bytes(), {us, theirs});
   }
 
   static void Print(const char* name, const std::string& tiles, double bytes, const std::vector<double>& times) {
@@ -242,17 +234,10 @@ class Bench {
     const double us = Run([&](int) {
       for (const auto& [p, w] : calls) Ours(*p, rows, w, room);
     });
-    const double known = Run([&](int) {
-      for (size_t i = 0; i < calls.size(); ++i) {
-        const auto& [p, w] = calls[i];
-        const auto& [next, next_w] = calls[(i + 1) % calls.size()];
-        Ours(*p, rows, w, room, nullptr, Of(*next, rows, next_w, room));
-      }
-    });
     const double theirs = Run([&](int) {
       for (const auto& [p, w] : calls) Theirs(*p, rows, w, room);
     });
-    Print("all of a step", "", bytes, {us, known, theirs});
+    Print("all of a step", "", bytes, {us, theirs});
   }
 
   cudaStream_t stream_ = nullptr;

@@ -1,5 +1,5 @@
-// Barriers in shared memory, bulk tensor copies that complete on them, named barriers, clusters and register shares: what
-// a block of one producing and several consuming warpgroups is put together from.
+// Barriers in shared memory, bulk tensor copies that complete on them, named barriers, clusters and register shares:
+// what a block of one producing and several consuming warpgroups is put together from.
 #pragma once
 
 #include <cuda.h>
@@ -58,21 +58,6 @@ __device__ __forceinline__ void CopyBox2(uint32_t to, const CUtensorMap* map, ui
       : "memory");
 }
 
-// To the same place of all blocks of the cluster that `blocks` has bits of, and completing on each one's barrier.
-__device__ __forceinline__ void CopyBox2ToAll(uint32_t to, const CUtensorMap* map, uint32_t barrier, int x, int y,
-                                              uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-      "[%1, {%3, %4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
-      : "memory");
-}
-
-// Into the L2 cache alone.
-__device__ __forceinline__ void FetchBox2(const CUtensorMap* map, int x, int y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(map), "r"(x), "r"(y) : "memory");
-}
-
 // The copy engine's first use of a map waits for its description otherwise.
 __device__ __forceinline__ void FetchMap(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -106,21 +91,9 @@ __device__ __forceinline__ void NamedArrive(int id, int threads) {
 }
 
 // Of all threads of all blocks of a cluster. What they wrote to shared memory before is seen by all behind it.
-__device__ __forceinline__ void ClusterArrive() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void ClusterWait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void ClusterSync() {
-  ClusterArrive();
-  ClusterWait();
-}
-// At block `rank`'s barrier at this block's shared address.
-__device__ __forceinline__ void ArriveInCluster(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n.reg .u32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}\n" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 __device__ __forceinline__ uint32_t ClusterRank() {
   uint32_t rank;

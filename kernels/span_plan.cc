@@ -42,9 +42,9 @@ double TimeUs(const SpanSize& size, const SpanPlan& plan, const SpanGpu& gpu) {
 
 // The best of the widths with so many splits.
 SpanPlan BestWidth(const SpanSize& size, int splits, const SpanGpu& gpu) {
-  SpanPlan best{kWidths[0], splits, 1};
+  SpanPlan best{kWidths[0], splits};
   for (const int width : kWidths) {
-    const SpanPlan plan{width, splits, 1};
+    const SpanPlan plan{width, splits};
     if (TimeUs(size, plan, gpu) < TimeUs(size, best, gpu)) best = plan;
   }
   return best;
@@ -70,9 +70,7 @@ SpanPlan PlanSpan(const SpanSize& size, const SpanGpu& gpu) {
 
 int64_t SpanBlocks(const SpanSize& size, const SpanPlan& plan, const SpanGpu& gpu) {
   const int64_t tiles = SpanTiles(size, plan) * size.products;
-  const int64_t groups = (tiles + plan.sharing - 1) / plan.sharing;
-  if (plan.splits > 1) return groups * plan.cluster();
-  return std::min(groups, ClustersAtOnce(plan.sharing, gpu)) * plan.sharing;
+  return plan.splits > 1 ? tiles * plan.splits : std::min(tiles, ClustersAtOnce(1, gpu));
 }
 
 }  // namespace refocus::kernels

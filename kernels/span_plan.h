@@ -27,15 +27,15 @@ struct SpanGpu {
   static SpanGpu Usual(int multiprocessors);
 };
 
-// A block makes `columns` columns of a result, 64, 128, 160 or 192, of all rows. The sum's depth is split among `splits`
-// blocks (1, 2, 4 or 8) of a cluster; `sharing` of them (1 or 2) have neighbouring columns and bring each other the
-// rows: at most 8 together. PlanSpan shares nothing so far.
+// Where cuBLAS is slower (bench/span_bench, H200). A product of 65 to 128 rows with one matrix is bound by reading the
+// rows again in every block, and backward cuBLAS is as fast with fewer. Two matrices it reads in two launches.
+constexpr bool SpanPays(int64_t rows, int terms, bool backward) { return terms == 2 || (!backward && rows <= 64); }
+
+// A block makes `columns` columns of a result, 64, 128, 160 or 192, of all rows. The sum's depth is split among the
+// `splits` blocks (1, 2, 4 or 8) of a cluster.
 struct SpanPlan {
   int columns = 64;
   int splits = 1;
-  int sharing = 1;
-
-  int cluster() const { return splits * sharing; }
 };
 
 // Neither depends on the number of rows nor, in `splits`, on how many clusters fit: so the order in which a row's
@@ -48,8 +48,7 @@ inline int64_t SpanTiles(const SpanSize& size, const SpanPlan& plan) {
   return (size.columns + plan.columns - 1) / plan.columns;
 }
 
-// A whole number of clusters. Blocks without splits take one tile after the other, split ones a tile each. Where tiles
-// are shared the last may be none.
+// A whole number of clusters. Blocks without splits take one tile after the other, split ones a tile each.
 int64_t SpanBlocks(const SpanSize& size, const SpanPlan& plan, const SpanGpu& gpu);
 
 }  // namespace refocus::kernels

@@ -1,8 +1,7 @@
 // A block makes some columns of the result for all rows: one warp asks the copy engine for tiles of weights and of
 // rows, one or two warpgroups of 64 rows each multiply them (kernels/span_tiles.cuh). The depth of the sum is split
 // over a cluster where there are too few columns for all multiprocessors; its blocks then add up their sums through
-// each other's shared memory, in the order of their ranks. Blocks with neighbouring columns and the same share of the
-// depth may bring each other the rows: each asks for one half, which the copy engine hands to both.
+// each other's shared memory, in the order of their ranks.
 //
 // What counts is that weights are always under way. The ring for them takes most of the shared memory, so that there is
 // one block to a multiprocessor: where one ends, the next launch's begins to fill its ring, while the rest of its
@@ -18,29 +17,27 @@
 namespace refocus::kernels {
 namespace {
 
-template <int kGroups, int kColumns, bool kBackward, int kSharing>
-__global__ void __launch_bounds__(SpanTile<kGroups, kColumns, kBackward, kSharing>::kThreads, 1)
+template <int kGroups, int kColumns, bool kBackward>
+__global__ void __launch_bounds__(SpanTile<kGroups, kColumns, kBackward>::kThreads, 1)
     SpanKernel(const __grid_constant__ SpanArgs args) {
-  using Tile = SpanTile<kGroups, kColumns, kBackward, kSharing>;
+  using Tile = SpanTile<kGroups, kColumns, kBackward>;
   extern __shared__ __align__(1024) unsigned char memory[];
   LetNextBegin();
   const Shared<Tile> shared{SharedAddress(memory)};
   shared.Init();
-  if constexpr (kSharing > 1) ClusterArrive();  // the other's copies complete on these barriers
   const int splits = args.path.splits;
   const int first_tile = Walk::FirstTile(args.path, blockIdx.x);
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp == Tile::kConsumers / 32) {
     Producer<kColumns, kBackward, Tile> producer{args, shared, LeaveFirst(), {}, {}};
     Walk w(args.path, blockIdx.x, true);
-    if (threadIdx.x % 32 == 0) producer.Begin(w);
-    __syncwarp();
-    if constexpr (kSharing > 1) ClusterWait();
-    if (threadIdx.x % 32 == 0) producer.Run(w);
+    if (threadIdx.x % 32 == 0) {
+      producer.Begin(w);
+      producer.Run(w);
+    }
     __syncwarp();
     AwaitPrevious();
   } else {
-    if constexpr (kSharing > 1) ClusterWait();
     AwaitPrevious();
     Consumer<kBackward, Tile> consumer{args, shared, {}, {}};
     Sums<Tile> sums;
@@ -62,54 +59,55 @@ __global__ void __launch_bounds__(SpanTile<kGroups, kColumns, kBackward, kSharin
   if (splits > 1) {
     ClusterSync();
     const TilePlace place(args.path, first_tile, kColumns);
-    const int rank = static_cast<int>(ClusterRank()), split = rank / kSharing, part = rank % kSharing;
+    const int split = static_cast<int>(ClusterRank());
     switch (splits) {
       case 2:
-        AddUp<2, kColumns, Tile>(args, place, shared.base, split, part);
+        AddUp<2, kColumns, Tile>(args, place, shared.base, split);
         break;
       case 4:
-        AddUp<4, kColumns, Tile>(args, place, shared.base, split, part);
+        AddUp<4, kColumns, Tile>(args, place, shared.base, split);
         break;
       default:
-        AddUp<8, kColumns, Tile>(args, place, shared.base, split, part);
+        AddUp<8, kColumns, Tile>(args, place, shared.base, split);
         break;
     }
+    ClusterSync();  // until then the others read this block's memory
   }
-  // Until then the others read and write this block's memory.
-  if (kSharing > 1 || splits > 1) ClusterSync();
 }
 
 // Products that fit together, with rows.
 cudaError_t FillPath(std::span<const SpanProduct> products, const SpanPlan& plan, const SpanGpu& gpu, SpanPath* path) {
   const SpanProduct& p = products[0];
   const SpanSize size = SpanSizeOf(products);
+  const int64_t stride = p.stride == 0 ? p.in : p.stride;
   cudaError_t error = cudaSuccess;
   for (int i = 0; i < size.products * size.terms && error == cudaSuccess; ++i) {
     const void* const w = size.products == 2 ? products[i].term[0].w : p.term[i].w;
-    error = MapMatrix(w, p.out, p.in, p.backward ? kSpanDepth : plan.columns, kPanelColumns, &path->weights[i]);
+    const int box_rows = p.backward ? kSpanDepth : plan.columns;
+    error = MapMatrix(w, p.out, p.in, stride, box_rows, kPanelColumns, &path->weights[i]);
     if (error != cudaSuccess || !p.backward || plan.columns % kPanelColumns == 0) continue;
-    error = MapMatrix(w, p.out, p.in, kSpanDepth, kNarrowPanel, &path->rests[i]);
+    error = MapMatrix(w, p.out, p.in, stride, kSpanDepth, kNarrowPanel, &path->rests[i]);
   }
   path->backward = p.backward;
   path->width = plan.columns;
   path->stages = static_cast<int>(row::CeilDiv(size.depth, kSpanDepth));
   path->terms = size.terms;
   path->splits = plan.splits;
-  path->sharing = plan.sharing;
   path->products = size.products;
   path->product_tiles = static_cast<int>(SpanTiles(size, plan));
-  path->tiles = static_cast<int>(row::CeilDiv(path->product_tiles * size.products, plan.sharing)) * plan.sharing;
+  path->tiles = path->product_tiles * size.products;
   path->blocks = static_cast<int>(SpanBlocks(size, plan, gpu));
   return error;
 }
 
 // The rest of what a launch is told.
-cudaError_t FillResults(std::span<const SpanProduct> products, const SpanPlan& plan, SpanArgs* args) {
+cudaError_t FillResults(std::span<const SpanProduct> products, SpanArgs* args) {
   const SpanProduct& p = products[0];
   const SpanSize size = SpanSizeOf(products);
-  const int row_box = (p.rows <= kGroupRows ? kGroupRows : 2 * kGroupRows) / plan.sharing;
+  const int row_box = p.rows <= kGroupRows ? kGroupRows : 2 * kGroupRows;
   for (int i = 0; i < p.terms; ++i) {
-    const cudaError_t error = MapMatrix(p.term[i].x, p.rows, size.depth, row_box, kPanelColumns, &args->rows[i]);
+    const cudaError_t error =
+        MapMatrix(p.term[i].x, p.rows, size.depth, size.depth, row_box, kPanelColumns, &args->rows[i]);
     if (error != cudaSuccess) return error;
   }
   for (int i = 0; i < size.products; ++i) {
@@ -122,26 +120,21 @@ cudaError_t FillResults(std::span<const SpanProduct> products, const SpanPlan& p
   return cudaSuccess;
 }
 
-template <int kGroups, int kColumns, bool kBackward, int kSharing>
+template <int kGroups, int kColumns, bool kBackward>
 cudaError_t Start(const SpanArgs& args, cudaStream_t stream) {
-  using Tile = SpanTile<kGroups, kColumns, kBackward, kSharing>;
-  const auto kernel = SpanKernel<kGroups, kColumns, kBackward, kSharing>;
+  using Tile = SpanTile<kGroups, kColumns, kBackward>;
+  const auto kernel = SpanKernel<kGroups, kColumns, kBackward>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(Tile::kSharedBytes));
   if (error != cudaSuccess) return error;
-  const int cluster = args.path.splits * args.path.sharing;
-  return LaunchOverlappingClusters(kernel, dim3(static_cast<unsigned>(args.path.blocks)), cluster, Tile::kThreads,
-                                   Tile::kSharedBytes, stream, args);
+  return LaunchOverlappingClusters(kernel, dim3(static_cast<unsigned>(args.path.blocks)), args.path.splits,
+                                   Tile::kThreads, Tile::kSharedBytes, stream, args);
 }
 
 template <int kGroups, int kColumns>
 cudaError_t StartWay(const SpanArgs& args, cudaStream_t stream) {
-  if (args.path.sharing == 1) {
-    return args.path.backward ? Start<kGroups, kColumns, true, 1>(args, stream)
-                              : Start<kGroups, kColumns, false, 1>(args, stream);
-  }
-  return args.path.backward ? Start<kGroups, kColumns, true, 2>(args, stream)
-                            : Start<kGroups, kColumns, false, 2>(args, stream);
+  return args.path.backward ? Start<kGroups, kColumns, true>(args, stream)
+                            : Start<kGroups, kColumns, false>(args, stream);
 }
 
 template <int kGroups>
@@ -161,6 +154,7 @@ cudaError_t StartWidth(const SpanArgs& args, cudaStream_t stream) {
 bool Fits(const SpanProduct& p) {
   constexpr int64_t kMost = INT32_MAX / 2;
   if (p.rows < 0 || p.rows > kMostSpanRows || p.terms < 1 || p.terms > 2) return false;
+  if (p.stride != 0 && (p.stride < p.in || p.stride % 8 != 0 || p.stride > kMost)) return false;
   if (p.in < 8 || p.out < 8 || p.in % 8 != 0 || p.out % 8 != 0 || p.in > kMost || p.out > kMost) return false;
   for (int i = 0; i < p.terms; ++i) {
     if (!row::Aligned(p.term[i].x, p.term[i].w)) return false;
@@ -173,13 +167,14 @@ bool FitTogether(std::span<const SpanProduct> products) {
   if (products.size() < 2) return true;
   const SpanProduct &a = products[0], &b = products[1];
   if (a.term[0].x != b.term[0].x) return false;
-  return a.terms == 1 && b.terms == 1 && a.rows == b.rows && a.in == b.in && a.out == b.out && a.backward == b.backward;
+  return a.terms == 1 && b.terms == 1 && a.rows == b.rows && a.in == b.in && a.out == b.out && a.stride == b.stride &&
+         a.backward == b.backward;
 }
 
 bool Possible(const SpanPlan& plan) {
   const bool width = plan.columns == 64 || plan.columns == 128 || plan.columns == 160 || plan.columns == 192;
   const bool splits = plan.splits == 1 || plan.splits == 2 || plan.splits == 4 || plan.splits == 8;
-  return width && splits && (plan.sharing == 1 || plan.sharing == 2) && plan.cluster() <= kMostSpanCluster;
+  return width && splits;
 }
 
 }  // namespace
@@ -195,28 +190,25 @@ SpanSize SpanSizeOf(std::span<const SpanProduct> products) {
   return size;
 }
 
-cudaError_t SpanProducts(std::span<const SpanProduct> products, SpanPlan plan, std::span<const SpanProduct> next,
-                         const SpanGpu& gpu, cudaStream_t stream) {
-  if (!FitTogether(products) || !FitTogether(next) || gpu.multiprocessors < 1 || !Possible(plan)) return cudaErrorInvalidValue;
+cudaError_t SpanProducts(std::span<const SpanProduct> products, SpanPlan plan, const SpanGpu& gpu,
+                         cudaStream_t stream) {
+  if (!FitTogether(products) || gpu.multiprocessors < 1 || !Possible(plan)) return cudaErrorInvalidValue;
   if (products.empty() || products[0].rows == 0) return cudaSuccess;
   SpanArgs args = {};
   cudaError_t error = FillPath(products, plan, gpu, &args.path);
-  if (error == cudaSuccess) error = FillResults(products, plan, &args);
-  if (error == cudaSuccess && !next.empty()) {
-    error = FillPath(next, PlanSpan(SpanSizeOf(next), gpu), gpu, &args.next);
-  }
+  if (error == cudaSuccess) error = FillResults(products, &args);
   if (error != cudaSuccess) return error;
   return args.row_count <= kGroupRows ? StartWidth<1>(args, stream) : StartWidth<2>(args, stream);
 }
 
 cudaError_t SpanProducts(std::span<const SpanProduct> products, const SpanGpu& gpu, cudaStream_t stream) {
   if (products.empty() || !FitTogether(products)) return products.empty() ? cudaSuccess : cudaErrorInvalidValue;
-  return SpanProducts(products, PlanSpan(SpanSizeOf(products), gpu), {}, gpu, stream);
+  return SpanProducts(products, PlanSpan(SpanSizeOf(products), gpu), gpu, stream);
 }
 
 cudaError_t MeasureSpanGpu(SpanGpu* gpu) {
-  using Tile = SpanTile<2, 128, false, 1>;
-  const auto kernel = SpanKernel<2, 128, false, 1>;
+  using Tile = SpanTile<2, 128, false>;
+  const auto kernel = SpanKernel<2, 128, false>;
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;

@@ -24,6 +24,7 @@ struct SpanProduct {
   int64_t rows = 0;  // 0 to kMostSpanRows
   int64_t in = 0;    // multiples of 8
   int64_t out = 0;
+  int64_t stride = 0;  // elements from a row of w to its next, a multiple of 8, at least in; 0: in
   bool backward = false;
   int terms = 1;  // 1 or 2
   SpanTerm term[2];
@@ -44,10 +45,8 @@ cudaError_t MeasureSpanGpu(SpanGpu* gpu);
 // cudaErrorInvalidValue, and nothing is launched, for what does not fit.
 cudaError_t SpanProducts(std::span<const SpanProduct> products, const SpanGpu& gpu, cudaStream_t stream);
 
-// Cut so instead of as PlanSpan says. `next`: what the next such launch will be, or nothing; the L2 cache then gets the
-// first of its weights, which is all that it reads of it.
-cudaError_t SpanProducts(std::span<const SpanProduct> products, SpanPlan plan, std::span<const SpanProduct> next,
-                         const SpanGpu& gpu, cudaStream_t stream);
+// Cut so instead of as PlanSpan says.
+cudaError_t SpanProducts(std::span<const SpanProduct> products, SpanPlan plan, const SpanGpu& gpu, cudaStream_t stream);
 
 SpanSize SpanSizeOf(std::span<const SpanProduct> products);
 

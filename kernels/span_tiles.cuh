@@ -21,7 +21,6 @@ inline constexpr int kGroupRows = 64;  // of a warpgroup
 inline constexpr int kNarrowPanel = 32;
 inline constexpr uint32_t kWeightRing = 160 << 10;
 inline constexpr uint32_t kRowRing = 48 << 10;
-inline constexpr int kBytesAhead = 112 << 10;  // that a block brings to the L2 cache for one of the next launch
 
 // Which tiles of weights the blocks of a launch read. Maps by term, or by product where there are two.
 struct SpanPath {
@@ -32,17 +31,15 @@ struct SpanPath {
   int stages;  // of the depth
   int terms;
   int splits;
-  int sharing;
   int products;
-  int tiles;  // of all products; a multiple of `sharing`: the last may be none
+  int tiles;  // of all products
   int product_tiles;
   int blocks;
 };
 
 struct SpanArgs {
   SpanPath path;
-  SpanPath next;        // of the launch behind; no blocks: not known
-  CUtensorMap rows[2];  // by term; boxes of a block's part
+  CUtensorMap rows[2];  // by term
   void* y[2];
   bool wide[2];
   int row_count;
@@ -50,9 +47,8 @@ struct SpanArgs {
   bool shared_rows;
 };
 
-template <int kGroups, int kColumns, bool kBackward, int kShare>
+template <int kGroups, int kColumns, bool kBackward>
 struct SpanTile {
-  static constexpr int kSharing = kShare;
   static constexpr int kRows = kGroups * kGroupRows;
   static constexpr int kConsumers = kGroups * 128;
   static constexpr int kThreads = kConsumers + 32;
@@ -67,7 +63,7 @@ struct SpanTile {
   static constexpr int kRowStages = kRowRing / kRowBytes;
   static constexpr uint32_t kRowsAt = kWeightStages * kWeightBytes;
   static constexpr uint32_t kBarriersAt = kRowsAt + kRowStages * kRowBytes;
-  static constexpr uint32_t kSharedBytes = kBarriersAt + 16 * (kWeightStages + kRowStages);
+  static constexpr uint32_t kSharedBytes = kBarriersAt + 8 * (2 * kWeightStages + kRowStages);
   // Sums on their way to the others of the cluster, in place of the rings; padded so that neighbouring rows lie in
   // different banks.
   static constexpr uint32_t kSumPitch = (kColumns + 8) * sizeof(float);
@@ -75,8 +71,7 @@ struct SpanTile {
   static_assert(kSharedBytes > (227 << 10) / 2 && kSharedBytes < (216 << 10));  // one block, and room beside it
 };
 
-// Barriers of the two rings. A tile of rows is free when the last tile of weights that it meets is; shared, when it is
-// so in both blocks.
+// Barriers of the two rings. A tile of rows is free when the last tile of weights that it meets is.
 template <class Tile>
 struct Shared {
   uint32_t base;
@@ -87,18 +82,13 @@ struct Shared {
   __device__ uint32_t WeightsEmpty(int stage) const { return WeightsFull(Tile::kWeightStages + stage); }
   __device__ uint32_t RowsFull(int stage) const { return WeightsFull(2 * Tile::kWeightStages + stage); }
 
-  __device__ uint32_t RowsEmpty(int stage) const { return RowsFull(Tile::kRowStages + stage); }
-
   __device__ void Init() const {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Tile::kWeightStages; ++i) {
         InitBarrier(WeightsFull(i), 1);
         InitBarrier(WeightsEmpty(i), Tile::kConsumers / 32);
       }
-      for (int i = 0; i < Tile::kRowStages; ++i) {
-        InitBarrier(RowsFull(i), 1);
-        InitBarrier(RowsEmpty(i), Tile::kSharing * Tile::kConsumers / 32);
-      }
+      for (int i = 0; i < Tile::kRowStages; ++i) InitBarrier(RowsFull(i), 1);
       PublishBarriers();
     }
     __syncthreads();
@@ -111,7 +101,7 @@ struct Share {
   int end;
 
   __device__ Share(const SpanPath& path, int block) {
-    const int split = block % (path.splits * path.sharing) / path.sharing;
+    const int split = block % path.splits;
     begin = path.stages * split / path.splits;
     end = path.stages * (split + 1) / path.splits;
   }
@@ -130,9 +120,7 @@ struct Walk {
       : path(path), share(path, block), each_term(each_term), tile(FirstTile(path, block)), stage(share.begin) {
     if (share.begin == share.end) tile = path.tiles;
   }
-  static __device__ int FirstTile(const SpanPath& path, int block) {
-    return block / (path.splits * path.sharing) * path.sharing + block % path.sharing;
-  }
+  static __device__ int FirstTile(const SpanPath& path, int block) { return block / path.splits; }
   __device__ bool Ended() const { return tile >= path.tiles; }
   __device__ void Next() {
     if (each_term && ++term < path.terms) return;
@@ -185,18 +173,9 @@ struct Producer {
   }
 
   __device__ void LoadRows(const Walk& at) {
-    const uint32_t full = shared.RowsFull(rows.stage), to = shared.Rows(rows.stage);
-    const int depth = at.stage * kSpanDepth;
+    const uint32_t full = shared.RowsFull(rows.stage);
     ArriveExpecting(full, Tile::kRowBytes);
-    if constexpr (Tile::kSharing == 1) {
-      CopyBox2(to, &args.rows[at.term], full, depth, 0);
-    } else {
-      const int part = blockIdx.x % Tile::kSharing;
-      constexpr uint32_t kAll = (1 << Tile::kSharing) - 1;
-      const int first_rank = static_cast<int>(ClusterRank()) - part;
-      CopyBox2ToAll(to + part * (Tile::kRowBytes / Tile::kSharing), &args.rows[at.term], full, depth,
-                    part * (Tile::kRows / Tile::kSharing), static_cast<uint16_t>(kAll << first_rank));
-    }
+    CopyBox2(shared.Rows(rows.stage), &args.rows[at.term], full, at.stage * kSpanDepth, 0);
     rows.Next();
   }
 
@@ -212,7 +191,6 @@ struct Producer {
     for (int i = 0; i < Tile::kRowStages && !x.Ended(); ++i, x.Next()) LoadRows(x);
     const int meets = args.shared_rows ? args.path.terms : 1;  // tiles of weights that a tile of rows meets
     RingPlace<Tile::kWeightStages> used;
-    RingPlace<Tile::kRowStages> used_rows;
     int met = 0;
     while (!w.Ended() || !x.Ended()) {
       WaitAt(shared.WeightsEmpty(used.stage), used.parity);
@@ -220,10 +198,6 @@ struct Producer {
       if (++met == meets) {
         met = 0;
         if (!x.Ended()) {
-          if constexpr (Tile::kSharing > 1) {
-            WaitAt(shared.RowsEmpty(used_rows.stage), used_rows.parity);
-            used_rows.Next();
-          }
           LoadRows(x);
           x.Next();
         }
@@ -231,33 +205,6 @@ struct Producer {
       if (!w.Ended()) {
         LoadWeights(w);
         w.Next();
-      }
-    }
-    FetchNext();
-  }
-
-  // What the blocks of the launch behind read first, so that the memory is not idle while this one's sums are added up.
-  __device__ void FetchNext() {
-    const SpanPath& path = args.next;
-#pragma unroll 1
-    for (int block = blockIdx.x; block < path.blocks; block += gridDim.x) {
-      Walk w(path, block, true);
-      const int count = kBytesAhead / (path.width * kSpanDepth * 2);
-#pragma unroll 1
-      for (int i = 0; i < count && !w.Ended(); ++i, w.Next()) {
-        const TilePlace place(path, w.tile, path.width);
-        const int operand = place.product + w.term;
-        const int depth = w.stage * kSpanDepth;
-        if (!path.backward) {
-          FetchBox2(&path.weights[operand], depth, place.column);
-          continue;
-        }
-        int column = 0;
-#pragma unroll 1
-        for (; column + kPanelColumns <= path.width; column += kPanelColumns) {
-          FetchBox2(&path.weights[operand], place.column + column, depth);
-        }
-        if (column < path.width) FetchBox2(&path.rests[operand], place.column + column, depth);
       }
     }
   }
@@ -324,23 +271,15 @@ struct Consumer {
   RingPlace<Tile::kWeightStages> weights;
   RingPlace<Tile::kRowStages> rows;
 
-  // rows_stage: -1 while its rows are not done with.
-  __device__ __forceinline__ void Release(int stage, int rows_stage) const {
-    if (threadIdx.x % 32 != 0) return;
-    ArriveAt(shared.WeightsEmpty(stage));
-    if constexpr (Tile::kSharing > 1) {
-      if (rows_stage < 0) return;
-      const uint32_t rank = ClusterRank();
-      ArriveAt(shared.RowsEmpty(rows_stage));
-      ArriveInCluster(shared.RowsEmpty(rows_stage), rank ^ 1);
-    }
+  __device__ __forceinline__ void Release(int stage) const {
+    if (threadIdx.x % 32 == 0) ArriveAt(shared.WeightsEmpty(stage));
   }
 
   // The sums of one tile.
   __device__ __forceinline__ void Run(Share share, Sums<Tile>& sums) {
     sums.Clear();
     const uint32_t first_row = threadIdx.x / 128 * kGroupRows * kPanelRowBytes;
-    int used = -1, used_rows = -1;
+    int used = -1;
 #pragma unroll 1
     for (int stage = share.begin; stage < share.end; ++stage) {
 #pragma unroll 1
@@ -352,17 +291,15 @@ struct Consumer {
         Multiply<kBackward>(sums, shared.Rows(rows.stage) + first_row, shared.Weights(weights.stage));
         WarpgroupCommit();
         WarpgroupWait<1>();
-        if (used >= 0) Release(used, used_rows);
+        if (used >= 0) Release(used);
         used = weights.stage;
         weights.Next();
-        const bool done = !args.shared_rows || term + 1 == args.path.terms;
-        used_rows = done ? rows.stage : -1;
-        if (done) rows.Next();
+        if (!args.shared_rows || term + 1 == args.path.terms) rows.Next();
       }
     }
     WarpgroupWait<0>();
     sums.PinAll();
-    if (used >= 0) Release(used, used_rows);
+    if (used >= 0) Release(used);
   }
 };
 
@@ -393,11 +330,9 @@ __device__ __forceinline__ void StoreTile(const SpanArgs& args, int tile, const 
   }
 }
 
-// The cluster's sums of a tile, added up and written: every block takes each kSplits-th row. `part`: which of the tiles
-// that share rows.
+// The cluster's sums of a tile, added up and written: every block takes each kSplits-th row.
 template <int kSplits, int kColumns, class Tile>
-__device__ __forceinline__ void AddUp(const SpanArgs& args, const TilePlace& place, uint32_t sums, int split,
-                                      int part) {
+__device__ __forceinline__ void AddUp(const SpanArgs& args, const TilePlace& place, uint32_t sums, int split) {
   constexpr int kFours = kColumns / 4;
   const bool wide = args.wide[place.product];
   void* const y = args.y[place.product];
@@ -408,7 +343,7 @@ __device__ __forceinline__ void AddUp(const SpanArgs& args, const TilePlace& pla
     float4 parts[kSplits];
 #pragma unroll
     for (int k = 0; k < kSplits; ++k) {
-      parts[k] = LoadFromCluster(sums + row * Tile::kSumPitch + column * sizeof(float), k * Tile::kSharing + part);
+      parts[k] = LoadFromCluster(sums + row * Tile::kSumPitch + column * sizeof(float), k);
     }
     float4 sum = parts[0];
 #pragma unroll

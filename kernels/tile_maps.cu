@@ -72,10 +72,10 @@ cudaError_t MapCodes(const AttentionShape& shape, const KvSlots& kv, const void*
                    CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_SWIZZLE_NONE);
 }
 
-cudaError_t MapMatrix(const void* data, int64_t rows, int64_t columns, int box_rows, int box_columns,
+cudaError_t MapMatrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns,
                       CUtensorMap* map) {
-  const uint64_t width = columns;
-  return Encode<2>(data, {width, static_cast<uint64_t>(rows)}, {width * kElementBytes},
+  return Encode<2>(data, {static_cast<uint64_t>(columns), static_cast<uint64_t>(rows)},
+                   {static_cast<uint64_t>(stride) * kElementBytes},
                    {static_cast<uint32_t>(box_columns), static_cast<uint32_t>(box_rows)}, map,
                    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                    box_columns == kPanelColumns ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);

@@ -18,8 +18,9 @@ cudaError_t MapKeys(const AttentionShape& shape, const KvSlots& kv, const void* 
 // Codes of K or V of such an extent, in the same boxes with a byte a column.
 cudaError_t MapCodes(const AttentionShape& shape, const KvSlots& kv, const void* data, int keys, CUtensorMap* map);
 
-// A bf16 matrix [rows, columns], columns a multiple of 8, in boxes of box_rows rows and 64 columns, or 32, which get the
-// 64-byte swizzle. What lies behind the matrix reads as zero.
-cudaError_t MapMatrix(const void* data, int64_t rows, int64_t columns, int box_rows, int box_columns, CUtensorMap* map);
+// A bf16 matrix [rows, columns], columns a multiple of 8, rows `stride` elements apart, in boxes of box_rows rows and 64
+// columns, or 32, which get the 64-byte swizzle. What lies behind the matrix reads as zero.
+cudaError_t MapMatrix(const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns,
+                      CUtensorMap* map);
 
 }  // namespace refocus::kernels

@@ -54,8 +54,8 @@ __device__ __forceinline__ uint64_t FactorByRows(uint32_t address, uint32_t pane
   return FactorStart(address) | (uint64_t{panel_bytes >> 4} << 16);
 }
 
-// As FactorByRows, of one panel of 32 columns: rows of 64 bytes with the 64-byte swizzle, groups of eight 512 bytes apart,
-// 512-byte aligned.
+// As FactorByRows, of one panel of 32 columns: rows of 64 bytes with the 64-byte swizzle, groups of eight 512 bytes
+// apart, 512-byte aligned.
 __device__ __forceinline__ uint64_t NarrowFactorByRows(uint32_t address) {
   return (uint64_t{2} << 62) | (uint64_t{512 >> 4} << 32) | (uint64_t{512 >> 4} << 16) | ((address & 0x3ffff) >> 4);
 }

@@ -4,7 +4,6 @@
 #include <array>
 #include <memory>
 #include <optional>
-#include <span>
 
 #include "tests/kernels/rowwise_support.h"
 
@@ -33,7 +32,6 @@ std::string What(const Shape& s, const std::optional<SpanPlan>& plan) {
   if (s.terms == 2) text += s.same_x ? " same x" : " two terms";
   if (!s.wide) text += " bf16";
   if (plan) text += ", tiles " + std::to_string(plan->columns) + "/" + std::to_string(plan->splits);
-  if (plan && plan->sharing > 1) text += " shared";
   return text;
 }
 
@@ -106,7 +104,7 @@ class Placed {
 
 std::vector<float> Product(const Shape& s, const Numbers& n, const std::optional<SpanPlan>& plan = {}) {
   Placed placed(s, n);
-  const cudaError_t error = plan ? SpanProducts({&placed.product, 1}, *plan, {}, kGpu, nullptr)
+  const cudaError_t error = plan ? SpanProducts({&placed.product, 1}, *plan, kGpu, nullptr)
                                  : SpanProducts({&placed.product, 1}, kGpu, nullptr);
   EXPECT_EQ(error, cudaSuccess) << What(s, plan) << ": " << cudaGetErrorString(error);
   return placed.Result();
@@ -121,17 +119,6 @@ std::vector<float> FirstRows(const std::vector<float>& y, int64_t rows, const Sh
   std::vector<float> first(static_cast<size_t>(rows * s.columns()));
   std::copy_n(y.begin(), first.size(), first.begin());
   return first;
-}
-
-// All ways to cut but the widths.
-std::vector<SpanPlan> Cuts(int width) {
-  std::vector<SpanPlan> plans;
-  for (const int sharing : {1, 2}) {
-    for (const int splits : {1, 2, 4, 8}) {
-      if (splits * sharing <= kMostSpanCluster) plans.push_back({width, splits, sharing});
-    }
-  }
-  return plans;
 }
 
 // Weights that copy: column c of the result is element c of x, which says which row it came from, then which column.
@@ -177,7 +164,7 @@ TEST_F(SpanProductTest, OneStageOfOneTile) {
   for (const bool backward : {false, true}) {
     for (const int width : kWidths) {
       for (const int64_t rows : {64, 128}) {
-        ExpectCopies(backward ? Shape{rows, width, 64, true} : Shape{rows, 64, width}, {width, 1, 1});
+        ExpectCopies(backward ? Shape{rows, width, 64, true} : Shape{rows, 64, width}, {width, 1});
       }
     }
   }
@@ -185,7 +172,7 @@ TEST_F(SpanProductTest, OneStageOfOneTile) {
 
 TEST_F(SpanProductTest, StagesAndTiles) {
   for (const bool backward : {false, true}) {
-    for (const int width : kWidths) ExpectCopies({128, 448, 448, backward}, {width, 1, 1});
+    for (const int width : kWidths) ExpectCopies({128, 448, 448, backward}, {width, 1});
   }
 }
 
@@ -193,18 +180,7 @@ TEST_F(SpanProductTest, ClustersAddUp) {
   for (const bool backward : {false, true}) {
     for (const int width : kWidths) {
       for (const int64_t rows : {64, 128}) {
-        for (const int splits : {2, 4, 8}) ExpectCopies({rows, 576, 576, backward}, {width, splits, 1});
-      }
-    }
-  }
-}
-
-TEST_F(SpanProductTest, BlocksShareRows) {
-  for (const bool backward : {false, true}) {
-    for (const int width : kWidths) {
-      for (const int64_t rows : {64, 128}) {
-        ExpectCopies(backward ? Shape{rows, 2 * width, 64, true} : Shape{rows, 64, 2 * width}, {width, 1, 2});
-        for (const int splits : {1, 2, 4}) ExpectCopies({rows, 576, 576, backward}, {width, splits, 2});
+        for (const int splits : {2, 4, 8}) ExpectCopies({rows, 576, 576, backward}, {width, splits});
       }
     }
   }
@@ -213,9 +189,9 @@ TEST_F(SpanProductTest, BlocksShareRows) {
 TEST_F(SpanProductTest, RingsGoAround) {
   for (const bool backward : {false, true}) {
     for (const int width : kWidths) {
-      for (const SpanPlan& plan : Cuts(width)) {
+      for (const int splits : {1, 2, 4, 8}) {
         for (const int64_t rows : {40, 100}) {
-          Compare(backward ? Shape{rows, 328, 4104, true} : Shape{rows, 4104, 328}, plan);
+          Compare(backward ? Shape{rows, 328, 4104, true} : Shape{rows, 4104, 328}, SpanPlan{width, splits});
         }
       }
     }
@@ -240,10 +216,8 @@ TEST_F(SpanProductTest, TwoTerms) {
     for (const bool same_x : {false, true}) {
       for (const int64_t rows : {16, 128}) {
         for (const int width : kWidths) {
-          for (const int sharing : {1, 2}) {
-            Compare({rows, 1608, 264, backward, 2, same_x, true}, SpanPlan{width, 1, sharing});
-            Compare({rows, 264, 1608, backward, 2, same_x, false}, SpanPlan{width, 4, sharing});
-          }
+          Compare({rows, 1608, 264, backward, 2, same_x, true}, SpanPlan{width, 1});
+          Compare({rows, 264, 1608, backward, 2, same_x, false}, SpanPlan{width, 4});
         }
         Compare({rows, 2560, 520, backward, 2, same_x, true});
       }
@@ -252,17 +226,15 @@ TEST_F(SpanProductTest, TwoTerms) {
 }
 
 // Only the splits decide in which order products are added.
-TEST_F(SpanProductTest, WidthsAndSharingKeepTheBits) {
+TEST_F(SpanProductTest, WidthsKeepTheBits) {
   for (const bool backward : {false, true}) {
     for (const int splits : {1, 4}) {
       const Shape s{100, 1288, 1032, backward, 1, false, true};
       const Numbers n(s, 5);
-      const std::vector<float> want = Product(s, n, SpanPlan{64, splits, 1});
+      const std::vector<float> want = Product(s, n, SpanPlan{64, splits});
       for (const int width : kWidths) {
-        for (const int sharing : {1, 2}) {
-          const SpanPlan plan{width, splits, sharing};
-          EXPECT_TRUE(SameBits(Product(s, n, plan), want)) << What(s, plan);
-        }
+        const SpanPlan plan{width, splits};
+        EXPECT_TRUE(SameBits(Product(s, n, plan), want)) << What(s, plan);
       }
     }
   }
@@ -270,7 +242,7 @@ TEST_F(SpanProductTest, WidthsAndSharingKeepTheBits) {
 
 TEST_F(SpanProductTest, TwoProductsOfOneLaunch) {
   for (const int64_t rows : {16, 128}) {
-    for (const SpanPlan plan : {SpanPlan{64, 1, 1}, SpanPlan{160, 1, 2}, SpanPlan{192, 2, 2}, SpanPlan{128, 8, 1}}) {
+    for (const SpanPlan plan : {SpanPlan{64, 1}, SpanPlan{160, 1}, SpanPlan{192, 2}, SpanPlan{128, 8}}) {
       Shape a{rows, 640, 1416}, b = a;
       b.wide = false;
       const Numbers na(a, 1);
@@ -279,7 +251,7 @@ TEST_F(SpanProductTest, TwoProductsOfOneLaunch) {
       Placed one(a, na), other(b, nb);
       other.product.term[0].x = one.product.term[0].x;
       const SpanProduct both[] = {one.product, other.product};
-      EXPECT_EQ(SpanProducts(both, plan, {}, kGpu, nullptr), cudaSuccess);
+      EXPECT_EQ(SpanProducts(both, plan, kGpu, nullptr), cudaSuccess);
       EXPECT_TRUE(SameBits(one.Result(), Product(a, na, plan))) << What(a, plan);
       EXPECT_TRUE(SameBits(other.Result(), Product(b, nb, plan))) << What(b, plan);
     }
@@ -292,10 +264,8 @@ TEST_F(SpanProductTest, ManyTiles) {
   Compare({16, 1032, 20000});
   Compare({33, 30008, 136, true});
   for (const int width : kWidths) {
-    for (const int sharing : {1, 2}) {
-      Compare({65, 200, 12000, false, 2, false, false}, SpanPlan{width, 1, sharing});
-      Compare({16, 27000, 200, true}, SpanPlan{width, 1, sharing});
-    }
+    Compare({65, 200, 12000, false, 2, false, false}, SpanPlan{width, 1});
+    Compare({16, 27000, 200, true}, SpanPlan{width, 1});
   }
 }
 
@@ -327,7 +297,6 @@ TEST_F(SpanProductTest, AChainEagerAndRecorded) {
   DeviceArray<Bits> x(start);
   DeviceArray<Bits> y(kRows * kWide);
   const auto enqueue = [&](cudaStream_t stream, bool pause) {
-    std::vector<SpanProduct> links;
     for (int i = 0; i < kLinks; ++i) {
       const bool back = i / 2 % 2 == 1;
       SpanProduct p;
@@ -338,13 +307,8 @@ TEST_F(SpanProductTest, AChainEagerAndRecorded) {
       p.out = rises != back ? kWide : kNarrow;
       p.term[0] = {rises ? x.get() : y.get(), rises ? up.get() : down.get()};
       p.y = rises ? y.get() : x.get();
-      links.push_back(p);
-    }
-    for (int i = 0; i < kLinks; ++i) {
-      SpanPlan plan = PlanSpan(SpanSizeOf({&links[i], 1}), kGpu);
-      if (i % 3 == 0) plan = {128, 4, 2};
-      const std::span<const SpanProduct> next(links.data() + i + 1, pause || i + 1 == kLinks ? 0 : 1);
-      ASSERT_EQ(SpanProducts({&links[i], 1}, plan, next, kGpu, stream), cudaSuccess);
+      const SpanPlan plan = i % 3 == 0 ? SpanPlan{128, 4} : PlanSpan(SpanSizeOf({&p, 1}), kGpu);
+      ASSERT_EQ(SpanProducts({&p, 1}, plan, kGpu, stream), cudaSuccess);
       if (pause) REFOCUS_CUDA(cudaStreamSynchronize(stream));
     }
   };
@@ -376,6 +340,33 @@ TEST_F(SpanProductTest, AChainEagerAndRecorded) {
   cudaStreamDestroy(stream);
 }
 
+// Of matrices whose rows lie apart, with NaN between them: the bits of dense ones.
+TEST_F(SpanProductTest, PartsOfWiderMatrices) {
+  for (const bool backward : {false, true}) {
+    Shape s;
+    s.rows = 65;
+    s.in = 200;
+    s.out = 136;
+    s.terms = 2;
+    s.backward = backward;
+    s.wide = true;
+    const Numbers dense(s, 9);
+    Numbers apart = dense;
+    const int64_t stride = s.in + 24;
+    for (std::vector<Bits>& m : apart.w) {
+      std::vector<Bits> wide(s.out * stride, Bits{0x7fff});
+      for (int64_t row = 0; row < s.out; ++row) {
+        std::copy_n(m.begin() + row * s.in, s.in, wide.begin() + row * stride);
+      }
+      m = wide;
+    }
+    Placed placed(s, apart);
+    placed.product.stride = stride;
+    ASSERT_EQ(SpanProducts({&placed.product, 1}, kGpu, nullptr), cudaSuccess);
+    EXPECT_TRUE(SameBits(placed.Result(), Product(s, dense))) << (backward ? "backward" : "forward");
+  }
+}
+
 TEST_F(SpanProductTest, RefusesWhatDoesNotFit) {
   const std::vector<Bits> ones(8192, ToBf16(1.0f));
   DeviceArray<Bits> x(ones), shifted(ones, 1);
@@ -398,6 +389,8 @@ TEST_F(SpanProductTest, RefusesWhatDoesNotFit) {
   refused([](SpanProduct& p) { p.rows = kMostSpanRows + 1; });
   refused([](SpanProduct& p) { p.rows = -1; });
   refused([](SpanProduct& p) { p.terms = 3; });
+  refused([](SpanProduct& p) { p.stride = 56; });
+  refused([](SpanProduct& p) { p.stride = 68; });
   std::array both = {good, good};
   both[0].terms = both[1].terms = 1;
   both[1].out = 32;
@@ -405,9 +398,9 @@ TEST_F(SpanProductTest, RefusesWhatDoesNotFit) {
   both[1] = both[0];
   both[1].term[0].x = y.get();
   EXPECT_EQ(SpanProducts(both, kGpu, nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(SpanProducts({&good, 1}, SpanPlan{64, 8, 2}, {}, kGpu, nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(SpanProducts({&good, 1}, SpanPlan{96, 1}, {}, kGpu, nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(SpanProducts({&good, 1}, SpanPlan{64, 3}, {}, kGpu, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(SpanProducts({&good, 1}, SpanPlan{64, 16}, kGpu, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(SpanProducts({&good, 1}, SpanPlan{96, 1}, kGpu, nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(SpanProducts({&good, 1}, SpanPlan{64, 3}, kGpu, nullptr), cudaErrorInvalidValue);
   SpanProduct none = good;
   none.rows = 0;
   EXPECT_EQ(SpanProducts({&none, 1}, kGpu, nullptr), cudaSuccess);
