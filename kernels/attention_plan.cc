@@ -104,7 +104,7 @@ bool UsesHopper(const AttentionShape& shape) {
   for (int i = 0; i < shape.extents; ++i) {
     if (shape.kv[i].slots > kMost) return false;
   }
-  return PackedRows(shape) > HopperSpares(shape.int8) && shape.rows <= kMost;
+  return PackedRows(shape) > HopperSpares(shape.head_dim, shape.int8) && shape.rows <= kMost;
 }
 
 HopperTile HopperAttendTileOf(const AttentionShape& shape) {

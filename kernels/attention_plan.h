@@ -109,9 +109,9 @@ constexpr int HopperTileBytes(int head_dim, HopperTile tile, int row_operands) {
                      (2 * (tile.k_stages + tile.v_stages) + tile.code_stages) * tile.keys);
 }
 
-// The most packed rows that Hopper's kernels leave to the portable ones, since they are bound by reading K and V. In
-// eight bits that reading takes half as long, and widening goes on beside the products there.
-constexpr int64_t HopperSpares(bool int8) { return int8 ? 16 : 64; }
+// The most packed rows that Hopper's kernels leave to the portable ones, since they are bound by reading K and V. Of
+// head_dim 64 and bf16 the tiles there are as tall as those of many rows.
+constexpr int64_t HopperSpares(int head_dim, bool int8) { return int8 || head_dim == 128 ? 16 : 64; }
 
 // Whether Hopper's warpgroup kernels take the shape: many rows, and columns that fill their panels.
 bool UsesHopper(const AttentionShape& shape);

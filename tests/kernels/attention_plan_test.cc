@@ -115,7 +115,9 @@ TEST(AttentionPlan, HopperTakesManyRowsOfWholePanels) {
   EXPECT_TRUE(UsesHopper(Shape(128, 32, 8, 128, 1 << 19)));
   EXPECT_TRUE(UsesHopper(Shape(128, 9, 3, 64, 1 << 17)));
   EXPECT_TRUE(UsesHopper(Shape(17, 32, 8, 128, 1 << 17)));
-  EXPECT_FALSE(UsesHopper(Shape(16, 32, 8, 128, 1 << 17)));  // 64 packed rows: bound by reading
+  EXPECT_TRUE(UsesHopper(Shape(5, 32, 8, 128, 1 << 17)));
+  EXPECT_FALSE(UsesHopper(Shape(4, 32, 8, 128, 1 << 17)));  // 16 packed rows: bound by reading
+  EXPECT_FALSE(UsesHopper(Shape(21, 9, 3, 64, 1 << 17)));
   EXPECT_FALSE(UsesHopper(Shape(128, 32, 8, 96, 1 << 17)));
   EXPECT_FALSE(UsesHopper(Shape(128, 32, 8, 256, 1 << 17)));
   EXPECT_FALSE(UsesHopper(Shape(int64_t{1} << 31, 32, 8, 128, 1 << 17)));
@@ -142,7 +144,8 @@ TEST(AttentionPlan, HopperTakesFewerRowsInEightBits) {
   EXPECT_FALSE(UsesHopper(int8(Shape(4, 32, 8, 128, 1 << 17))));
   EXPECT_TRUE(UsesHopper(int8(Shape(5, 32, 8, 128, 1 << 17))));
   EXPECT_FALSE(UsesHopper(int8(Shape(5, 32, 8, 96, 1 << 17))));
-  EXPECT_FALSE(UsesHopper(Shape(5, 32, 8, 128, 1 << 17)));
+  EXPECT_TRUE(UsesHopper(int8(Shape(6, 9, 3, 64, 1 << 17))));
+  EXPECT_FALSE(UsesHopper(Shape(6, 9, 3, 64, 1 << 17)));
   EXPECT_EQ(HopperAttendTileOf(int8(Shape(16, 9, 3, 64, 1 << 17))).rows, 128);
   EXPECT_EQ(HopperAttendTileOf(int8(Shape(128, 9, 3, 64, 1 << 17))).rows, 192);
   for (const int64_t rows : {1, 4, 8, 16, 128}) {
