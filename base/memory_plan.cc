@@ -83,7 +83,9 @@ Bytes Workspace(const ModelConfig& c, const MemoryQuestion& q) {
   const Bytes span = SpanActivations(c, q.ranks, q.span_rows);
   Bytes bytes = prefill.overflow() || (!span.overflow() && prefill.value() >= span.value()) ? prefill : span;
   return bytes.Add({std::min(kLogitRows, q.span_rows), kFp32 + kBf16, c.vocab})
-      .Add({kMaxDecodeRows, 3 * kFp32, c.vocab})  // a decode batch's logits, adjusted ones, and what penalties count
+      // A decode batch's logits, adjusted ones, and what penalties count; of several ranks its parts, and the gathered
+      // ones.
+      .Add({kMaxDecodeRows, (q.ranks > 1 ? 5 : 3) * kFp32, c.vocab})
       .Add({kSplitTiles, kSplitTileRows, kFp32, c.head_dim + 1});
 }
 

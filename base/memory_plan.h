@@ -63,7 +63,7 @@ struct MemoryPlan {
   int64_t weights = 0;
   int64_t workspace = 0;  // activations of a prefill chunk or an adaptation's rows, whichever is more, and what logits and
                           // draws of a decode batch take; CPU: simply half of what the weights leave
-  int64_t runtime = 0;    // CUDA context, cuBLAS, buffers of NCCL; CPU: 0
+  int64_t runtime = 0;    // CUDA context, cuBLAS, buffers of NCCL and of peer memory; CPU: 0
   int64_t limit = 0;      // what K/V and adapters may be told to take: negative when the rest alone does not fit
   int64_t pool = 0;       // what they take unless told otherwise, >= 0
   int64_t kv_per_token = 0;

@@ -30,11 +30,11 @@ constexpr int kLseAt = kItemsAt + kFlaggedItems * 16;
 constexpr int64_t kRegionBytes = kLseAt + kFlaggedGroups * 4;
 static_assert(kRegionBytes % 128 == 0 && kItemsAt % 128 == 0);
 constexpr int64_t kPackedMostBytes = 256 << 10;  // of a message: from there on twice the bytes cost more than a flag
-constexpr int kLooks = 64;  // between two looks at what may end a wait
+constexpr int64_t kLookClocks = 4'000'000;  // some milliseconds between two looks at what may end a wait
 
 struct Job {
   PeerMemory peers;
-  CombineParams own;  // of a sum: part_out and out alone
+  CombineParams own;  // of a sum: part_out and where it goes alone
   int64_t groups = 0;
   int pieces = 0;     // items of a group
   int chunk = 0;      // groups of a block's round
@@ -101,28 +101,37 @@ __device__ __forceinline__ float LoadLse(const char* at) {
   return x;
 }
 
-// Of one thread's wait.
+// Of one thread's wait. It looks at host memory seldom, and not before it has waited for long: when all threads of a
+// kernel do, that takes so long that the other ranks wait as long for the next exchange, and would do the same.
 class Patience {
  public:
-  __device__ explicit Patience(const PeerMemory& peers) : peers_(peers) {}
+  __device__ explicit Patience(const PeerMemory& peers) : peers_(peers), looked_(Clock()) {}
 
   // After a look that found nothing: whether to go on without.
   __device__ bool Over() {
-    if (++looks_ % kLooks != 0) return false;
+    const int64_t clock = Clock();
+    if (clock - looked_ < kLookClocks) return false;
+    looked_ = clock;
     uint32_t given_up;
     asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(given_up) : "l"(peers_.given_up) : "memory");
     if (given_up != 0) return true;
     int64_t now;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (looks_ == kLooks) begin_ = now;
+    if (begin_ == 0) begin_ = now;
     if (now - begin_ < peers_.deadline_ns) return false;
     asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(peers_.given_up), "r"(kLate) : "memory");
     return true;
   }
 
  private:
+  static __device__ __forceinline__ int64_t Clock() {
+    int64_t clock;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(clock));
+    return clock;
+  }
+
   const PeerMemory& peers_;
-  uint32_t looks_ = 0;
+  int64_t looked_;
   int64_t begin_ = 0;
 };
 
@@ -141,7 +150,11 @@ __device__ __forceinline__ void Finish(const Job& job, int64_t first, int item, 
     for (int r = 0; r < kMost; ++r) {
       if (r < job.peers.ranks) AddTo(total, x[r]);
     }
-    reinterpret_cast<float4*>(job.own.out)[first + item] = total;
+    if (job.own.out != nullptr) {
+      reinterpret_cast<float4*>(job.own.out)[first + item] = total;
+    } else {
+      StoreRounded(job.own.out_bf16, first + item, total);
+    }
   }
 }
 
@@ -429,12 +442,13 @@ cudaError_t ExchangeCombine(const CombineParams& own, const PeerMemory& peers, c
   return Exchange<true>(peers, own, own.rows * own.heads, own.head_dim / 4, way, stream);
 }
 
-cudaError_t ExchangeSum(const float* x, int64_t elements, float* sum, const PeerMemory& peers, cudaStream_t stream,
-                        ExchangeWay way) {
+cudaError_t ExchangeSum(const float* x, int64_t elements, float* sum, void* rounded, const PeerMemory& peers,
+                        cudaStream_t stream, ExchangeWay way) {
   if (elements < 0 || elements % 4 != 0) return cudaErrorInvalidValue;
   CombineParams own;
   own.part_out = x;
   own.out = sum;
+  own.out_bf16 = rounded;
   return Exchange<false>(peers, own, elements / 4, 1, way, stream);
 }
 

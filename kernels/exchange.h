@@ -47,6 +47,8 @@ struct PeerMemory {
   int rank = 0;
   int ranks = 0;                   // 2 to kMostPeers
   // PeerMemoryBytes(ranks) of every rank, 256-byte aligned, as this rank sees them; all zeroed before the first exchange.
+  // PeerMemoryBytes(ranks) of every rank, 256-byte aligned, as this rank sees them. Own memory was zeroed before any
+  // rank's first exchange.
   void* memory[kMostPeers] = {};
   uint32_t* given_up = nullptr;    // host memory as the device sees it: kAborted or kLate once the group is lost
   int64_t deadline_ns = 0;         // of one wait
@@ -71,8 +73,9 @@ cudaError_t ExchangeCombine(const CombineParams& own, const PeerMemory& peers, c
 bool ExchangePartsFits(int64_t rows, int heads, int head_dim, const PeerMemory& peers);
 cudaError_t ExchangeParts(const CombineParams& own, const PeerMemory& peers, cudaStream_t stream);
 
-// sum[i] = rank 0's x[i] + rank 1's x[i] + ...; elements a multiple of 4.
-cudaError_t ExchangeSum(const float* x, int64_t elements, float* sum, const PeerMemory& peers, cudaStream_t stream,
-                        ExchangeWay way = ExchangeWay::kBySize);
+// sum[i] = rank 0's x[i] + rank 1's x[i] + ..., in fp32, or rounded to bf16 where `sum` is null; elements a multiple of
+// 4.
+cudaError_t ExchangeSum(const float* x, int64_t elements, float* sum, void* rounded, const PeerMemory& peers,
+                        cudaStream_t stream, ExchangeWay way = ExchangeWay::kBySize);
 
 }  // namespace refocus::kernels

@@ -66,10 +66,10 @@ struct TileRows {
   const row::Bf16* high = nullptr;
 
   TileRows() = default;
-  __device__ TileRows(const void* w, int64_t first, int64_t out, int64_t in) {
+  __device__ TileRows(const void* w, int64_t first, int64_t out, int64_t stride) {
     if (w == nullptr) return;
-    if (first < out) low = static_cast<const row::Bf16*>(w) + first * in;
-    if (first + 8 < out) high = static_cast<const row::Bf16*>(w) + (first + 8) * in;
+    if (first < out) low = static_cast<const row::Bf16*>(w) + first * stride;
+    if (first + 8 < out) high = static_cast<const row::Bf16*>(w) + (first + 8) * stride;
   }
 };
 
@@ -141,8 +141,9 @@ __global__ void __launch_bounds__(kThreads, BlocksPerSm(kAllLoads))
   extern __shared__ __align__(128) unsigned char ring[];
   float sums[kMatrices][4] = {};
   TileRows w[kMatrices];
-  w[0] = TileRows(p.w, first + g, p.out, p.in);
-  if (kMatrices == 2) w[kMatrices - 1] = TileRows(p.second, first + g, p.out, p.in);
+  const int64_t stride = p.stride == 0 ? p.in : p.stride;
+  w[0] = TileRows(p.w, first + g, p.out, stride);
+  if (kMatrices == 2) w[kMatrices - 1] = TileRows(p.second, first + g, p.out, stride);
   const row::Bf16* const x = g < p.rows ? static_cast<const row::Bf16*>(p.x) + g * p.in : nullptr;
   Walk<kMatrices, kAllLoads / kMatrices, PiecesAhead(kAllLoads)>(w, x, static_cast<int>(p.in), SharedAddress(ring),
                                                                  sums);
@@ -205,7 +206,7 @@ cudaError_t Start(std::span<const FewRowsProduct> products, cudaStream_t stream)
 
 bool Fits(const FewRowsProduct& p) {
   return p.rows >= 0 && FewRowsFit(p.rows, p.in) && p.in <= INT32_MAX / 2 && p.out <= INT32_MAX &&
-         row::Aligned(p.x, p.w, p.second);
+         (p.stride == 0 || (p.stride >= p.in && p.stride % 8 == 0)) && row::Aligned(p.x, p.w, p.second);
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ struct FewRowsProduct {
   int64_t rows = 0;              // 0 to kFewRows
   int64_t in = 0;                // a multiple of 8
   int64_t out = 0;
+  int64_t stride = 0;            // elements from a row of a matrix to its next, a multiple of 8, at least in; 0: in
   const void* x = nullptr;       // bf16 [rows, in]
   // Matrices may be read while the kernel enqueued before still runs: what wrote them must be complete when that begins.
   const void* w = nullptr;       // bf16 [out, in]

@@ -11,6 +11,12 @@
 
 namespace refocus::kernels {
 
+__device__ __forceinline__ void StoreRounded(void* to, int64_t piece, const float4& x) {
+  __nv_bfloat162* const rounded = static_cast<__nv_bfloat162*>(to) + piece * 2;
+  rounded[0] = __floats2bfloat162_rn(x.x, x.y);
+  rounded[1] = __floats2bfloat162_rn(x.z, x.w);
+}
+
 // A row and head, four columns, while parts are added up.
 struct WeightedSum {
   float weight = 0.0f;
@@ -37,11 +43,7 @@ struct WeightedSum {
     const float4 y = Out();
     const int64_t at = row_head * pieces + piece;
     reinterpret_cast<float4*>(p.out)[at] = y;
-    if (p.out_bf16 != nullptr) {
-      __nv_bfloat162* rounded = reinterpret_cast<__nv_bfloat162*>(p.out_bf16) + at * 2;
-      rounded[0] = __floats2bfloat162_rn(y.x, y.y);
-      rounded[1] = __floats2bfloat162_rn(y.z, y.w);
-    }
+    if (p.out_bf16 != nullptr) StoreRounded(p.out_bf16, at, y);
     if (piece == 0) p.lse[row_head] = Lse(high);
   }
 };

@@ -184,17 +184,20 @@ class Backend {
   virtual Partial Combine(const at::Tensor& out, const at::Tensor& lse) = 0;
 
   // Where the group's GPUs reach each other's memory (Collective::NextPeerExchange), of rows that all ranks compute, in
-  // rank order: the combination of all ranks' partials, and the sum of their x, fp32. All ranks call it alike.
+  // rank order: the combination of all ranks' partials, and the sum of their x, fp32, as `type`. All ranks call it
+  // alike.
   virtual Partial CombineOverPeers(const Partial& /*own*/, const kernels::PeerMemory& /*peers*/) {
     REFOCUS_CHECK(false);
     return {};
   }
-  virtual at::Tensor SumOverPeers(const at::Tensor& /*x*/, const kernels::PeerMemory& /*peers*/) {
+  virtual at::Tensor SumOverPeers(const at::Tensor& /*x*/, at::ScalarType /*type*/,
+                                  const kernels::PeerMemory& /*peers*/) {
     REFOCUS_CHECK(false);
     return {};
   }
 
-  // y = x . w^T: x [rows, in], w [out, in], both dtype -> [rows, out] dtype.
+  // y = x . w^T: x [rows, in], w [out, in], both dtype -> [rows, out] dtype. Rows of w may lie apart, here, in
+  // LinearSum without a delta and in LinearGrad.
   virtual at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) = 0;
   // Both x . one^T and x . other^T, of equal sizes: together where that costs less than by themselves.
   virtual std::array<at::Tensor, 2> LinearPair(const at::Tensor& x, const at::Tensor& one, const at::Tensor& other) {
@@ -206,9 +209,9 @@ class Backend {
   virtual void AddLinears(const std::vector<AddedProduct>& products) = 0;
   // dx = dy . w (+ dy . delta): dy [rows, out], w and delta [out, in] -> [rows, in] dtype.
   virtual at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) = 0;
-  // The gradient behind LinearPair: dx = dy . one + other_dy . other.
+  // The gradient behind LinearPair: dx = dy . one + other_dy . other; `wide`: fp32.
   virtual at::Tensor LinearPairGrad(const at::Tensor& dy, const at::Tensor& one, const at::Tensor& other_dy,
-                                    const at::Tensor& other) = 0;
+                                    const at::Tensor& other, bool wide) = 0;
   // grad [out, in] fp32 = dy^T . x, or += when `add`: dy [rows, out], x [rows, in] dtype.
   virtual void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) = 0;
 

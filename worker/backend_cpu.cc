@@ -432,7 +432,8 @@ class CpuBackend : public CpuRowwise {
     const int64_t rows = x.size(0), in = x.size(1), outputs = w.size(0);
     if (rows > kCpuFewRows || rows == 0 || in == 0) return at::linear(x, w);
     CheckRows(x, {rows, in});
-    CheckRows(w, {outputs, in});
+    REFOCUS_CHECK(w.scalar_type() == at::kFloat && w.stride(1) == 1);
+    const int64_t stride = w.stride(0);
     at::Tensor y = at::empty({rows, outputs}, x.options());
     const int64_t step =
         std::max<int64_t>(1, kLinearTaskBytes / (in * 4) / kLinearTaskRows) * kLinearTaskRows;
@@ -441,7 +442,8 @@ class CpuBackend : public CpuRowwise {
     float* const to = y.data_ptr<float>();
     ParallelTasks((outputs + step - 1) / step, [&](int64_t task, int64_t) {
       const int64_t first = task * step;
-      kernels_.linear_few(rows, in, std::min(step, outputs - first), from, weights + first * in, to + first, outputs);
+      kernels_.linear_few(rows, in, std::min(step, outputs - first), from, weights + first * stride, stride, to + first,
+                          outputs);
     });
     return y;
   }

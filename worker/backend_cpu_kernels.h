@@ -60,9 +60,10 @@ struct CpuKernels {
                      const CpuAttendState& state);
   // to [keys, head_dim] = the numbers that codes [keys, stride] and scales [keys] (bf16) stand for (base/kv_int8.h).
   void (*unpack)(int64_t keys, int64_t head_dim, const uint8_t* codes, int64_t stride, const uint16_t* scales, float* to);
-  // y[r * y_stride + o] = x[r] . w[o] for r < rows <= kCpuFewRows, o < outputs; x [rows, in], w [outputs, in].
-  void (*linear_few)(int64_t rows, int64_t in, int64_t outputs, const float* x, const float* w, float* y,
-                     int64_t y_stride);
+  // y[r * y_stride + o] = x[r] . w[o] for r < rows <= kCpuFewRows, o < outputs; x [rows, in], w [outputs, in] with rows
+  // w_stride apart.
+  void (*linear_few)(int64_t rows, int64_t in, int64_t outputs, const float* x, const float* w, int64_t w_stride,
+                     float* y, int64_t y_stride);
 };
 
 // Null where the compiler or this processor lacks the instruction set.

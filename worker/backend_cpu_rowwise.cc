@@ -108,7 +108,7 @@ at::Tensor CpuRowwise::LinearGrad(const at::Tensor& dy, const at::Tensor& w, con
 }
 
 at::Tensor CpuRowwise::LinearPairGrad(const at::Tensor& dy, const at::Tensor& one, const at::Tensor& other_dy,
-                                      const at::Tensor& other) {
+                                      const at::Tensor& other, bool /*wide*/) {
   return at::mm(dy, one).addmm_(other_dy, other);
 }
 

@@ -30,7 +30,7 @@ class CpuRowwise : public Backend {
   void AddLinears(const std::vector<AddedProduct>& products) override;
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override;
   at::Tensor LinearPairGrad(const at::Tensor& dy, const at::Tensor& one, const at::Tensor& other_dy,
-                            const at::Tensor& other) override;
+                            const at::Tensor& other, bool wide) override;
   void WeightGrad(const at::Tensor& dy, const at::Tensor& x, bool add, at::Tensor& grad) override;
   int64_t factor_rows() const override { return 128; }
   void FactorNorm(const GradFactors& grad, at::Tensor norm) override;

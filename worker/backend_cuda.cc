@@ -127,9 +127,11 @@ class CudaBackend : public CudaRowwise {
     return whole;
   }
 
-  at::Tensor SumOverPeers(const at::Tensor& x, const kernels::PeerMemory& peers) override {
-    at::Tensor sum = Empty(x.sizes(), at::kFloat);
-    CheckLaunch(kernels::ExchangeSum(Data<float>(x), x.numel(), Data<float>(sum), peers, Stream()), "ExchangeSum");
+  at::Tensor SumOverPeers(const at::Tensor& x, at::ScalarType type, const kernels::PeerMemory& peers) override {
+    at::Tensor sum = Empty(x.sizes(), type);
+    float* const wide = type == at::kFloat ? Data<float>(sum) : nullptr;
+    void* const rounded = type == at::kFloat ? nullptr : Data(sum);
+    CheckLaunch(kernels::ExchangeSum(Data<float>(x), x.numel(), wide, rounded, peers, Stream()), "ExchangeSum");
     return sum;
   }
 

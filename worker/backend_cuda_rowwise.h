@@ -43,7 +43,7 @@ class CudaRowwise : public Backend {
 
   at::Tensor Linear(const at::Tensor& x, const at::Tensor& w) override {
     const bool few = Few(x);
-    if (!few && !Spans(x, w)) return at::linear(x, w);
+    if (!few && !Spans(x, w, 1, false)) return at::linear(x, w);
     at::Tensor y = Empty({x.size(0), w.size(0)}, dtype());
     if (few) {
       RunFew(std::array{FewOf(FewKind::kBf16, x, w, y)});
@@ -55,7 +55,7 @@ class CudaRowwise : public Backend {
 
   std::array<at::Tensor, 2> LinearPair(const at::Tensor& x, const at::Tensor& one, const at::Tensor& other) override {
     const bool few = Few(x);
-    if ((!few && !Spans(x, one)) || one.sizes() != other.sizes()) return {Linear(x, one), Linear(x, other)};
+    if ((!few && !Spans(x, one, 1, false)) || one.sizes() != other.sizes()) return {Linear(x, one), Linear(x, other)};
     std::array y = {Empty({x.size(0), one.size(0)}, dtype()), Empty({x.size(0), other.size(0)}, dtype())};
     if (few) {
       RunFew(std::array{FewOf(FewKind::kBf16, x, one, y[0]), FewOf(FewKind::kBf16, x, other, y[1])});
@@ -82,7 +82,7 @@ class CudaRowwise : public Backend {
       RunFew(std::array{FewOf(FewKind::kFloat, x, w, y, delta)});
       return y;
     }
-    if (Spans(x, w)) {
+    if (Spans(x, w, delta.defined() ? 2 : 1, false)) {
       kernels::SpanProduct product = SpanOf(x, w, y);
       if (delta.defined()) AddTerm(x, delta, &product);
       RunSpan(std::array{product});
@@ -122,17 +122,23 @@ class CudaRowwise : public Backend {
   }
 
   at::Tensor LinearGrad(const at::Tensor& dy, const at::Tensor& w, const at::Tensor& delta) override {
-    if (delta.defined()) return LinearPairGrad(dy, w, dy, delta);
-    if (!Spans(dy, w)) return at::mm(dy, w);
+    if (delta.defined()) return LinearPairGrad(dy, w, dy, delta, /*wide=*/false);
+    if (!Spans(dy, w, 1, true)) return at::mm(dy, w);
     at::Tensor dx = Empty({dy.size(0), w.size(1)}, dtype());
     RunSpan(std::array{SpanOf(dy, w, dx, /*backward=*/true)});
     return dx;
   }
 
   at::Tensor LinearPairGrad(const at::Tensor& dy, const at::Tensor& one, const at::Tensor& other_dy,
-                            const at::Tensor& other) override {
-    if (!Spans(dy, one)) return at::mm(dy, one).addmm_(other_dy, other);
-    at::Tensor dx = Empty({dy.size(0), one.size(1)}, dtype());
+                            const at::Tensor& other, bool wide) override {
+    at::Tensor dx = Empty({dy.size(0), one.size(1)}, wide ? at::kFloat : dtype());
+    if (!Spans(dy, one, 2, true)) {
+      if (!wide) return at::mm(dy, one).addmm_(other_dy, other);
+      if (dy.size(0) == 0) return dx;
+      at::mm_out(dx, dy, one, at::kFloat);
+      at::addmm_out(dx, dx, other_dy, other, at::kFloat);
+      return dx;
+    }
     kernels::SpanProduct product = SpanOf(dy, one, dx, /*backward=*/true);
     AddTerm(other_dy, other, &product);
     RunSpan(std::array{product});
@@ -322,6 +328,13 @@ class CudaRowwise : public Backend {
     return static_cast<T*>(t.data_ptr());
   }
 
+  // A matrix whose rows may lie apart.
+  static void* Matrix(const at::Tensor& t) {
+    if (!t.defined()) return nullptr;
+    REFOCUS_CHECK(t.is_cuda() && t.dim() == 2 && t.stride(1) == 1);
+    return t.data_ptr();
+  }
+
   at::Tensor Empty(at::IntArrayRef shape, at::ScalarType type) const {
     return at::empty(shape, at::TensorOptions(device_).dtype(type));
   }
@@ -332,14 +345,16 @@ class CudaRowwise : public Backend {
   static bool Few(const at::Tensor& x) { return x.size(0) > 0 && kernels::FewRowsFit(x.size(0), x.size(1)); }
   static kernels::FewRowsProduct FewOf(FewKind kind, const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
                                        const at::Tensor& second = {}) {
+    REFOCUS_CHECK(!second.defined() || second.stride(0) == w.stride(0));
     kernels::FewRowsProduct product;
     product.kind = kind;
     product.rows = x.size(0);
     product.in = x.size(1);
     product.out = w.size(0);
     product.x = Data(x);
-    product.w = Data(w);
-    product.second = Data(second);
+    product.stride = w.size(0) > 1 ? w.stride(0) : 0;
+    product.w = Matrix(w);
+    product.second = Matrix(second);
     product.y = Data(y);
     return product;
   }
@@ -347,9 +362,10 @@ class CudaRowwise : public Backend {
     CheckLaunch(kernels::FewRows(products, Stream()), "FewRows");
   }
 
-  // Up to 128 rows are bound by it as well.
-  bool Spans(const at::Tensor& x, const at::Tensor& w) const {
-    return span_gpu_.multiprocessors > 0 && kernels::SpanFits(x.size(0), w.size(1), w.size(0));
+  // So are more, up to 128, where the kernel for them is faster than cuBLAS.
+  bool Spans(const at::Tensor& x, const at::Tensor& w, int terms, bool backward) const {
+    return span_gpu_.multiprocessors > 0 && kernels::SpanFits(x.size(0), w.size(1), w.size(0)) &&
+           kernels::SpanPays(x.size(0), terms, backward);
   }
   static kernels::SpanProduct SpanOf(const at::Tensor& x, const at::Tensor& w, const at::Tensor& y,
                                      bool backward = false) {
@@ -359,7 +375,8 @@ class CudaRowwise : public Backend {
     product.rows = x.size(0);
     product.in = w.size(1);
     product.out = w.size(0);
-    product.term[0] = {Data(x), Data(w)};
+    product.stride = w.size(0) > 1 ? w.stride(0) : 0;
+    product.term[0] = {Data(x), Matrix(w)};
     product.wide = y.scalar_type() == at::kFloat;
     product.y = Data(y);
     return product;
@@ -367,7 +384,8 @@ class CudaRowwise : public Backend {
   static void AddTerm(const at::Tensor& x, const at::Tensor& w, kernels::SpanProduct* product) {
     REFOCUS_CHECK(x.size(0) == product->rows && x.size(1) == (product->backward ? product->out : product->in));
     REFOCUS_CHECK(w.size(0) == product->out && w.size(1) == product->in);
-    product->term[product->terms++] = {Data(x), Data(w)};
+    REFOCUS_CHECK(product->stride == 0 || product->stride == w.stride(0));
+    product->term[product->terms++] = {Data(x), Matrix(w)};
   }
   void RunSpan(std::span<const kernels::SpanProduct> products) const {
     CheckLaunch(kernels::SpanProducts(products, span_gpu_, Stream()), "SpanProducts");
@@ -390,7 +408,7 @@ class CudaRowwise : public Backend {
       RunFew(FewKeysAndValues(h, weights, keys));
       return keys;
     }
-    if (Spans(h, weights.wk) && !weights.v_bias.defined()) {
+    if (Spans(h, weights.wk, 1, false) && !weights.v_bias.defined()) {
       RunSpan(std::array{SpanOf(h, weights.wk, keys.k), SpanOf(h, weights.wv, keys.v)});
       return keys;
     }

@@ -65,6 +65,7 @@ class Collective {
   // needs (kernels/exchange.h), which the caller enqueues on the current stream before its next call. It counts as a
   // call of this class.
   virtual const kernels::PeerMemory* NextPeerExchange(const char* /*what*/) { return nullptr; }
+  virtual bool has_peer_exchange() const { return false; }
 
   // From any thread: running and later calls throw on all ranks that can still be told.
   virtual void Abort(const std::string& reason) = 0;

@@ -52,7 +52,13 @@ class NcclCollective : public Collective {
     communicator_->Create(id, rank, size);
     if (rank == 0) LogInfo("NCCL " + std::to_string(version) + " connects " + std::to_string(size) + " ranks");
     watchdog_ = std::thread([shared = communicator_] { Communicator::Watch(shared); });
-    if (size > 1) ConnectPeers(deadline_seconds, peer_memory);
+    try {
+      if (size > 1) ConnectPeers(deadline_seconds, peer_memory);
+    } catch (...) {  // no destructor follows
+      communicator_->Close();
+      watchdog_.detach();
+      throw;
+    }
     calls_ = 0;
   }
 
@@ -179,8 +185,10 @@ class NcclCollective : public Collective {
 
   void BeforeReplay() override { Begin("collectives of a graph"); }
 
+  bool has_peer_exchange() const override { return peers_ != nullptr && peers_->memory() != nullptr; }
+
   const kernels::PeerMemory* NextPeerExchange(const char* what) override {
-    if (peers_ == nullptr || peers_->memory() == nullptr) return nullptr;
+    if (!has_peer_exchange()) return nullptr;
     Begin(what);
     return peers_->memory();
   }

@@ -103,6 +103,7 @@ Peers::Peers(int rank, int size, double deadline_seconds, bool wanted, cudaStrea
 
 void Peers::GiveBack() {
   used_ = false;
+  if (given_up_ == nullptr) return;  // no memory of its own, so none of others
   int current = 0;
   cudaGetDevice(&current);
   cudaSetDevice(device_);
@@ -112,7 +113,6 @@ void Peers::GiveBack() {
     if (r != memory_.rank) memory_.memory[r] = nullptr;
   }
   cudaSetDevice(current);
-  if (given_up_ == nullptr) return;
   const std::lock_guard<std::mutex> lock(idle_mutex);
   Idle().push_back({device_, memory_.ranks, std::exchange(memory_.memory[memory_.rank], nullptr),
                     std::exchange(given_up_, nullptr)});
@@ -201,7 +201,7 @@ std::string Peers::Try(cudaStream_t stream) {
     const auto run = [&] {
       cudaError_t error = cudaMemcpyAsync(device, mine.data(), bytes, cudaMemcpyHostToDevice, stream);
       if (error != cudaSuccess) return error;
-      error = kernels::ExchangeSum(device, kTrialFloats, device + kTrialFloats, memory_, stream, way);
+      error = kernels::ExchangeSum(device, kTrialFloats, device + kTrialFloats, nullptr, memory_, stream, way);
       if (error != cudaSuccess) return error;
       error = cudaMemcpyAsync(sum.data(), device + kTrialFloats, bytes, cudaMemcpyDeviceToHost, stream);
       return error != cudaSuccess ? error : cudaStreamSynchronize(stream);  // ends: the kernel has a deadline

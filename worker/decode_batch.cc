@@ -126,8 +126,8 @@ void DecodeBatches::Pass::Enqueue() {
   table_.copy_(host_, /*non_blocking=*/true);
   const at::Tensor hidden = model_.Forward(input_);
   Collective& collective = model_.collective();
+  logits_ = model_.LogitsTogether(hidden);
   if (collective.rank() == 0) {
-    logits_ = model_.Logits(hidden);
     model_.backend().Sample(logits_, samplers_, tokens_, logprobs_);
     tokens_.masked_fill_(leaves_.ne(0), kLeave);
   }

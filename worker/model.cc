@@ -123,25 +123,53 @@ Partial Model::DecodeAttention(const ForwardInput& input, int64_t layer, const a
   return peers != nullptr ? attention : Exchange(rows, attention);
 }
 
-at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& dq) {
+at::Tensor Model::SumOverRanks(const RowPlan& rows, const at::Tensor& terms) {
   const int64_t ranks = collective_.size();
-  if (ranks == 1) return dq;
-  std::vector<int64_t> shape = dq.sizes().vec();
+  if (ranks == 1) return terms;
+  std::vector<int64_t> shape = terms.sizes().vec();
   if (rows.split()) {
     shape[0] = rows.own_rows();
-    at::Tensor own = at::empty(shape, dq.options());
-    collective_.ReduceScatterRows(dq, rows.counts(), own);
+    at::Tensor own = at::empty(shape, terms.options());
+    collective_.ReduceScatterRows(terms, rows.counts(), own);
     return own;
   }
-  const kernels::PeerMemory* peers = PeersFor(rows, "sum of dq");
-  if (peers != nullptr) return backend_.SumOverPeers(dq, *peers);
+  const kernels::PeerMemory* peers = PeersFor(rows, "sum over ranks");
+  if (peers != nullptr) return backend_.SumOverPeers(terms, at::kFloat, *peers);
+  const int64_t count = shape[0];
   shape[0] *= ranks;
-  at::Tensor parts = at::empty(shape, dq.options());
-  collective_.AllGatherRows(dq, std::vector<int64_t>(ranks, dq.size(0)), parts);
-  const auto part = [&](int64_t rank) { return parts.narrow(0, rank * dq.size(0), dq.size(0)); };
+  at::Tensor parts = at::empty(shape, terms.options());
+  collective_.AllGatherRows(terms, std::vector<int64_t>(ranks, count), parts);
+  const auto part = [&](int64_t rank) { return parts.narrow(0, rank * count, count); };
   at::Tensor sum = part(0) + part(1);
   for (int64_t rank = 2; rank < ranks; ++rank) sum.add_(part(rank));
   return sum;
+}
+
+at::Tensor Model::RoundedSumOverRanks(const RowPlan& rows, const at::Tensor& terms) {
+  const kernels::PeerMemory* peers = PeersFor(rows, "sum over ranks");
+  return peers != nullptr ? backend_.SumOverPeers(terms, backend_.dtype(), *peers)
+                          : backend_.Rounded(SumOverRanks(rows, terms));
+}
+
+Model::Mlp Model::MlpOf(const RowPlan& rows, const LayerWeights& w) const {
+  const int64_t ranks = collective_.size(), inner = w.gate.size(0);
+  constexpr int64_t kAligned = 8;  // columns: 16 bytes of bf16
+  // Through NCCL an exchange takes about as long as the reading that it saves.
+  const bool quick = backend_.device().is_cpu() || collective_.has_peer_exchange();
+  if (ranks == 1 || rows.split() || !quick || inner % (ranks * kAligned) != 0) return {w.gate, w.up, w.down};
+  const int64_t part = inner / ranks, first = collective_.rank() * part;
+  return {w.gate.narrow(0, first, part), w.up.narrow(0, first, part), w.down.narrow(1, first, part), true};
+}
+
+at::Tensor Model::MlpOut(const RowPlan& rows, const Mlp& mlp, const at::Tensor& act) {
+  if (!mlp.part) return backend_.Linear(act, mlp.down);
+  return RoundedSumOverRanks(rows, backend_.LinearSum(act, mlp.down, at::Tensor()));
+}
+
+at::Tensor Model::MlpGrad(const RowPlan& rows, const Mlp& mlp, const at::Tensor& dy, const LayerTrace& t) {
+  const Backend::SiluGrads inner = backend_.SiluMulGrad(backend_.LinearGrad(dy, mlp.down, {}), t.gate, t.up);
+  const at::Tensor dh = backend_.LinearPairGrad(inner.gate, mlp.gate, inner.up, mlp.up, mlp.part);
+  return mlp.part ? RoundedSumOverRanks(rows, dh) : dh;
 }
 
 std::vector<KvView> Model::Views(const ForwardInput& input, int64_t layer) const {
@@ -182,15 +210,16 @@ at::Tensor Model::Forward(const ForwardInput& input, std::vector<LayerTrace>* tr
     const at::Tensor rounded = attention.rounded.defined() ? attention.rounded : backend_.Rounded(attention.out);
     const at::Tensor mixed = backend_.Linear(rounded.view({n, c.q_dim()}), w.wo);
     const Normed mid = backend_.AddNorm(x, mixed, w.mlp_norm);
+    const Mlp mlp = MlpOf(rows, w);
     at::Tensor act;
     if (trace == nullptr) {
-      act = backend_.GatedLinear(mid.h, w.gate, w.up);
+      act = backend_.GatedLinear(mid.h, mlp.gate, mlp.up);
     } else {
-      const auto [gate, up] = backend_.LinearPair(mid.h, w.gate, w.up);
+      const auto [gate, up] = backend_.LinearPair(mid.h, mlp.gate, mlp.up);
       trace->push_back({x, h, q_raw, q_all, attention.out, attention.lse, mid.sum, gate, up, own});
       act = backend_.SiluMul(gate, up);
     }
-    const at::Tensor y = backend_.Linear(act, w.down);
+    const at::Tensor y = MlpOut(rows, mlp, act);
     if (layer + 1 == c.layers) {
       x = backend_.Add(mid.sum, y);
     } else {
@@ -214,6 +243,18 @@ at::Tensor Model::Logits(const at::Tensor& hidden) {
   return backend_.LinearSum(backend_.Norm(hidden, weights_.final_norm), weights_.output, at::Tensor());
 }
 
+at::Tensor Model::LogitsTogether(const at::Tensor& hidden) {
+  const int64_t ranks = collective_.size(), rows = hidden.size(0), vocab = weights_.output.size(0);
+  if (ranks == 1 || vocab % ranks != 0) return collective_.rank() == 0 ? Logits(hidden) : at::Tensor();
+  const int64_t part = vocab / ranks;
+  const at::Tensor own = backend_.LinearSum(backend_.Norm(hidden, weights_.final_norm),
+                                            weights_.output.narrow(0, collective_.rank() * part, part), at::Tensor());
+  at::Tensor parts = at::empty({ranks * rows, part}, own.options());
+  collective_.AllGatherRows(own, std::vector<int64_t>(ranks, rows), parts);
+  if (collective_.rank() != 0) return at::Tensor();
+  return parts.view({ranks, rows, part}).transpose(0, 1).reshape({rows, vocab});
+}
+
 Gradient Model::LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits) {
   const at::Tensor dh = backend_.LinearGrad(dlogits, weights_.output, at::Tensor());
   return backend_.NormGrad(hidden, weights_.final_norm, dh, at::Tensor());
@@ -235,8 +276,7 @@ void Model::Backward(const ForwardInput& input, const std::vector<LayerTrace>& t
     const LayerWeights& w = weights_.layers[layer];
     const LayerTrace& t = trace[layer];
     // MLP: x_out = x_mid + down(silu(gate) * up)
-    const Backend::SiluGrads mlp = backend_.SiluMulGrad(backend_.LinearGrad(dx.rounded, w.down, {}), t.gate, t.up);
-    const at::Tensor dh_mid = backend_.LinearPairGrad(mlp.gate, w.gate, mlp.up, w.up);
+    const at::Tensor dh_mid = MlpGrad(rows, MlpOf(rows, w), dx.rounded, t);
     const Gradient dx_mid = backend_.NormGrad(t.x_mid, w.mlp_norm, dh_mid, dx.sum);
     // Attention, with K and V frozen: only dQ.
     const at::Tensor dout = backend_.LinearGrad(dx_mid.rounded, w.wo, {}).view({n, c.heads, c.head_dim});

@@ -31,8 +31,8 @@ struct LayerTrace {
   at::Tensor out;    // [n, H, d] fp32, combined attention
   at::Tensor lse;    // [n, H] fp32
   at::Tensor x_mid;  // [n, hidden] fp32, after attention
-  at::Tensor gate;   // [n, mlp] before SiLU
-  at::Tensor up;     // [n, mlp]
+  at::Tensor gate;   // [n, mlp or this rank's part of it] before SiLU
+  at::Tensor up;     // the same
   OwnKeys own;       // with ForwardInput::own_mask
 };
 
@@ -94,6 +94,9 @@ class Model {
 
   // [m, hidden] fp32 -> [m, vocab] fp32
   at::Tensor Logits(const at::Tensor& hidden);
+  // The same of a few rows that every rank has, each rank with a part of the vocabulary: reading its matrix is what
+  // they cost. All ranks call it; defined on rank 0 alone.
+  at::Tensor LogitsTogether(const at::Tensor& hidden);
 
   // Gradient with respect to the hidden rows of a loss with gradient `dlogits` [m, vocab] dtype behind Logits.
   Gradient LogitsGrad(const at::Tensor& hidden, const at::Tensor& dlogits);
@@ -115,8 +118,22 @@ class Model {
   const kernels::PeerMemory* PeersFor(const RowPlan& rows, const char* what);
   // The partials of this rank's keys for all rows -> combined attention of own rows.
   Partial Exchange(const RowPlan& rows, const Partial& partial);
-  // dq of this rank's keys for all rows -> summed over ranks, own rows.
-  at::Tensor SumOverRanks(const RowPlan& rows, const at::Tensor& dq);
+  // terms [rows, ...] fp32 of this rank for all rows -> summed over ranks, own rows.
+  at::Tensor SumOverRanks(const RowPlan& rows, const at::Tensor& terms);
+  // The same as dtype, of rows that every rank has.
+  at::Tensor RoundedSumOverRanks(const RowPlan& rows, const at::Tensor& terms);
+  // A layer's MLP, or this rank's part of its inner columns: rows that every rank computes are bound by reading
+  // weights, most of which are the MLP's, and its outputs are small.
+  struct Mlp {
+    at::Tensor gate, up;  // [inner or a part of it, hidden]
+    at::Tensor down;      // [hidden, inner or a part of it]: of a part, rows lie `inner` apart
+    bool part = false;
+  };
+  Mlp MlpOf(const RowPlan& rows, const LayerWeights& weights) const;
+  // act [n, inner or a part of it] -> [n, hidden] dtype, summed over ranks where they have parts.
+  at::Tensor MlpOut(const RowPlan& rows, const Mlp& mlp, const at::Tensor& act);
+  // The gradient behind the MLP: dy [n, hidden] dtype -> [n, hidden] dtype.
+  at::Tensor MlpGrad(const RowPlan& rows, const Mlp& mlp, const at::Tensor& dy, const LayerTrace& trace);
   // Whether a rank's rows are not every rank's rows.
   bool Travels(const RowPlan& rows) const { return rows.split() && collective_.size() > 1; }
   at::Tensor RoomForAll(const RowPlan& rows, const at::Tensor& own) const;

@@ -230,15 +230,16 @@ INSTANTIATE_TEST_SUITE_P(Ranks, PeerTest, testing::ValuesIn(WorldSizes()), testi
 
 TEST_P(PeerTest, SameBitsAsThroughNccl) {
   OnEveryRank(size(), kAmple, [this](Collective& c) {
-    if (!Used(c)) return;
+    if (!Used(c)) GTEST_SKIP() << "exchanges go through NCCL";
     for (const int64_t rows : {1, 2, 63, 128, 1400}) {  // the last: more than one round
       std::vector<Partial> own, ours;
-      std::vector<at::Tensor> sums;
+      std::vector<at::Tensor> sums, rounded;
       constexpr int kRounds = 20;
       for (int round = 0; round < kRounds; ++round) own.push_back(Own(c, rows, round));
       for (int round = 0; round < kRounds; ++round) {  // many, and no look in between
         ours.push_back(backend_->CombineOverPeers(own[round], *c.NextPeerExchange("exchange")));
-        sums.push_back(backend_->SumOverPeers(own[round].out, *c.NextPeerExchange("sum")));
+        sums.push_back(backend_->SumOverPeers(own[round].out, at::kFloat, *c.NextPeerExchange("sum")));
+        rounded.push_back(backend_->SumOverPeers(own[round].out, at::kBFloat16, *c.NextPeerExchange("sum")));
       }
       for (int round = 0; round < kRounds; ++round) {
         const std::string what = std::to_string(rows) + " rows, round " + std::to_string(round) + ", rank " +
@@ -251,6 +252,7 @@ TEST_P(PeerTest, SameBitsAsThroughNccl) {
         c.Check();
         ExpectSame(ours[round], theirs, what);
         EXPECT_TRUE(Same(sums[round], sum)) << what << ": sum";
+        EXPECT_TRUE(Same(rounded[round].to(at::kFloat), sum.to(at::kBFloat16).to(at::kFloat))) << what << ": rounded";
       }
     }
   });
@@ -258,7 +260,7 @@ TEST_P(PeerTest, SameBitsAsThroughNccl) {
 
 TEST_P(PeerTest, GraphsReplayBesideNccl) {
   OnEveryRank(size(), kAmple, [this](Collective& c) {
-    if (!Used(c)) return;
+    if (!Used(c)) GTEST_SKIP() << "exchanges go through NCCL";
     const Partial own = Own(c, 5, 0);
     Partial ours, theirs;
     const auto pass = [&] {
@@ -308,7 +310,7 @@ TEST_P(PeerTest, OneRankThatMayNotIsEnoughForNone) {
 TEST_P(PeerTest, AnExchangeThatNobodyJoinsEndsWithTheDeadline) {
   if (size() == 1) GTEST_SKIP() << "one rank waits for nobody";
   OnEveryRank(size(), WorldShortDeadline(), [this](Collective& c) {
-    if (!Used(c)) return;
+    if (!Used(c)) GTEST_SKIP() << "exchanges go through NCCL";
     const Partial own = Own(c, 128, 0);
     const auto pass = [&] {
       for (int i = 0; i < 3; ++i) backend_->CombineOverPeers(own, *c.NextPeerExchange("exchange"));

@@ -135,7 +135,8 @@ void MeasureExchange(Collective& c, Backend& backend) {
     if (c.NextPeerExchange("question") == nullptr) continue;
     Report(c, "combine, peers", bytes, part,
            [&] { backend.CombineOverPeers(own, *c.NextPeerExchange("exchange of partials")); });
-    Report(c, "sum, peers", bytes, part, [&] { backend.SumOverPeers(own.out, *c.NextPeerExchange("sum of dq")); });
+    Report(c, "sum, peers", bytes, part,
+           [&] { backend.SumOverPeers(own.out, at::kFloat, *c.NextPeerExchange("sum of dq")); });
   }
 }
 

@@ -202,7 +202,7 @@ TEST_F(CommunicatorTest, AnAbortThatHangsHoldsNobody) {
   fake->abort_hangs = false;
 }
 
-// The word that kernels look at while they wait for other GPUs: set when the group is lost, and heeded when they set it.
+// The word that kernels look at while they wait for other GPUs: set when the group is lost, heeded when they set it.
 TEST_F(CommunicatorTest, KernelsAreToldAndHeard) {
   uint32_t told = 0;
   const auto c = Make(60);

@@ -17,6 +17,8 @@ namespace {
 
 // A queue of its own for each stream: in one that they share, a rank's kernel would stand behind what waits for it.
 [[maybe_unused]] const int kQueues = setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+// And all kernels loaded before one waits: loading one by one at first use would wait for it.
+[[maybe_unused]] const int kLoading = setenv("CUDA_MODULE_LOADING", "EAGER", 1);
 
 constexpr ExchangeWay kWays[] = {ExchangeWay::kPacked, ExchangeWay::kFlagged, ExchangeWay::kBySize};
 const char* const kWayNames[] = {"packed", "flagged", "by size"};
@@ -91,6 +93,8 @@ struct Partials {
     }
     out = std::make_unique<DeviceArray<float>>(out_host);
     lse = std::make_unique<DeviceArray<float>>(lse_host);
+    params.part_out = out->get();
+    params.part_lse = lse->get();
   }
 
   int64_t elements() const { return params.rows * params.heads * params.head_dim; }
@@ -149,6 +153,12 @@ void ExpectReference(Combined& got, const Partials& in, const std::string& what)
   ExpectNear(what + ": rounded", got.rounded.Download(), out, kBf16, 2e-6);
 }
 
+std::vector<Bits> Rounded(const std::vector<float>& wide) {
+  std::vector<Bits> bits;
+  for (const float x : wide) bits.push_back(ToBf16(x));
+  return bits;
+}
+
 using ExchangeTest = RowwiseTest;
 
 TEST_F(ExchangeTest, CombinesAndSumsAsOneGpuDoes) {
@@ -170,21 +180,31 @@ TEST_F(ExchangeTest, CombinesAndSumsAsOneGpuDoes) {
                                    std::to_string(head_dim) + ", " + kWayNames[way];
           std::vector<std::unique_ptr<Combined>> got;
           std::vector<std::unique_ptr<DeviceArray<float>>> sums;
+          std::vector<std::unique_ptr<DeviceArray<Bits>>> rounded;
           for (int r = 0; r < count; ++r) {
             got.push_back(std::make_unique<Combined>(in));
             sums.push_back(std::make_unique<DeviceArray<float>>(in.elements()));
+            rounded.push_back(std::make_unique<DeviceArray<Bits>>(in.elements()));
           }
           REFOCUS_CUDA(cudaDeviceSynchronize());  // allocations may not wait for kernels that wait for each other
           for (int r = 0; r < count; ++r) {
             REFOCUS_CUDA(ExchangeCombine(got[r]->Into(in.Of(r)), ranks.peers(r), ranks.stream(r), kWays[way]));
-            REFOCUS_CUDA(ExchangeSum(terms_at + r * in.elements(), in.elements(), sums[r]->get(), ranks.peers(r),
-                                     ranks.stream(r), kWays[way]));
+            const float* const own = terms_at + r * in.elements();
+            const PeerMemory& peers = ranks.peers(r);
+            const cudaStream_t stream = ranks.stream(r);
+            REFOCUS_CUDA(ExchangeSum(own, in.elements(), sums[r]->get(), nullptr, peers, stream, kWays[way]));
+          }
+          REFOCUS_CUDA(cudaDeviceSynchronize());
+          for (int r = 0; r < count; ++r) {
+            REFOCUS_CUDA(ExchangeSum(terms_at + r * in.elements(), in.elements(), nullptr, rounded[r]->get(),
+                                     ranks.peers(r), ranks.stream(r), kWays[way]));
           }
           REFOCUS_CUDA(cudaDeviceSynchronize());
           ASSERT_FALSE(ranks.GivenUp()) << what;
           for (int r = 0; r < count; ++r) {
             ExpectSame(*got[r], want, what + ", rank " + std::to_string(r));
             EXPECT_TRUE(SameBits(sums[r]->Download(), want_sum)) << what << ", rank " << r << ": sum";
+            EXPECT_EQ(rounded[r]->Download(), Rounded(want_sum)) << what << ", rank " << r << ": rounded sum";
           }
           if (way == 0) ExpectReference(*got[0], in, what);
         }
@@ -239,8 +259,8 @@ TEST_F(ExchangeTest, AThousandInARowDoNotMix) {
       const Partials& p = *in[steps[i].kind];
       for (int r = 0; r < count; ++r) {
         if (steps[i].sum) {
-          REFOCUS_CUDA(ExchangeSum(p.out->get() + r * p.elements(), p.elements(), sums[r][i]->get(), ranks.peers(r),
-                                   ranks.stream(r), kWays[steps[i].way]));
+          REFOCUS_CUDA(ExchangeSum(p.out->get() + r * p.elements(), p.elements(), sums[r][i]->get(), nullptr,
+                                   ranks.peers(r), ranks.stream(r), kWays[steps[i].way]));
         } else {
           REFOCUS_CUDA(ExchangeCombine(got[r][i]->Into(p.Of(r)), ranks.peers(r), ranks.stream(r), kWays[steps[i].way]));
         }
@@ -396,11 +416,11 @@ TEST_F(ExchangeTest, RefusesWhatItCannotDo) {
   params.parts = 1;
   params.head_dim = 12;
   EXPECT_EQ(ExchangeCombine(params, ranks.peers(0), nullptr), cudaErrorInvalidValue);
-  EXPECT_EQ(ExchangeSum(params.part_out, 6, params.out, ranks.peers(0), nullptr), cudaErrorInvalidValue);
+  EXPECT_EQ(ExchangeSum(params.part_out, 6, params.out, nullptr, ranks.peers(0), nullptr), cudaErrorInvalidValue);
   for (const int blocks : {0, kExchangeBlocks + 1}) {
     PeerMemory peers = ranks.peers(0);
     peers.blocks = blocks;
-    EXPECT_EQ(ExchangeSum(params.part_out, 8, params.out, peers, nullptr), cudaErrorInvalidValue);
+    EXPECT_EQ(ExchangeSum(params.part_out, 8, params.out, nullptr, peers, nullptr), cudaErrorInvalidValue);
   }
 }
 

@@ -159,6 +159,31 @@ TEST_F(FewRowsTest, AddsScaled) {
   }
 }
 
+// Of matrices whose rows lie apart, with NaN between them: the bits of dense ones.
+TEST_F(FewRowsTest, PartsOfWiderMatrices) {
+  const Bits nan = 0x7fff;
+  for (const Shape& s :
+       {Shape{1, 8, Kind::kFloat, 17}, Shape{3, 1216, Kind::kGated, 40}, Shape{8, 2560, Kind::kBf16, 33}}) {
+    const Numbers dense(s, 3);
+    Numbers apart = dense;
+    const int64_t stride = s.in + 24;
+    for (std::vector<Bits>* m : {&apart.w, &apart.second}) {
+      if (m->empty()) continue;
+      std::vector<Bits> wide(s.out * stride, nan);
+      for (int64_t row = 0; row < s.out; ++row) {
+        std::copy_n(m->begin() + row * s.in, s.in, wide.begin() + row * stride);
+      }
+      *m = wide;
+    }
+    Placed placed(s, apart);
+    placed.product.stride = stride;
+    ASSERT_EQ(FewRows({&placed.product, 1}, nullptr), cudaSuccess);
+    EXPECT_TRUE(SameBits(placed.Result(), Products({s}, {dense})[0])) << "rows " << s.rows << " in " << s.in;
+    placed.product.stride = s.in + 4;
+    EXPECT_EQ(FewRows({&placed.product, 1}, nullptr), cudaErrorInvalidValue);
+  }
+}
+
 // More than a launch holds, no two alike, empty ones between; each has the bits that it has alone.
 TEST_F(FewRowsTest, ManyProductsOfTheirOwn) {
   for (const int64_t count : {3, 31, 32, 33, 65, 70}) {

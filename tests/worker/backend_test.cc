@@ -592,9 +592,23 @@ TEST_P(BackendTest, LinearPairs) {
     const at::Tensor exact = dy.to(at::kDouble).matmul(one.to(at::kDouble)) +
                              other_dy.to(at::kDouble).matmul(other.to(at::kDouble));
     if (rows > 0) {
-      EXPECT_LT(MaxError(backend_->LinearPairGrad(dy, one, other_dy, other), exact), 1e-4);
+      EXPECT_LT(MaxError(backend_->LinearPairGrad(dy, one, other_dy, other, false), exact), 1e-4);
     }
-    EXPECT_EQ(backend_->LinearPairGrad(dy, one, other_dy, other).sizes(), x.sizes());
+    EXPECT_EQ(backend_->LinearPairGrad(dy, one, other_dy, other, false).sizes(), x.sizes());
+  }
+}
+
+// A part of the columns of a larger matrix; the others hold what must not be read.
+TEST_P(BackendTest, LinearOfColumns) {
+  std::mt19937_64 random(6);
+  for (const int64_t rows : {1, 3, 8, 9}) {
+    for (const int64_t in : {8, 72, 1024}) {
+      const at::Tensor x = Random({rows, in}, random), w = Random({37, in}, random);
+      const at::Tensor wide = at::full({37, 3 * in}, std::numeric_limits<float>::quiet_NaN());
+      const at::Tensor columns = wide.narrow(1, in, in);
+      columns.copy_(w);
+      EXPECT_TRUE(at::equal(backend_->Linear(x, columns), backend_->Linear(x, w))) << rows << " x " << in;
+    }
   }
 }
 
