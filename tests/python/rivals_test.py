@@ -268,6 +268,122 @@ class Ledgers(unittest.TestCase):
                 rivals.check_tokens([tokens])
 
 
+class Masses(OnATinyModel):
+    def test_masses_are_those_of_plain_attention(self):
+        rows, ids = self.ledger.known[[40, 3, 20]], self.ledger.ids
+        self.model.set_attn_implementation("eager")
+        with torch.no_grad():
+            whole = self.model(input_ids=ids[None, :TOKENS], output_attentions=True).attentions
+        self.model.set_attn_implementation("sdpa")
+        noted = answers.log_masses(self.model, self.ledger, self.kv, rows, [0, 1])
+        for layer, attention in enumerate(whole):
+            for i, row in enumerate(rows.tolist()):
+                behind = [j for j in range(1, row) if ids[j - 1] == ids[row]]
+                self.assertGreater(len(behind), 0)
+                self.assert_close(attention[0, :, row, behind].sum(-1).log(), noted[layer][:, i])
+        self.assertEqual("sdpa", self.model.config._attn_implementation)
+
+    def test_the_objective_reaches_the_layers_up_to_its_own_and_raises_the_mass(self):
+        prepared = answers.Prepared(self.model, TOKENS, 3)
+        look = lambda: answers.log_masses(self.model, prepared.ledger, prepared.kv, prepared.ledger.known, [0, 1])
+        before = look()
+        for layers in ([0], [1], [0, 1]):
+            for pooled in (False, True):
+                delta = answers.adapted(self.model, prepared, "recall", 10, 16, 1e-2,
+                                        loss=answers.mass_loss(layers, pooled))
+                self.assertEqual([True, layers != [0]], [bool(w.abs().max() > 1e-2) for w in delta.weights])
+                with torch.no_grad(), delta.within():
+                    after = look()
+                for layer in layers:
+                    self.assertGreater((after[layer] - before[layer]).mean(), 0.02, (layers, pooled))
+
+    def test_it_costs_what_is_left_out_less(self):
+        rows, shape, n = torch.tensor([150, 3, 80, 81]), self.shape, 4
+        mlp_and_output = 3 * shape.hidden * shape.mlp + shape.hidden * shape.query_size
+        products = 2 * shape.query_size * int((rows + 1).sum())  # P V and dP, of the five
+        left_out = 2 * n * rivals.flops.head(shape) + 2 * n * 2 * mlp_and_output + 2 * products
+        for layers in ([1], [0, 1]):
+            self.assertEqual(rivals.frozen_cost(shape, rows) - left_out, answers.mass_cost(layers)(shape, rows))
+        one = rivals.dataclasses.replace(shape, layers=1)
+        self.assertEqual(answers.mass_cost([0])(one, rows), answers.mass_cost([0])(shape, rows))
+
+    def test_all_methods_spend_one_budget(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, unittest.mock.patch.object(rivals, "STEPS", 4):
+            answers.mass(self.model, TOKENS, 2, [1e-3])
+        steps = {line.split(" | ")[0][2:]: line.split(" | ")[3] for line in printed.getvalue().splitlines()
+                 if "64 rows | " in line or "128 rows | " in line if line.count("|") == 7}
+        self.assertEqual(set(answers.mass_methods(2)), set(steps))
+        self.assertEqual(4, float(steps["next token, uniform, 128 rows"]))
+        self.assertGreater(float(steps["mass at the last layer, 64 rows"]), float(steps["next token, recall, 64 rows"]))
+
+
+class Refining(OnATinyModel):
+    def setUp(self):
+        super().setUp()
+        self.prepared = answers.Prepared(self.model, TOKENS, 3)
+
+    def test_rows_of_a_question(self):
+        ledger = self.prepared.ledger
+        account = ledger.ids[ledger.known[5]]
+        own = [row for row in range(0, TOKENS - 1, 2) if ledger.ids[row] == account]
+        rows = answers.question_rows(ledger, account, 12).tolist()
+        self.assertEqual(own, rows[:len(own)])
+        others = set(ledger.known.tolist()) - set(own)
+        self.assertEqual(12, len(set(rows)))
+        far = lambda row: min(abs(row - x) for x in own)
+        self.assertLessEqual(set(rows[len(own):]), others)
+        self.assertLessEqual(max(map(far, rows[len(own):])), min(map(far, others - set(rows))))
+        self.assertEqual(own[:2], answers.question_rows(ledger, account, 2).tolist())
+
+    def test_each_question_is_asked_behind_the_context_alone(self):
+        accounts = self.prepared.ledger.ids[[0, 2, 4, 6]]
+        context = self.prepared.ledger.ids[:TOKENS]
+        with torch.no_grad():
+            expected = [self.model(input_ids=torch.cat((context, a[None]))[None]).logits[0, -1].argmax().item()
+                        for a in accounts]
+        self.assertEqual(expected, answers.asked(self.model, self.prepared, accounts).tolist())
+
+    def test_steps_for_a_question_find_its_value_and_leave_the_shared_delta(self):
+        ledger = self.prepared.ledger
+        shared = [0.3 * torch.randn_like(w) for w in rivals.QueryDelta(self.model).weights]
+        before, account = copied([shared])[0], ledger.ids[ledger.known[5]]
+        rows = answers.question_rows(ledger, account, answers.REFINED_ROWS)
+        for own_alone, count in ((False, len(rows)), (True, int((ledger.ids[rows] == account).sum()))):
+            found, spent = answers.refined(self.model, self.prepared, shared, account, 0.0, own_alone)
+            delta = rivals.QueryDelta(self.model)
+            delta.weights = shared
+            with delta.within():
+                self.assertEqual(answers.asked(self.model, self.prepared, account[None])[0], found)
+            self.assertNotEqual(answers.asked(self.model, self.prepared, account[None])[0], found)
+            self.assertEqual(4 * rivals.frozen_cost(self.shape, rows[:count]), spent)
+        losses = []
+        track = lambda *_: losses.append(rivals.frozen_loss(self.model, ledger, self.prepared.kv, rows[:count]).item())
+        with unittest.mock.patch.object(answers, "asked", lambda *_: [track()]):
+            for rate in (0.0, 3e-2):
+                answers.refined(self.model, self.prepared, shared, account, rate, own_alone=True)
+        self.assertLess(losses[1], losses[0] - 0.1)
+        self.assertTrue(all(torch.equal(a, b) for a, b in zip(before, shared)))
+
+    def test_every_question_starts_from_the_shared_delta_of_the_first_mark(self):
+        marks, seen = (2, 3, 4), []
+        questions = answers.Questions(self.model, self.prepared, "recall", marks)
+        self.assertEqual([0, *marks], list(questions.found))
+        expected = answers.adapted(self.model, self.prepared, "recall", 2)
+        note = lambda model, prepared, shared, *_: (seen.append(shared), (torch.tensor(0), 7))[1]
+        with unittest.mock.patch.object(answers, "refined", note):
+            self.assertEqual((0.0, 7), questions.refine(1e-3, False))
+        self.assertEqual(len(questions.accounts), len(seen))
+        for shared in seen:
+            self.assertTrue(all(torch.equal(a, b) for a, b in zip(shared, expected.weights)))
+
+    def test_the_table_has_both_kinds(self):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, \
+                unittest.mock.patch.object(answers, "QUESTIONS_ASKED", 3):
+            answers.refine(self.model, TOKENS, 1, [1e-3])
+        for kind in ("uniform", "recall"):
+            self.assertEqual(6, printed.getvalue().count(f"| {kind}, "))
+
+
 chains = thinking.chains
 
 
