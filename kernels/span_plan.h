@@ -27,8 +27,8 @@ struct SpanGpu {
   static SpanGpu Usual(int multiprocessors);
 };
 
-// Where cuBLAS is slower (bench/span_bench, H200). A product of 65 to 128 rows with one matrix is bound by reading the
-// rows again in every block, and backward cuBLAS is as fast with fewer. Two matrices it reads in two launches.
+// Where cuBLAS is slower (bench/span_bench, H200). For 65 to 128 rows and one matrix it is not: the kernel reads the
+// rows again in every block; backward cuBLAS is as fast with fewer. Two matrices it reads in two launches.
 constexpr bool SpanPays(int64_t rows, int terms, bool backward) { return terms == 2 || (!backward && rows <= 64); }
 
 // A block makes `columns` columns of a result, 64, 128, 160 or 192, of all rows. The sum's depth is split among the
